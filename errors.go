@@ -1,0 +1,99 @@
+package vmprobes
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Errors in the arguments of Register, found before anything is touched.
+var (
+	ErrNilProbe      = errors.New("probe is nil")
+	ErrNoDomain      = errors.New("neither DomainID nor DomainName is set")
+	ErrTwoDomains    = errors.New("both DomainID and DomainName are set")
+	ErrNoAddress     = errors.New("neither Addr nor Symbol is set")
+	ErrTwoAddresses  = errors.New("both Addr and Symbol are set")
+	ErrControlDomain = errors.New("domain 0 can't be probed: this program runs in it")
+	ErrDomainPaused  = errors.New("the domain is paused: unpause it first (xl unpause)")
+	ErrNotRoot       = fmt.Errorf("only root may probe a guest: %w", fs.ErrPermission)
+	ErrRegistered    = fmt.Errorf("the probe is registered: %w", fs.ErrExist)
+	ErrNotRegistered = errors.New("the probe is not registered")
+)
+
+// Errors of the surroundings.
+var (
+	// ErrDomainNotFound: no domain has the name or the id.
+	ErrDomainNotFound = fmt.Errorf("no such domain: %w", fs.ErrNotExist)
+	// ErrDomainGone: the domain was destroyed or has shut down.
+	ErrDomainGone = breakpoint.ErrGone
+	// ErrBusy: another tool debugs or monitors the guest.
+	ErrBusy = route.ErrBusy
+	// ErrNoGDBSX: this Xen can't stop a PV guest at a breakpoint.
+	ErrNoGDBSX = route.ErrNoGDBSX
+	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.
+	ErrNoMonitor = route.ErrNoMonitor
+	// ErrClosed: the Session is closed.
+	ErrClosed = fmt.Errorf("session is closed: %w", fs.ErrClosed)
+	// ErrLooping: a Loop or Events of the Session is running already.
+	ErrLooping = errors.New("the session's loop is running already")
+	// ErrInterrupted: a signal ended Loop; the probe is unregistered.
+	ErrInterrupted = errors.New("interrupted by a signal, the probe is unregistered")
+
+	// ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound and
+	// ErrNotControlDomain are why Xen can't be reached from here.
+	ErrNotBuilt            = xenctrl.ErrNotBuilt
+	ErrUnsupportedPlatform = xenctrl.ErrUnsupportedPlatform
+	ErrLibraryNotFound     = xenctrl.ErrLibraryNotFound
+	ErrNotControlDomain    = xenctrl.ErrNotControlDomain
+)
+
+// Errors of addresses and symbols.
+var (
+	// ErrNoSymbols: the Session has no symbol table.
+	ErrNoSymbols = errors.New("no symbols for this guest")
+	// ErrSymbolNotFound and ErrAmbiguous: the table has no such symbol, or several.
+	ErrSymbolNotFound = sysmap.ErrNotFound
+	ErrAmbiguous      = sysmap.ErrAmbiguous
+	// ErrWrongSymbols: the table is of another kernel than the one that runs.
+	ErrWrongSymbols = errors.New("the symbols are not those of the running kernel")
+	// ErrNotBoundary: the address is inside an instruction.
+	ErrNotBoundary = x86.ErrNotBoundary
+	// ErrNotMapped: the guest has nothing at the address.
+	ErrNotMapped = breakpoint.ErrNotMapped
+	// ErrNoWayPast: no way is safe to execute the instruction under the probe.
+	ErrNoWayPast = breakpoint.ErrNoWayPast
+	// ErrForeign: a breakpoint that isn't ours is at the address.
+	ErrForeign = breakpoint.ErrForeign
+	// ErrTextChanged: the guest changed its code at the probe while it was armed.
+	ErrTextChanged = breakpoint.ErrTextChanged
+	// ErrOverlap: the address is inside the instruction of another probe.
+	ErrOverlap = breakpoint.ErrOverlap
+)
+
+// An Error is a failed operation.
+type Error struct {
+	Op     string // "open", "register", "loop", "read" …
+	Domain string // as the caller named it
+	Probe  string // Symbol+Offset or the address, if the operation is about a probe
+	Err    error
+}
+
+func (e *Error) Error() string {
+	s := "vmprobes: " + e.Op
+	if e.Domain != "" {
+		s += " " + e.Domain
+	}
+	if e.Probe != "" {
+		s += " " + e.Probe
+	}
+	return s + ": " + e.Err.Error()
+}
+
+// Unwrap returns e.Err.
+func (e *Error) Unwrap() error { return e.Err }

@@ -1,0 +1,98 @@
+// Vmprobebio watches the files that a guest opens: the demonstration of the C
+// library, line for line.
+//
+//	vmprobebio [-symbol do_sys_openat2] [-n count] [domain]
+//
+// It must run as root in dom0. Ctrl+C unregisters the probe.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/vmprobes/vmprobes"
+)
+
+var (
+	symbol = flag.String("symbol", "do_sys_openat2", "function to probe: do_sys_openat2, do_sys_open, or a system call such as sys_openat")
+	count  = flag.Int("n", 0, "end after this many calls, 0: never")
+)
+
+var calls int
+
+// arguments returns file name, flags and mode of the call that the vCPU is at.
+func arguments(p *vmprobes.Probe, r *vmprobes.Regs) (filename vmprobes.Addr, flags, mode uint64) {
+	arg := func(n int) uint64 { return r.Arg(n) }
+	name := *symbol
+	if strings.HasPrefix(name, "sys_") || strings.HasPrefix(name, "__x64_sys_") {
+		// The wrapper of a system call finds its arguments in struct pt_regs.
+		arg = func(n int) uint64 {
+			v, _ := r.SyscallArg(n)
+			return v
+		}
+		name = strings.TrimPrefix(strings.TrimPrefix(name, "__x64_"), "sys_")
+	}
+	switch name {
+	case "open":
+		return vmprobes.Addr(arg(0)), arg(1), arg(2)
+	case "do_sys_openat2", "openat2": // (dfd, filename, struct open_how *how)
+		flags, _ = p.ReadUint64(vmprobes.Addr(arg(2)))
+		mode, _ = p.ReadUint64(vmprobes.Addr(arg(2) + 8))
+		return vmprobes.Addr(arg(1)), flags, mode
+	default: // openat, do_sys_open: (dfd, filename, flags, mode)
+		return vmprobes.Addr(arg(1)), arg(2), arg(3)
+	}
+}
+
+func sysOpenHandler(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+	calls++
+	filename, flags, mode := arguments(p, r)
+	// A name that isn't in the guest's memory yet shows as an empty string.
+	name, _ := p.ReadString(filename, 4096)
+	fmt.Printf("[%d] %s() called\n", calls, *symbol)
+	fmt.Printf(" -- filename: %08x (%s)\n", uint64(filename), name)
+	fmt.Printf(" -- flags: %08x\n", flags)
+	fmt.Printf(" -- mode: %08x\n", mode)
+	if calls == *count {
+		return vmprobes.Stop
+	}
+	return vmprobes.Continue
+}
+
+func main() {
+	flag.Usage = func() {
+		fmt.Fprintf(flag.CommandLine.Output(), "usage: vmprobebio [flags] [domain]\n")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	domain := "a3guest"
+	if flag.NArg() > 0 {
+		domain = flag.Arg(0)
+	}
+
+	vp := &vmprobes.Probe{
+		DomainName: domain,
+		Symbol:     *symbol,
+		Pre:        sysOpenHandler,
+	}
+	if err := vmprobes.Register(vp); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	fmt.Println("vmprobe registered")
+
+	err := vmprobes.Loop(context.Background(), vp)
+	if uerr := vmprobes.Unregister(vp); uerr != nil {
+		err = errors.Join(err, uerr)
+	}
+	fmt.Println("vmprobe unregistered")
+	fmt.Printf("%s() called %d times.\n", *symbol, calls)
+	if err != nil && !errors.Is(err, vmprobes.ErrInterrupted) {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}

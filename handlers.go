@@ -1,0 +1,64 @@
+package vmprobes
+
+import "fmt"
+
+// An Action is what a handler returns. As in C, zero goes on and anything else
+// ends the loop.
+type Action int
+
+// Actions.
+const (
+	Continue Action = 0
+	Stop     Action = 1
+)
+
+// A PreHandler runs before the probed instruction, with r.PC() at the probe. If
+// it returns anything but Continue the loop ends; the instruction is executed all
+// the same, without Post handlers.
+type PreHandler func(p *Probe, r *Regs) Action
+
+// A PostHandler runs after the probed instruction, with the probe's flags.
+type PostHandler func(p *Probe, r *Regs, f Flags) Action
+
+// A Hit is what [Session.Events] yields: a vCPU stopped at a probe, before the
+// instruction. It is valid until the next one; changes to Regs take effect.
+type Hit struct {
+	Probe *Probe
+	Regs  *Regs
+	VCPU  int
+	Seq   uint64 // counts the hits that the Session delivered, from 1
+}
+
+// Flags is the state of a probe, with the values of the C library.
+type Flags uint32
+
+// States of a probe.
+const (
+	FlagDisabled Flags = 1 << iota // VMPROBE_FLAG_DISABLED: handlers don't run
+	FlagPrepared                   // VMPROBE_FLAG_PREPARED: the address is resolved, the guest attached
+	FlagArmed                      // VMPROBE_FLAG_ARMED: the breakpoint is in the guest
+	FlagRestored                   // VMPROBE_FLAG_RESTORED: the guest has its instruction back
+)
+
+// String returns the names of the flags, as in "prepared|armed".
+func (f Flags) String() string {
+	if f == 0 {
+		return "0"
+	}
+	s := ""
+	for i, name := range []string{"disabled", "prepared", "armed", "restored"} {
+		if f&(1<<i) != 0 {
+			if s != "" {
+				s += "|"
+			}
+			s += name
+		}
+	}
+	if rest := f &^ (FlagDisabled | FlagPrepared | FlagArmed | FlagRestored); rest != 0 {
+		if s != "" {
+			s += "|"
+		}
+		s += fmt.Sprintf("%#x", uint32(rest))
+	}
+	return s
+}

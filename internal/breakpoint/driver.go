@@ -1,0 +1,124 @@
+// Package breakpoint is the policy of vmprobes: where a breakpoint may stand,
+// what happens when a vCPU meets one, and how the guest gets past it and, in the
+// end, gets every byte back. It knows nothing of hypervisors: a [Driver] is one
+// guest under one of them.
+//
+// # A hit
+//
+// A vCPU that executes an armed address stops. The pre handlers of all probes
+// there run, in order of registration; the engine then has the original
+// instruction executed, in the first of these ways that is possible, and the
+// post handlers run:
+//
+//  1. emulated here ([x86.Insn.Emulate]): nothing in the guest is touched;
+//  2. emulated by the hypervisor, if nobody wants to see its result;
+//  3. out of line: the vCPU runs a copy that stands in a slot of dead code,
+//     followed by a breakpoint that brings it back;
+//  4. in place, under a single step, while every other vCPU is held.
+//
+// In the first three the breakpoint stays armed throughout, so that no other
+// vCPU can slip past it.
+//
+// # Later
+//
+// A return probe is a site whose address comes from the stack, with one owner
+// per call in flight; a guardian needs only [Engine.Sites] in a journal, written
+// before InsertBreak; memory-access traps and altp2m views are further Reasons of
+// a Stop and another InsertBreak. None of them changes this interface.
+package breakpoint
+
+import (
+	"context"
+	"errors"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
+)
+
+// A Reason says why a vCPU stopped.
+type Reason uint8
+
+// Reasons.
+const (
+	// Hit is a breakpoint instruction, ours or the guest's: Regs.IP is its address.
+	Hit Reason = iota + 1
+	// Stepped is the end of a StepOver: Regs.IP is where the instruction led.
+	Stepped
+)
+
+// A Stop is a vCPU that stopped. It stays so until the Stop is answered by
+// exactly one of Resume, Emulate, StepOver and Reinject.
+type Stop struct {
+	VCPU   int
+	Reason Reason
+	// User says that the vCPU was in user mode, where no breakpoint of ours is.
+	User bool
+	Regs x86.Regs
+}
+
+// Caps is what a driver can do for one guest.
+type Caps struct {
+	VCPUs   int  // vCPU numbers are below this
+	Emulate bool // Emulate works
+	Step    bool // StepOver works now: every other vCPU can be held
+}
+
+// A Driver is one guest under one hypervisor.
+//
+// Wait is called by one goroutine at a time; the answers come from that same
+// goroutine; everything else may be called at any time from any goroutine.
+// Addresses are guest virtual. An error that wraps ErrGone means that the guest
+// no longer exists.
+type Driver interface {
+	Caps() Caps
+
+	// Read reads memory with the page tables of cr3, or with the kernel's own
+	// if cr3 is 0. Store writes as the vCPU itself would: it fails, having done
+	// nothing, where the store would fault or change a page-table bit.
+	Read(cr3, addr uint64, b []byte) error
+	Store(cr3, addr uint64, b []byte) error
+	// Patch writes kernel text in spite of its protection. The bytes are dead
+	// code: no vCPU executes them.
+	Patch(addr uint64, b []byte) error
+
+	// InsertBreak plants a breakpoint on the instruction in at addr. It fails
+	// with ErrTextChanged if the guest has something else there.
+	InsertBreak(addr uint64, in *x86.Insn) error
+	// RemoveBreak restores the bytes. If the guest has overwritten the
+	// breakpoint they are left alone, and the error is ErrTextChanged. A vCPU
+	// that the breakpoint has stopped already is still reported.
+	RemoveBreak(addr uint64) error
+
+	// Freeze stops every vCPU until the Thaw that belongs to it. They nest.
+	Freeze() error
+	Thaw() error
+
+	// Wait returns the next vCPU that stopped. One that has stopped already is
+	// returned even if ctx is done.
+	Wait(ctx context.Context, s *Stop) error
+
+	// Resume lets the vCPU go on with s.Regs.
+	Resume(s *Stop) error
+	// Emulate has the hypervisor execute in at s.Regs.IP, and lets the vCPU go on.
+	Emulate(s *Stop, in *x86.Insn) error
+	// StepOver executes the original instruction under the breakpoint at addr,
+	// with s.Regs, while no other vCPU can run; they run again when the Stepped
+	// stop which follows is answered.
+	StepOver(s *Stop, addr uint64) error
+	// Reinject gives the guest the breakpoint exception it would have had.
+	Reinject(s *Stop) error
+
+	// Close leaves the guest. Stops that are still pending are passed to answer.
+	Close(answer func(*Stop) error) error
+}
+
+// Errors of drivers and engine.
+var (
+	ErrGone        = errors.New("the guest is gone")
+	ErrTextChanged = errors.New("the guest changed its code at the probe")
+	ErrForeign     = errors.New("a breakpoint of the guest's own, or of another tool, is there")
+	ErrNotMapped   = errors.New("address not mapped")
+	ErrBadInsn     = errors.New("no valid instruction there")
+	ErrOverlap     = errors.New("inside the instruction of another probe")
+	ErrNoWayPast   = errors.New("the instruction can be neither emulated nor stepped safely")
+	ErrClosed      = errors.New("engine is closed")
+)

@@ -1,0 +1,748 @@
+package route
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Debugger is the debugger route: a PV guest whose int3s pause the domain
+// (XEN_DOMCTL_setdebugging), on a hypervisor with the gdbsx domctls.
+//
+// Every event raises the domain's pause count by one, and owes one unpause. The
+// domain runs when all are paid, so Debugger counts the events it has taken
+// (owed) and the stops it hasn't had an answer for (pending), and pays what is
+// owed above what is pending.
+//
+// An int3 raises no VIRQ_DEBUGGER on any Xen since 2012, so events are polled.
+type Debugger struct {
+	*guest
+
+	mu      sync.Mutex
+	nvcpu   int
+	vcpus   []vcpu
+	queue   []int // vCPUs whose stop waits to be returned by Wait
+	owed    int
+	pending int
+	frozen  int
+	step    *step
+	closed  bool
+	scratch xenctrl.VCPUContext
+	nextDB  time.Time
+
+	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
+	vcpuInfo uint64
+}
+
+// vcpu is a stopped vCPU's context.
+type vcpu struct {
+	ctx     xenctrl.VCPUContext
+	stopped bool
+	reason  breakpoint.Reason
+	at      uint64 // address of the int3
+	fresh   bool   // RFLAGS.TF has to be cleared before it goes on
+}
+
+// step is a StepOver in progress.
+type step struct {
+	vcpu   int
+	patch  *patch
+	others []int  // vCPUs held
+	done   bool   // the Stepped stop has been returned
+	masked uint64 // address of an upcall mask that was 0 and has been set, or 0
+}
+
+// OpenDebugger attaches to a PV guest. It changes nothing in the guest unless
+// the hypervisor has what it takes.
+func OpenDebugger(hv Hypervisor) (*Debugger, error) {
+	info, err := hv.Info()
+	if err != nil {
+		return nil, mapErr(err)
+	}
+	// Without GDBSX, setdebugging succeeds and each int3 then derails the guest:
+	// ask first. Any error means that it is missing (ENOSYS up to EOPNOTSUPP).
+	if _, err := hv.GdbsxDomStatus(); err != nil {
+		if e := mapErr(err); errors.Is(e, breakpoint.ErrGone) {
+			return nil, e
+		}
+		return nil, fmt.Errorf("%w (gdbsx_domstatus: %w)", ErrNoGDBSX, err)
+	}
+	if info.Flags&xenctrl.DomainDebugged != 0 {
+		return nil, ErrBusy
+	}
+	d := &Debugger{guest: newGuest(hv), nvcpu: info.MaxVCPUID + 1}
+	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
+		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
+	}
+	d.vcpus = make([]vcpu, d.nvcpu)
+	d.roots = d.currentRoots
+	if err := attempts(func() error { return hv.SetDebugging(true) }); err != nil {
+		return nil, fmt.Errorf("attach debugger: %w", err)
+	}
+	return d, nil
+}
+
+// SetVCPUInfo tells where the guest keeps its struct vcpu_info: the address of
+// the per-CPU variable xen_vcpu_info (arch/x86/xen/enlighten.c), to which the
+// vCPU's GS base is added. With it the virtual interrupt flag is seen and kept.
+func (d *Debugger) SetVCPUInfo(symbol uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.vcpuInfo = symbol
+}
+
+// upcallMask returns the address and value of evtchn_upcall_mask, the second
+// byte of struct vcpu_info (xen/include/public/xen.h): non-zero while the guest
+// has interrupts off. The RFLAGS.IF that Xen shows is always set.
+func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (addr uint64, mask byte, ok bool) {
+	if d.vcpuInfo == 0 {
+		return 0, 0, false
+	}
+	var b [2]byte
+	addr = c.GSBaseKernel + d.vcpuInfo
+	if d.Read(c.CtrlReg[3], addr, b[:]) != nil || b[0] > 1 || b[1] > 1 {
+		return 0, 0, false
+	}
+	return addr + 1, b[1], true
+}
+
+// currentRoots returns the kernel page tables that vCPUs use now.
+func (d *Debugger) currentRoots() ([]xenaccess.Root, error) {
+	var c xenctrl.VCPUContext
+	var errs error
+	for v := range d.nvcpu {
+		if err := d.hv.VCPUContext(v, &c); err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		return []xenaccess.Root{xenaccess.Root(c.CtrlReg[3])}, nil
+	}
+	return nil, errs
+}
+
+// Caps implements breakpoint.Driver.
+func (d *Debugger) Caps() breakpoint.Caps {
+	return breakpoint.Caps{VCPUs: d.nvcpu, Step: true}
+}
+
+// InsertBreak implements breakpoint.Driver.
+func (d *Debugger) InsertBreak(addr uint64, in *x86.Insn) error {
+	return d.insert(addr, in, true)
+}
+
+// RemoveBreak implements breakpoint.Driver. The domain must be frozen: a vCPU
+// that has resumed behind the int3 of a NOP, and hasn't run since, would find
+// the tail of the original there.
+func (d *Debugger) RemoveBreak(addr uint64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p := d.breakAt(addr)
+	if p == nil {
+		return nil
+	}
+	if len(p.written) > 1 {
+		if err := d.leaveTail(p); err != nil {
+			return err
+		}
+	}
+	return d.remove(addr)
+}
+
+// leaveTail moves vCPUs that stand between the int3 of p and the next
+// instruction to that instruction. Those whose event hasn't been answered stay.
+func (d *Debugger) leaveTail(p *patch) error {
+	if err := d.takeAll(); err != nil {
+		return err
+	}
+	for v := range d.vcpus {
+		if d.vcpus[v].stopped {
+			continue
+		}
+		c := &d.scratch
+		if err := d.hv.VCPUContext(v, c); err != nil {
+			if errors.Is(mapErr(err), breakpoint.ErrGone) {
+				return mapErr(err)
+			}
+			continue // never brought up
+		}
+		if rip := c.User.RIP; rip > p.addr && rip < p.addr+uint64(p.insn.Len) {
+			c.User.RIP = p.addr + uint64(p.insn.Len)
+			if err := d.setContext(v, c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// setContext sets a vCPU's registers. Xen replaces the extended state (AVX and
+// so on) by its initial value when it takes the FPU image of the context, so
+// that state is saved before and restored after, unless there is none.
+func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
+	ext, err := d.hv.VCPUExtState(v)
+	if err != nil {
+		return fmt.Errorf("vCPU %d: save extended state: %w", v, mapErr(err))
+	}
+	if err := attempts(func() error { return d.hv.SetVCPUContext(v, c) }); err != nil {
+		return fmt.Errorf("vCPU %d: set registers: %w", v, err)
+	}
+	// xcr0_accum, the second word: the components the vCPU has ever enabled.
+	if len(ext.Data) >= 16 && binary.LittleEndian.Uint64(ext.Data[8:])&^3 != 0 {
+		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, ext) }); err != nil {
+			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
+		}
+	}
+	return nil
+}
+
+// Freeze implements breakpoint.Driver.
+func (d *Debugger) Freeze() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.hv.Pause(); err != nil {
+		return mapErr(err)
+	}
+	d.frozen++
+	return nil
+}
+
+// Thaw implements breakpoint.Driver.
+func (d *Debugger) Thaw() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.frozen == 0 {
+		return nil
+	}
+	if err := d.hv.Unpause(); err != nil {
+		return mapErr(err)
+	}
+	d.frozen--
+	return nil
+}
+
+// Polling: a domstatus call takes about a microsecond, so spin first; a guest
+// that hits often is then served at once, an idle one costs little.
+const (
+	spins      = 64
+	sleepMin   = 20 * time.Microsecond
+	sleepMax   = 2 * time.Millisecond
+	aliveEvery = 100 * time.Millisecond
+)
+
+// Wait implements breakpoint.Driver.
+func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
+	sleep := sleepMin
+	alive := time.Now()
+	for i := 0; ; i++ {
+		ok, err := d.poll(s)
+		if ok || err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if i < spins {
+			continue
+		}
+		if time.Since(alive) > aliveEvery {
+			if err := d.checkAlive(); err != nil {
+				return err
+			}
+			alive = time.Now()
+		}
+		t := time.NewTimer(sleep)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+		sleep = min(sleep*2, sleepMax)
+	}
+}
+
+// poll returns one stop, if there is one.
+func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.step != nil && !d.step.done {
+		// Only the stepping vCPU runs; the queue waits until it's done.
+		return d.pollStep(s)
+	}
+	if len(d.queue) == 0 {
+		if _, err := d.take(); err != nil {
+			return false, err
+		}
+	}
+	if len(d.queue) == 0 {
+		return false, nil
+	}
+	v := d.queue[0]
+	d.queue = d.queue[:copy(d.queue, d.queue[1:])]
+	d.fill(s, v)
+	return true, nil
+}
+
+func (d *Debugger) fill(s *breakpoint.Stop, v int) {
+	c := &d.vcpus[v]
+	*s = breakpoint.Stop{VCPU: v, Reason: c.reason, Regs: regsOf(&c.ctx)}
+	if c.reason == breakpoint.Hit {
+		s.Regs.IP = c.at
+	}
+}
+
+// take moves one latched event to the queue.
+func (d *Debugger) take() (paused bool, err error) {
+	st, err := d.hv.GdbsxDomStatus()
+	if err != nil {
+		return false, mapErr(err)
+	}
+	if st.VCPU < 0 {
+		if st.Paused && d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil {
+			return true, d.takeDebugException()
+		}
+		return st.Paused, nil
+	}
+	// The event is cleared in Xen now: it must not be lost.
+	d.owed++
+	if st.VCPU >= d.nvcpu {
+		return true, fmt.Errorf("event on vCPU %d, of %d", st.VCPU, d.nvcpu)
+	}
+	v := &d.vcpus[st.VCPU]
+	if err := attempts(func() error { return d.hv.VCPUContext(st.VCPU, &v.ctx) }); err != nil {
+		return true, fmt.Errorf("vCPU %d: read registers: %w", st.VCPU, err)
+	}
+	v.stopped, v.reason = true, breakpoint.Hit
+	v.at = v.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
+	d.pending++
+	d.queue = append(d.queue, st.VCPU)
+	return true, nil
+}
+
+// takeAll moves every latched event to the queue. The domain is paused.
+func (d *Debugger) takeAll() error {
+	for range 4 * d.nvcpu {
+		n := d.pending
+		if _, err := d.take(); err != nil {
+			return err
+		}
+		if d.pending == n {
+			return nil
+		}
+	}
+	return nil
+}
+
+const (
+	dr6BS   = 1 << 14
+	dr6B    = 0xf
+	eflagTF = x86.FlagTF
+	eflagIF = x86.FlagIF
+)
+
+// takeDebugException looks, while the domain is paused though no event is
+// latched, for a vCPU that met a debug exception of the guest's own (perf or
+// kgdb use the debug registers): that pauses the domain as well. It is given to
+// the guest. Otherwise somebody else paused the domain (`xl pause`).
+func (d *Debugger) takeDebugException() error {
+	if now := time.Now(); now.Before(d.nextDB) {
+		return nil
+	} else {
+		d.nextDB = now.Add(10 * time.Millisecond)
+	}
+	for v := range d.nvcpu {
+		c := &d.scratch
+		if err := d.hv.VCPUContext(v, c); err != nil {
+			if e := mapErr(err); errors.Is(e, breakpoint.ErrGone) {
+				return e
+			}
+			continue
+		}
+		dr6, dr7 := c.DebugReg[6], c.DebugReg[7]
+		if dr6&dr6B == 0 || dr7&0xff == 0 || c.Traps[1].Address == 0 {
+			continue
+		}
+		if err := d.bounce(v, c, 1, c.User.RIP); err != nil {
+			return err
+		}
+		return mapErr(d.hv.Unpause())
+	}
+	return nil
+}
+
+// release pays what is owed to the domain's pause count: all but one for each
+// stop that waits for its answer, and everything while a vCPU steps, since the
+// others are held one by one then.
+func (d *Debugger) release() error {
+	keep := d.pending
+	if d.step != nil && !d.step.done {
+		keep = 0
+	}
+	for d.owed > keep {
+		if err := attempts(d.hv.Unpause); err != nil {
+			return fmt.Errorf("unpause: %w", err)
+		}
+		d.owed--
+	}
+	return nil
+}
+
+// answered marks v's stop as answered and lets the domain go.
+func (d *Debugger) answered(v int) error {
+	if d.vcpus[v].stopped {
+		d.vcpus[v].stopped = false
+		d.pending--
+	}
+	return d.release()
+}
+
+func (d *Debugger) stopOf(s *breakpoint.Stop) (*vcpu, error) {
+	if s.VCPU < 0 || s.VCPU >= d.nvcpu {
+		return nil, fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
+	}
+	return &d.vcpus[s.VCPU], nil
+}
+
+// Resume implements breakpoint.Driver.
+func (d *Debugger) Resume(s *breakpoint.Stop) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if v.stopped {
+		if err := d.putRegs(s, v); err != nil {
+			return err
+		}
+	}
+	if d.step != nil && d.step.vcpu == s.VCPU && d.step.done {
+		if err := d.endStep(); err != nil {
+			return err
+		}
+	}
+	return d.answered(s.VCPU)
+}
+
+// putRegs gives the vCPU the registers of s, if they differ from what it has.
+func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
+	want := v.ctx
+	setRegs(&want.User, &s.Regs)
+	if !v.fresh && want.User == v.ctx.User {
+		return nil
+	}
+	if v.reason == breakpoint.Hit && !v.fresh {
+		// Behind the int3 of a NOP stands a shorter NOP: no need to set RIP.
+		if p := d.breakAt(v.at); p != nil && len(p.written) > 1 && s.Regs.IP == p.addr+uint64(p.insn.Len) {
+			same := want.User
+			same.RIP = v.ctx.User.RIP
+			if same == v.ctx.User {
+				return nil
+			}
+		}
+	}
+	if err := d.setContext(s.VCPU, &want); err != nil {
+		return err
+	}
+	v.ctx, v.fresh = want, false
+	return nil
+}
+
+// Emulate implements breakpoint.Driver.
+func (d *Debugger) Emulate(*breakpoint.Stop, *x86.Insn) error {
+	return fmt.Errorf("debugger route: emulation by the hypervisor: %w", errors.ErrUnsupported)
+}
+
+// StepOver implements breakpoint.Driver.
+func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if d.frozen > 0 {
+		return errors.New("step while the domain is frozen")
+	}
+	p := d.breakAt(addr)
+	if p == nil {
+		return fmt.Errorf("step over %#x: no breakpoint there", addr)
+	}
+	st := d.step
+	if st != nil && (st.vcpu != s.VCPU || !st.done) {
+		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, st.vcpu)
+	}
+	if st == nil {
+		// pausevcpu waits until the vCPU doesn't run, so after it every event of the
+		// others is latched, and can be taken: none will pause the domain again.
+		st = &step{vcpu: s.VCPU, patch: p}
+		d.step = st
+		for o := range d.nvcpu {
+			if o == s.VCPU {
+				continue
+			}
+			if err := d.hv.GdbsxPauseVCPU(o); err != nil {
+				return errors.Join(fmt.Errorf("hold vCPU %d: %w", o, mapErr(err)), d.endStep())
+			}
+			st.others = append(st.others, o)
+		}
+		if err := d.takeAll(); err != nil {
+			return errors.Join(err, d.endStep())
+		}
+	}
+	want := v.ctx
+	setRegs(&want.User, &s.Regs)
+	want.User.RFLAGS |= eflagTF
+	want.DebugReg[6] &^= dr6BS
+	if err := d.setContext(s.VCPU, &want); err != nil {
+		return errors.Join(err, d.endStep())
+	}
+	v.ctx = want
+	v.fresh = true
+	if !p.lifted {
+		if err := attempts(func() error { return d.lift(p) }); err != nil {
+			return errors.Join(err, d.endStep())
+		}
+		p.lifted = true
+	}
+	// An interrupt between here and the step would run over the lifted byte.
+	if addr, mask, ok := d.upcallMask(&v.ctx); ok && mask == 0 && st.masked == 0 {
+		if d.Write(v.ctx.CtrlReg[3], addr, []byte{1}) == nil {
+			st.masked = addr
+		}
+	}
+	st.done = false
+	v.stopped = false
+	d.pending--
+	// Everything owed: the other stops' vCPUs are held one by one now.
+	for d.owed > 0 {
+		if err := attempts(d.hv.Unpause); err != nil {
+			v.stopped = true
+			d.pending++
+			return errors.Join(err, d.endStep())
+		}
+		d.owed--
+	}
+	return nil
+}
+
+// pollStep looks whether the stepping vCPU has come to its debug exception.
+func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
+	st, err := d.hv.GdbsxDomStatus()
+	if err != nil {
+		return false, mapErr(err)
+	}
+	if !st.Paused {
+		return false, nil
+	}
+	v := &d.vcpus[d.step.vcpu]
+	if st.VCPU >= 0 && st.VCPU < d.nvcpu {
+		// An interrupt handler ran first and met another breakpoint.
+		d.owed++
+		h := &d.vcpus[st.VCPU]
+		if err := attempts(func() error { return d.hv.VCPUContext(st.VCPU, &h.ctx) }); err != nil {
+			return false, err
+		}
+		h.stopped, h.reason, h.at = true, breakpoint.Hit, h.ctx.User.RIP-1
+		d.pending++
+		d.fill(s, st.VCPU)
+		return true, nil
+	}
+	if d.frozen > 0 {
+		return false, nil
+	}
+	if err := d.hv.VCPUContext(d.step.vcpu, &d.scratch); err != nil {
+		return false, mapErr(err)
+	}
+	if d.scratch.DebugReg[6]&dr6BS == 0 {
+		return false, nil // somebody else paused the domain
+	}
+	v.ctx = d.scratch
+	v.ctx.User.RFLAGS &^= eflagTF
+	v.stopped, v.reason = true, breakpoint.Stepped
+	d.owed++
+	d.pending++
+	if p := d.step.patch; p.lifted {
+		if err := attempts(func() error { return d.drop(p) }); err != nil {
+			return false, err
+		}
+		p.lifted = false
+	}
+	d.step.done = true
+	d.fill(s, d.step.vcpu)
+	return true, nil
+}
+
+// endStep lets the other vCPUs go. The domain is paused, so they run with it.
+func (d *Debugger) endStep() error {
+	st := d.step
+	if st == nil {
+		return nil
+	}
+	var errs error
+	if p := st.patch; p.lifted {
+		if err := attempts(func() error { return d.drop(p) }); err != nil {
+			errs = errors.Join(errs, err)
+		} else {
+			p.lifted = false
+		}
+	}
+	if st.masked != 0 {
+		if err := attempts(func() error { return d.Write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err))
+		}
+		st.masked = 0
+	}
+	for len(st.others) > 0 {
+		o := st.others[len(st.others)-1]
+		if err := attempts(func() error { return d.hv.GdbsxUnpauseVCPU(o) }); err != nil {
+			return errors.Join(errs, fmt.Errorf("release vCPU %d: %w", o, err))
+		}
+		st.others = st.others[:len(st.others)-1]
+	}
+	d.step = nil
+	return errs
+}
+
+// Reinject implements breakpoint.Driver: Xen has no call for it, so the vCPU is
+// put at the guest's handler as Xen itself would have (bounce).
+func (d *Debugger) Reinject(s *breakpoint.Stop) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if v.stopped {
+		if v.reason != breakpoint.Hit {
+			return fmt.Errorf("vCPU %d isn't at a breakpoint", s.VCPU)
+		}
+		c := v.ctx
+		if err := d.bounce(s.VCPU, &c, 3, v.at+1); err != nil {
+			return err
+		}
+	}
+	return d.answered(s.VCPU)
+}
+
+const (
+	flatKernelCS = 0xe033 // FLAT_KERNEL_CS, xen/include/public/arch-x86/xen-x86_64.h
+	flatKernelSS = 0xe02b
+)
+
+// bounce delivers exception vector to a vCPU of a 64-bit PV guest that is in
+// kernel mode: the frame that the guest expects from Xen
+// (xen/arch/x86/x86_64/entry.S, create_bounce_frame; public/arch-x86/xen.h).
+func (d *Debugger) bounce(v int, c *xenctrl.VCPUContext, vector int, rip uint64) error {
+	t := c.Traps[vector]
+	if t.Address == 0 {
+		return fmt.Errorf("vCPU %d: the guest has no handler for vector %d", v, vector)
+	}
+	u := &c.User
+	maskAddr, maskByte, known := d.upcallMask(c)
+	mask := uint64(maskByte)
+	flags := u.RFLAGS &^ (eflagIF | eflagTF)
+	if mask == 0 {
+		flags |= eflagIF
+	}
+	sp := u.RSP &^ 15
+	frame := []uint64{u.RCX, u.R11, rip, uint64(u.CS&^3) | mask<<32, flags, u.RSP, uint64(u.SS)}
+	sp -= uint64(len(frame) * 8)
+	buf := make([]byte, 0, 64)
+	for _, w := range frame {
+		buf = binary.LittleEndian.AppendUint64(buf, w)
+	}
+	if err := d.Write(c.CtrlReg[3], sp, buf); err != nil {
+		return fmt.Errorf("vCPU %d: exception frame: %w", v, err)
+	}
+	u.RSP, u.RIP = sp, t.Address
+	u.CS, u.SS = flatKernelCS, flatKernelSS
+	u.RFLAGS &^= eflagTF | x86.FlagRF | x86.FlagNT | x86.FlagVM | x86.FlagAC
+	if err := d.setContext(v, c); err != nil {
+		return err
+	}
+	if known && t.Flags&xenctrl.TrapDisablesEvents != 0 {
+		return d.Write(c.CtrlReg[3], maskAddr, []byte{1})
+	}
+	return nil
+}
+
+// Close implements breakpoint.Driver.
+func (d *Debugger) Close(answer func(*breakpoint.Stop) error) error {
+	d.mu.Lock()
+	if d.closed {
+		d.mu.Unlock()
+		return nil
+	}
+	d.closed = true
+	d.mu.Unlock()
+	defer d.frames.close()
+	var errs error
+	if err := attempts(d.hv.Pause); err != nil {
+		if errors.Is(err, breakpoint.ErrGone) {
+			return nil
+		}
+		errs = errors.Join(errs, err)
+	} else {
+		defer func() { attempts(d.hv.Unpause) }()
+	}
+	// No vCPU runs: all their events are latched.
+	for range 8*d.nvcpu + 8 {
+		var s breakpoint.Stop
+		ok, err := d.poll(&s)
+		if err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		if !ok {
+			break
+		}
+		if err := answer(&s); err != nil {
+			errs = errors.Join(errs, err)
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.step != nil && !d.step.done {
+		// The step didn't come to its end: at least TF must not stay.
+		if c := &d.scratch; d.hv.VCPUContext(d.step.vcpu, c) == nil {
+			c.User.RFLAGS &^= eflagTF
+			errs = errors.Join(errs, d.setContext(d.step.vcpu, c))
+		}
+	}
+	errs = errors.Join(errs, d.endStep())
+	if err := attempts(func() error { return d.hv.SetDebugging(false) }); err != nil {
+		errs = errors.Join(errs, fmt.Errorf("detach debugger: %w", err))
+	}
+	d.pending = 0
+	return errors.Join(errs, d.release())
+}
+
+// regsOf returns the registers of a context.
+func regsOf(c *xenctrl.VCPUContext) x86.Regs {
+	u := &c.User
+	return x86.Regs{
+		R15: u.R15, R14: u.R14, R13: u.R13, R12: u.R12, BP: u.RBP, BX: u.RBX,
+		R11: u.R11, R10: u.R10, R9: u.R9, R8: u.R8,
+		AX: u.RAX, CX: u.RCX, DX: u.RDX, SI: u.RSI, DI: u.RDI,
+		IP: u.RIP, CS: uint64(u.CS), Flags: u.RFLAGS, SP: u.RSP, SS: uint64(u.SS),
+		FSBase: c.FSBase, GSBase: c.GSBaseKernel, CR3: c.CtrlReg[3],
+	}
+}
+
+// setRegs writes the registers that a handler can change.
+func setRegs(u *xenctrl.UserRegs, r *x86.Regs) {
+	u.R15, u.R14, u.R13, u.R12, u.RBP, u.RBX = r.R15, r.R14, r.R13, r.R12, r.BP, r.BX
+	u.R11, u.R10, u.R9, u.R8 = r.R11, r.R10, r.R9, r.R8
+	u.RAX, u.RCX, u.RDX, u.RSI, u.RDI = r.AX, r.CX, r.DX, r.SI, r.DI
+	u.RIP, u.RFLAGS, u.RSP = r.IP, r.Flags, r.SP
+}
+
+var _ breakpoint.Driver = (*Debugger)(nil)

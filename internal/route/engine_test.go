@@ -1,0 +1,278 @@
+package route_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/sim"
+)
+
+// host is a simulated Xen and how to attach to its guest.
+type host struct {
+	name string
+	cfg  sim.Config
+}
+
+func hosts() []host {
+	return []host{
+		{"pv", sim.Config{Kind: sim.PV, GDBSX: true, AVX: true}},
+		{"hvm-tf", sim.Config{Kind: sim.HVM, AVX: true}},
+		{"hvm-mtf", sim.Config{Kind: sim.HVM, MTF: true, AVX: true}},
+	}
+}
+
+// each runs f on every host, with one and several vCPUs.
+func each(t *testing.T, f func(t *testing.T, cfg sim.Config)) {
+	for _, h := range hosts() {
+		for _, n := range []int{1, 2, 4} {
+			t.Run(fmt.Sprintf("%s/%d", h.name, n), func(t *testing.T) {
+				cfg := h.cfg
+				cfg.VCPUs = n
+				cfg.Seed = uint64(n)
+				f(t, cfg)
+			})
+		}
+	}
+}
+
+func attach(m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
+	if cfg.Kind == sim.PV {
+		d, err := route.OpenDebugger(m.Hypervisor())
+		if err != nil {
+			return nil, err
+		}
+		d.SetVCPUInfo(m.VCPUInfo())
+		return d, nil
+	}
+	d, err := route.OpenMonitor(m.Hypervisor())
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// scratch proposes the machine's dead code.
+func scratch(m *sim.Machine) func(uint64, func(addr, size uint64) bool) {
+	return func(_ uint64, try func(addr, size uint64) bool) {
+		for _, g := range m.Gaps() {
+			if try(g.VA+16, g.Size-16) {
+				return
+			}
+		}
+	}
+}
+
+func never(uint64) bool { return false }
+
+// served runs f while the engine serves, and returns Serve's result.
+func served(t *testing.T, e *breakpoint.Engine, f func()) error {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.Serve(ctx, true)
+		done <- err
+	}()
+	f()
+	cancel()
+	err := <-done
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func quiesce(t *testing.T, m *sim.Machine) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := m.Quiesce(ctx); err != nil {
+		calls := slices.DeleteFunc(m.CallLog(), func(c sim.Call) bool { return c.Op == "gdbsx domstatus" || c.Op == "info" })
+		require.NoError(t, err, "%s\nlast calls: %v", m.State(), calls[max(0, len(calls)-30):])
+	}
+}
+
+// isOwn reports whether va is one of the guest's own breakpoints.
+func isOwn(m *sim.Machine, va uint64) bool {
+	for _, a := range m.OwnBreakpoints() {
+		if a == va {
+			return true
+		}
+	}
+	return false
+}
+
+// TestEveryInstruction probes each instruction of the guest in turn, in each way
+// of executing it, and compares the hits with the guest's own count.
+func TestEveryInstruction(t *testing.T) {
+	each(t, func(t *testing.T, cfg sim.Config) {
+		m := sim.New(cfg)
+		before := m.Text()
+		m.Start()
+		defer m.Stop()
+		for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.OutOfLine, breakpoint.InPlace, breakpoint.ByHypervisor} {
+			probed := 0
+			var stats breakpoint.Stats
+			for _, in := range m.Insns() {
+				// The first instruction of the guest's int3 handler looks how it was
+				// reached, and so would notice to be executed a second time.
+				if isOwn(m, in.VA) || in.VA == m.Symbol("int3_entry") {
+					continue
+				}
+				quiesce(t, m)
+				drv, err := attach(m, cfg)
+				require.NoError(t, err)
+				e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never, Method: method})
+				var pre, post uint64
+				p := &breakpoint.Probe{
+					Addr: in.VA,
+					Pre: func(c *breakpoint.Context) breakpoint.Verdict {
+						pre++
+						if c.Regs.IP != in.VA {
+							t.Errorf("pre handler at %#x, want %#x", c.Regs.IP, in.VA)
+						}
+						return breakpoint.Continue
+					},
+				}
+				if probed%2 == 0 && method != breakpoint.ByHypervisor {
+					p.Post = func(c *breakpoint.Context) breakpoint.Verdict {
+						post++
+						if c.Regs.Flags&0x100 != 0 {
+							t.Errorf("post handler at %#x sees TF", c.Regs.IP)
+						}
+						return breakpoint.Continue
+					}
+				}
+				if err := e.Register(p); err != nil {
+					require.ErrorIs(t, err, breakpoint.ErrNoWayPast, "%#x % x", in.VA, in.Bytes)
+					require.NoError(t, e.Close())
+					continue
+				}
+				probed++
+				executed := m.Executed(in.VA)
+				m.Release()
+				err = served(t, e, func() {
+					for i := 0; i < 400 && p.Hits() < 12; i++ {
+						time.Sleep(100 * time.Microsecond)
+					}
+					quiesce(t, m)
+				})
+				require.NoError(t, err, "%#x % x", in.VA, in.Bytes)
+				require.Empty(t, m.Oops(), "%#x % x in %s (method %d)", in.VA, in.Bytes, in.Func, method)
+				executed = m.Executed(in.VA) - executed
+				require.Equal(t, executed, p.Hits(), "%#x % x in %s (method %d)", in.VA, in.Bytes, in.Func, method)
+				require.Equal(t, executed, pre)
+				if p.Post != nil {
+					require.Equal(t, executed, post, "%#x % x", in.VA, in.Bytes)
+				}
+				require.NoError(t, e.Close())
+				s := e.Stats()
+				stats.Hits += s.Hits
+				stats.Emulated += s.Emulated
+				stats.OutOfLine += s.OutOfLine
+				stats.InPlace += s.InPlace
+				stats.Hypervisor += s.Hypervisor
+				require.Equal(t, before, m.Text())
+			}
+			t.Logf("method %d: %d instructions, %+v", method, probed, stats)
+			m.Release()
+			sim.Verify(t, m, before)
+		}
+	})
+}
+
+// TestInterleaved does random operations on many probes at once, fails a random
+// call now and then, and looks whether the guest is whole afterwards.
+func TestInterleaved(t *testing.T) {
+	rounds := 30
+	if testing.Short() {
+		rounds = 5
+	}
+	each(t, func(t *testing.T, cfg sim.Config) {
+		for seed := range rounds {
+			cfg.Seed = uint64(seed)*7919 + 1
+			r := rand.New(rand.NewPCG(cfg.Seed, 1))
+			m := sim.New(cfg)
+			before := m.Text()
+			m.Start()
+			interleave(t, m, cfg, r)
+			if t.Failed() {
+				t.Logf("seed %d", cfg.Seed)
+			}
+			m.Release()
+			sim.Verify(t, m, before)
+			m.Stop()
+			require.False(t, m.Attached() || m.MonitorOpen(), "still attached")
+			require.Zero(t, m.Mappings(), "mappings left")
+			require.Zero(t, m.Pauses(), "pauses left")
+			if t.Failed() {
+				return
+			}
+		}
+	})
+}
+
+func interleave(t *testing.T, m *sim.Machine, cfg sim.Config, r *rand.Rand) {
+	if r.IntN(2) == 0 {
+		m.FailCall(1+r.IntN(60), fmt.Errorf("injected: %w", syscall.ENOMEM))
+	}
+	drv, err := attach(m, cfg)
+	if err != nil {
+		require.ErrorContains(t, err, "injected")
+		return
+	}
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: func(a uint64) bool { return a%5 == 0 }})
+	insns := m.Insns()
+	var probes []*breakpoint.Probe
+	serving, stopServing := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for serving.Err() == nil {
+			e.Serve(serving, true)
+		}
+	}()
+	for range 40 {
+		switch r.IntN(5) {
+		case 0, 1:
+			in := insns[r.IntN(len(insns))]
+			p := &breakpoint.Probe{Addr: in.VA}
+			if r.IntN(2) == 0 {
+				p.Pre = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }
+			}
+			if r.IntN(2) == 0 {
+				p.Post = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Verdict(r.IntN(2) / 2) }
+			}
+			if e.Register(p) == nil {
+				probes = append(probes, p)
+			}
+		case 2:
+			if len(probes) > 0 {
+				i := r.IntN(len(probes))
+				e.Unregister(probes[i])
+				probes = append(probes[:i], probes[i+1:]...)
+			}
+		case 3:
+			time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
+		case 4:
+			if r.IntN(4) == 0 {
+				m.FailCall(1+r.IntN(40), fmt.Errorf("injected: %w", syscall.EAGAIN))
+			}
+		}
+	}
+	stopServing()
+	<-done
+	// A failure may be reported, but nothing may be left behind.
+	if err := e.Close(); err != nil {
+		t.Logf("close: %v", err)
+	}
+}

@@ -1,0 +1,262 @@
+package route
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Errors that say why a guest can't be probed.
+var (
+	// ErrNoGDBSX: a PV guest needs a hypervisor built with CONFIG_GDBSX.
+	ErrNoGDBSX = errors.New("this Xen is built without CONFIG_GDBSX, which breakpoints in a PV guest need: " +
+		"boot a hypervisor built with CONFIG_EXPERT=y and CONFIG_GDBSX=y, or run the guest as PVH or HVM")
+	// ErrNoMonitor: an HVM or PVH guest needs vm_event software breakpoints.
+	ErrNoMonitor = errors.New("this Xen doesn't offer vm_event software breakpoints for the guest: " +
+		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
+	// ErrBusy: somebody else debugs or monitors the guest.
+	ErrBusy = errors.New("another tool debugs or monitors this guest, or one that died did: end it; " +
+		"if there is none, `xen-access` or a second try clears a monitor that was left behind")
+)
+
+// guest is what both routes have in common: memory and patched bytes.
+type guest struct {
+	hv     Hypervisor
+	frames *frames
+	mem    atomic.Pointer[xenaccess.Memory]
+
+	rootMu sync.Mutex
+	root   xenaccess.Root // 0: ask roots each time
+	la57   bool
+
+	// roots returns page-table roots that may map the kernel, best first.
+	roots func() ([]xenaccess.Root, error)
+
+	breaksMu sync.Mutex
+	breaks   map[uint64]*patch
+}
+
+// patch is a breakpoint in the guest's text.
+type patch struct {
+	addr    uint64
+	insn    x86.Insn
+	written []byte // the breakpoint and, at a NOP, what follows it
+	lifted  bool
+}
+
+func newGuest(hv Hypervisor) *guest {
+	g := &guest{hv: hv, frames: newFrames(hv), breaks: make(map[uint64]*patch)}
+	g.mem.Store(xenaccess.New(g.frames))
+	return g
+}
+
+// SetKernelRoot fixes the page-table root through which kernel memory is
+// reached outside of a hit: the kernel's init_top_pgt, which never goes away.
+func (g *guest) SetKernelRoot(r xenaccess.Root) {
+	g.rootMu.Lock()
+	defer g.rootMu.Unlock()
+	g.root = r
+}
+
+// Translate resolves a kernel address.
+func (g *guest) Translate(addr uint64) (t xenaccess.Translation, err error) {
+	err = g.withRoot(0, func(r xenaccess.Root) (err error) {
+		t, err = g.mem.Load().Translate(r, xenaccess.VAddr(addr))
+		return err
+	})
+	return t, err
+}
+
+// withRoot calls f with cr3, or with candidates for the kernel's root until one
+// maps what f wants.
+func (g *guest) withRoot(cr3 uint64, f func(xenaccess.Root) error) error {
+	if cr3 != 0 {
+		return mapErr(f(xenaccess.Root(cr3)))
+	}
+	g.rootMu.Lock()
+	root := g.root
+	g.rootMu.Unlock()
+	if root != 0 {
+		return mapErr(f(root))
+	}
+	roots, err := g.roots()
+	if err != nil {
+		return mapErr(err)
+	}
+	for _, r := range roots {
+		if err = f(r); err == nil {
+			return nil
+		}
+	}
+	return mapErr(err)
+}
+
+func (g *guest) Read(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r xenaccess.Root) error {
+		_, err := g.mem.Load().Read(r, xenaccess.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Write(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r xenaccess.Root) error {
+		_, err := g.mem.Load().Write(r, xenaccess.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Store(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r xenaccess.Root) error {
+		_, err := g.mem.Load().Store(r, xenaccess.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Patch(addr uint64, b []byte) error { return g.Write(0, addr, b) }
+
+// insert plants a breakpoint: an int3, and at a NOP of two bytes or more a
+// shorter NOP behind it if nopTail, so that a vCPU which resumes after the int3
+// has executed the original.
+func (g *guest) insert(addr uint64, in *x86.Insn, nopTail bool) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if g.breaks[addr] != nil {
+		return fmt.Errorf("breakpoint at %#x is there already", addr)
+	}
+	cur := make([]byte, in.Len)
+	if err := g.Read(0, addr, cur); err != nil {
+		return err
+	}
+	if !bytes.Equal(cur, in.Bytes()) {
+		return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, addr, cur, in.Bytes())
+	}
+	p := &patch{addr: addr, insn: *in, written: []byte{0xcc}}
+	if nopTail && in.IsNop() && in.Len >= 2 && in.Len <= len(nops) {
+		p.written = append(p.written, nops[in.Len-2]...)
+	}
+	// The int3 goes in last and comes out first.
+	if err := g.writeTail(p, p.written); err != nil {
+		return err
+	}
+	if err := g.Write(0, addr, p.written[:1]); err != nil {
+		return errors.Join(err, g.writeTail(p, p.insn.Bytes()))
+	}
+	g.breaks[addr] = p
+	return nil
+}
+
+func (g *guest) writeTail(p *patch, from []byte) error {
+	if len(p.written) == 1 {
+		return nil
+	}
+	return g.Write(0, p.addr+1, from[1:len(p.written)])
+}
+
+// nops[n-1] is a NOP of n bytes (Intel SDM vol. 2, NOP).
+var nops = [][]byte{
+	{0x90},
+	{0x66, 0x90},
+	{0x0f, 0x1f, 0x00},
+	{0x0f, 0x1f, 0x40, 0x00},
+	{0x0f, 0x1f, 0x44, 0x00, 0x00},
+	{0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00},
+	{0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00},
+	{0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00},
+}
+
+// remove restores the bytes of a breakpoint and forgets it.
+func (g *guest) remove(addr uint64) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	p := g.breaks[addr]
+	if p == nil {
+		return nil
+	}
+	if !p.lifted {
+		if err := g.lift(p); err != nil {
+			if errors.Is(err, breakpoint.ErrTextChanged) {
+				delete(g.breaks, addr)
+			}
+			return err
+		}
+	}
+	delete(g.breaks, addr)
+	return nil
+}
+
+// lift puts the original bytes back, drop the breakpoint again.
+func (g *guest) lift(p *patch) error {
+	cur := make([]byte, len(p.written))
+	if err := g.Read(0, p.addr, cur); err != nil {
+		return err
+	}
+	orig := p.insn.Bytes()[:len(p.written)]
+	if !bytes.Equal(cur, p.written) {
+		// A restore that failed halfway left the int3 in front of the original tail.
+		if cur[0] != 0xcc || !bytes.Equal(cur[1:], orig[1:]) {
+			return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, p.addr, cur, p.written)
+		}
+	}
+	if err := g.writeTail(p, orig); err != nil {
+		return err
+	}
+	return g.Write(0, p.addr, orig[:1])
+}
+
+func (g *guest) drop(p *patch) error {
+	if err := g.writeTail(p, p.written); err != nil {
+		return err
+	}
+	return g.Write(0, p.addr, p.written[:1])
+}
+
+func (g *guest) breakAt(addr uint64) *patch {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	return g.breaks[addr]
+}
+
+// checkAlive returns ErrGone if the domain is dying or has shut down.
+func (g *guest) checkAlive() error {
+	info, err := g.hv.Info()
+	if err != nil {
+		return mapErr(err)
+	}
+	if info.Gone() {
+		return fmt.Errorf("%w: domain %d is dying or has shut down", breakpoint.ErrGone, info.ID)
+	}
+	return nil
+}
+
+// mapErr gives errors of Xen and of page walks the engine's names.
+func mapErr(err error) error {
+	switch {
+	case err == nil, errors.Is(err, breakpoint.ErrGone):
+		return err
+	case errors.Is(err, xenctrl.ErrNoDomain), errors.Is(err, syscall.ESRCH):
+		return fmt.Errorf("%w: %w", breakpoint.ErrGone, err)
+	case errors.Is(err, xenaccess.ErrNotMapped):
+		return fmt.Errorf("%w: %w", breakpoint.ErrNotMapped, err)
+	}
+	return err
+}
+
+// attempts makes a call that must not fail a few times.
+func attempts(f func() error) (err error) {
+	for range 3 {
+		if err = mapErr(f()); err == nil || errors.Is(err, breakpoint.ErrGone) {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return err
+}

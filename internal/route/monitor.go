@@ -1,0 +1,499 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// MonitorRoute is the monitor route: an HVM or PVH guest whose int3s are
+// vm_event requests. A request carries the vCPU's registers and stops that vCPU
+// only; the response sets them, or has Xen emulate an instruction.
+type MonitorRoute struct {
+	*guest
+	caps xenctrl.MonitorCaps
+
+	// mu guards the ring and what follows it.
+	mu      sync.Mutex
+	mon     Monitor
+	nvcpu   int
+	vcpus   []monitored
+	frozen  int
+	notify  bool // responses are on the ring that Xen hasn't been told of
+	step    *step
+	trapMon bool // debug-exception events are on
+	closed  bool
+	checked time.Time
+	online  int
+}
+
+// monitored is a vCPU and the request that stopped it.
+type monitored struct {
+	ev        xenctrl.Event
+	stopped   bool
+	responded bool
+}
+
+// OpenMonitor attaches to an HVM or PVH guest.
+func OpenMonitor(hv Hypervisor) (_ *MonitorRoute, err error) {
+	info, err := hv.Info()
+	if err != nil {
+		return nil, mapErr(err)
+	}
+	caps, err := hv.MonitorCapabilities()
+	if err != nil {
+		return nil, fmt.Errorf("%w (monitor capabilities: %w)", ErrNoMonitor, mapErr(err))
+	}
+	if caps&xenctrl.MonitorSoftwareBreakpoint == 0 {
+		return nil, fmt.Errorf("%w (capabilities %#x)", ErrNoMonitor, uint32(caps))
+	}
+	if info.Flags&xenctrl.DomainDebugged != 0 {
+		return nil, ErrBusy // an attached debugger takes every int3 before vm_event does
+	}
+	m := &MonitorRoute{guest: newGuest(hv), caps: caps, nvcpu: info.MaxVCPUID + 1}
+	if m.nvcpu < 1 || m.nvcpu > xenctrl.MaxVCPUs {
+		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
+	}
+	m.vcpus = make([]monitored, m.nvcpu)
+	m.roots = m.currentRoots
+	if m.mon, err = hv.OpenMonitor(); err != nil {
+		if errors.Is(err, xenctrl.ErrBusy) {
+			return nil, fmt.Errorf("%w (%w)", ErrBusy, err)
+		}
+		return nil, fmt.Errorf("attach monitor: %w", mapErr(err))
+	}
+	if err := attempts(func() error { return already(m.mon.SetSoftwareBreakpoint(true)) }); err != nil {
+		return nil, errors.Join(fmt.Errorf("monitor software breakpoints: %w", err), m.mon.Close())
+	}
+	return m, nil
+}
+
+// already forgives that a setting is as it is wanted, which Xen calls an error:
+// a predecessor that died may have left it so (xen/arch/x86/monitor.c).
+func already(err error) error {
+	if errors.Is(err, syscall.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+const cr4LA57 = 1 << 12
+
+// currentRoots returns page tables that vCPUs use now. A vCPU in user mode may
+// use the tables of page-table isolation, whose kernel half is the table before
+// (arch/x86/entry/calling.h, PTI_USER_PGTABLE_MASK).
+func (m *MonitorRoute) currentRoots() ([]xenaccess.Root, error) {
+	var roots []xenaccess.Root
+	var errs error
+	for v := range m.nvcpu {
+		c, err := m.hv.HVMCPU(v)
+		if err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		if c.CR4&cr4LA57 != 0 {
+			m.useLA57()
+		}
+		roots = append(roots, xenaccess.Root(c.CR3), xenaccess.Root(c.CR3&^0x1000))
+	}
+	if len(roots) == 0 {
+		return nil, errs
+	}
+	return roots, nil
+}
+
+func (g *guest) useLA57() {
+	g.rootMu.Lock()
+	defer g.rootMu.Unlock()
+	if !g.la57 {
+		g.la57 = true
+		g.mem.Store(xenaccess.New5Level(g.frames))
+	}
+}
+
+// Caps implements breakpoint.Driver. Without a hypercall that holds single
+// vCPUs, only a guest with one vCPU can be stepped in place.
+func (m *MonitorRoute) Caps() breakpoint.Caps {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now := time.Now(); m.online == 0 || now.Sub(m.checked) > time.Second {
+		if info, err := m.hv.Info(); err == nil {
+			m.online, m.checked = info.OnlineVCPUs, now
+		}
+	}
+	canTrap := m.caps&(xenctrl.MonitorSingleStep|xenctrl.MonitorDebugException) != 0
+	return breakpoint.Caps{VCPUs: m.nvcpu, Emulate: true, Step: m.online == 1 && canTrap}
+}
+
+// InsertBreak implements breakpoint.Driver.
+func (m *MonitorRoute) InsertBreak(addr uint64, in *x86.Insn) error {
+	return m.insert(addr, in, false)
+}
+
+// RemoveBreak implements breakpoint.Driver.
+func (m *MonitorRoute) RemoveBreak(addr uint64) error { return m.remove(addr) }
+
+// Freeze implements breakpoint.Driver.
+func (m *MonitorRoute) Freeze() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.hv.Pause(); err != nil {
+		return mapErr(err)
+	}
+	m.frozen++
+	return nil
+}
+
+// Thaw implements breakpoint.Driver.
+func (m *MonitorRoute) Thaw() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.frozen == 0 {
+		return nil
+	}
+	if err := m.hv.Unpause(); err != nil {
+		return mapErr(err)
+	}
+	m.frozen--
+	return nil
+}
+
+// Wait implements breakpoint.Driver.
+func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
+	for {
+		ok, err := m.poll(s)
+		if ok || err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		// Wake up now and then to see whether the domain is alive.
+		wctx, cancel := context.WithTimeout(ctx, aliveEvery)
+		err = m.mon.Wait(wctx)
+		cancel()
+		if err != nil {
+			if err := m.checkAlive(); err != nil {
+				return err
+			}
+			if wctx.Err() == nil {
+				return mapErr(err)
+			}
+		}
+	}
+}
+
+// poll returns one stop, if there is one.
+func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.flush(); err != nil {
+		return false, err
+	}
+	for {
+		var ev xenctrl.Event
+		ok, err := m.mon.Next(&ev)
+		if err != nil || !ok {
+			return false, mapErr(err)
+		}
+		if ev.VCPU < 0 || ev.VCPU >= m.nvcpu {
+			// A vCPU that came up since. Nothing is known of it: let it go on.
+			if err := m.respond(&ev, 0); err != nil {
+				return false, err
+			}
+			continue
+		}
+		v := &m.vcpus[ev.VCPU]
+		v.ev, v.stopped, v.responded = ev, true, false
+		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3}
+		switch ev.Reason {
+		case xenctrl.ReasonSoftwareBreakpoint:
+			s.Reason = breakpoint.Hit
+			return true, nil
+		case xenctrl.ReasonSingleStep, xenctrl.ReasonDebugException:
+			if st := m.step; st != nil && st.vcpu == ev.VCPU && !st.done {
+				if p := st.patch; p.lifted {
+					if err := attempts(func() error { return m.drop(p) }); err != nil {
+						return false, err
+					}
+					p.lifted = false
+				}
+				st.done = true
+				s.Reason = breakpoint.Stepped
+				return true, nil
+			}
+			if err := m.giveBack(v); err != nil {
+				return false, err
+			}
+		default:
+			if err := m.answer(v, &ev, 0); err != nil {
+				return false, err
+			}
+		}
+	}
+}
+
+// giveBack returns a debug exception of the guest's own to it.
+func (m *MonitorRoute) giveBack(v *monitored) error {
+	ev := v.ev
+	if ev.Reason == xenctrl.ReasonDebugException {
+		if err := attempts(func() error {
+			return m.hv.InjectEvent(ev.VCPU, xenctrl.VectorDebug, ev.Type, noErrorCode, ev.InsnLen, ev.Pending)
+		}); err != nil {
+			return err
+		}
+	}
+	return m.answer(v, &ev, 0)
+}
+
+// noErrorCode (X86_EVENT_NO_EC, xen/arch/x86/include/asm/x86_emulate.h).
+const noErrorCode = ^uint32(0)
+
+// answer responds to v's request and notifies Xen. When it fails it may be
+// called again, and does what is still to be done.
+func (m *MonitorRoute) answer(v *monitored, ev *xenctrl.Event, flags xenctrl.EventFlags) error {
+	if !v.stopped {
+		return m.flush()
+	}
+	if !v.responded {
+		if err := m.respond(ev, flags); err != nil {
+			return err
+		}
+		v.responded = true
+	}
+	v.stopped = false
+	return m.flush()
+}
+
+func (m *MonitorRoute) respond(ev *xenctrl.Event, flags xenctrl.EventFlags) error {
+	ev.Flags = ev.Flags&xenctrl.EventVCPUPaused | flags
+	if err := attempts(func() error { return m.mon.Respond(ev) }); err != nil {
+		return fmt.Errorf("vCPU %d: respond: %w", ev.VCPU, err)
+	}
+	m.notify = true
+	return nil
+}
+
+func (m *MonitorRoute) flush() error {
+	if !m.notify {
+		return nil
+	}
+	if err := attempts(m.mon.Notify); err != nil {
+		return fmt.Errorf("notify Xen: %w", err)
+	}
+	m.notify = false
+	return nil
+}
+
+func (m *MonitorRoute) stopOf(s *breakpoint.Stop) (*monitored, error) {
+	if s.VCPU < 0 || s.VCPU >= m.nvcpu {
+		return nil, fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
+	}
+	return &m.vcpus[s.VCPU], nil
+}
+
+// Resume implements breakpoint.Driver.
+func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, err := m.stopOf(s)
+	if err != nil {
+		return err
+	}
+	var flags xenctrl.EventFlags
+	if m.step != nil && m.step.vcpu == s.VCPU && m.step.done {
+		if flags, err = m.endStep(); err != nil {
+			return err
+		}
+	}
+	ev := v.ev
+	setEventRegs(&ev.Regs, &s.Regs)
+	if ev.Regs != v.ev.Regs {
+		flags |= xenctrl.EventSetRegisters
+	}
+	return m.answer(v, &ev, flags)
+}
+
+// Emulate implements breakpoint.Driver.
+func (m *MonitorRoute) Emulate(s *breakpoint.Stop, in *x86.Insn) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, err := m.stopOf(s)
+	if err != nil {
+		return err
+	}
+	ev := v.ev
+	// Xen fetches the instruction from these 16 bytes; NOPs fill them.
+	for i := copy(ev.InsnData[:], in.Bytes()); i < len(ev.InsnData); i++ {
+		ev.InsnData[i] = 0x90
+	}
+	return m.answer(v, &ev, xenctrl.EventEmulate|xenctrl.EventSetEmulInsnData)
+}
+
+// StepOver implements breakpoint.Driver.
+func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, err := m.stopOf(s)
+	if err != nil {
+		return err
+	}
+	p := m.breakAt(addr)
+	if p == nil {
+		return fmt.Errorf("step over %#x: no breakpoint there", addr)
+	}
+	if m.step != nil && (m.step.vcpu != s.VCPU || !m.step.done) {
+		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, m.step.vcpu)
+	}
+	mtf := m.caps&xenctrl.MonitorSingleStep != 0
+	again := m.step != nil
+	ev := v.ev
+	setEventRegs(&ev.Regs, &s.Regs)
+	var flags xenctrl.EventFlags
+	if !m.trapMon {
+		on := func() error { return m.mon.SetDebugExceptions(true, true) }
+		if mtf {
+			on = func() error { return m.mon.SetSingleStep(true) }
+		}
+		if err := attempts(func() error { return already(on()) }); err != nil {
+			return fmt.Errorf("monitor single steps: %w", err)
+		}
+		m.trapMon = true
+	}
+	if mtf {
+		if !again {
+			flags |= xenctrl.EventToggleSingleStep // and again when it is done
+		}
+	} else {
+		// Interrupts are off, as the step would end in their handler.
+		ev.Regs.RFLAGS = ev.Regs.RFLAGS&^eflagIF | eflagTF
+	}
+	if ev.Regs != v.ev.Regs {
+		flags |= xenctrl.EventSetRegisters
+	}
+	if err := attempts(func() error { return m.lift(p) }); err != nil {
+		return err
+	}
+	p.lifted = true
+	m.step = &step{vcpu: s.VCPU, patch: p}
+	if err := m.answer(v, &ev, flags); err != nil && !v.responded {
+		m.step = nil
+		return errors.Join(err, m.drop(p))
+	}
+	return nil
+}
+
+// endStep returns the flags of the response to the stop that ended a step.
+func (m *MonitorRoute) endStep() (xenctrl.EventFlags, error) {
+	m.step = nil
+	if m.caps&xenctrl.MonitorSingleStep != 0 {
+		return xenctrl.EventToggleSingleStep, nil
+	}
+	return 0, nil
+}
+
+// Reinject implements breakpoint.Driver.
+func (m *MonitorRoute) Reinject(s *breakpoint.Stop) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, err := m.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if v.stopped && !v.responded {
+		ev := &v.ev
+		if err := attempts(func() error {
+			return m.hv.InjectEvent(ev.VCPU, xenctrl.VectorBreakpoint, ev.Type, noErrorCode, ev.InsnLen, 0)
+		}); err != nil {
+			return fmt.Errorf("vCPU %d: inject breakpoint: %w", s.VCPU, err)
+		}
+	}
+	ev := v.ev
+	return m.answer(v, &ev, 0)
+}
+
+// Close implements breakpoint.Driver.
+func (m *MonitorRoute) Close(answer func(*breakpoint.Stop) error) error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	m.mu.Unlock()
+	defer m.frames.close()
+	var errs error
+	if err := attempts(m.hv.Pause); err != nil {
+		if errors.Is(err, breakpoint.ErrGone) {
+			m.mon.Close()
+			return nil
+		}
+		errs = errors.Join(errs, err)
+	} else {
+		defer func() { attempts(m.hv.Unpause) }()
+	}
+	// A ring holds eight requests; a vCPU that found it full puts its own there
+	// when there is room.
+	for range 4*m.nvcpu + 16 {
+		var s breakpoint.Stop
+		ok, err := m.poll(&s)
+		if err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		if !ok {
+			break
+		}
+		if err := answer(&s); err != nil {
+			errs = errors.Join(errs, err)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	off := func(what string, f func() error) {
+		if err := attempts(func() error { return already(f()) }); err != nil && !errors.Is(err, breakpoint.ErrGone) {
+			errs = errors.Join(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	if m.trapMon {
+		if m.caps&xenctrl.MonitorSingleStep != 0 {
+			off("stop monitoring single steps", func() error { return m.mon.SetSingleStep(false) })
+			for v := range m.nvcpu {
+				m.hv.DebugControl(v, false)
+			}
+		} else {
+			off("stop monitoring debug exceptions", func() error { return m.mon.SetDebugExceptions(false, false) })
+		}
+	}
+	off("stop monitoring breakpoints", func() error { return m.mon.SetSoftwareBreakpoint(false) })
+	off("notify Xen", m.flush)
+	off("detach monitor", m.mon.Close)
+	return errs
+}
+
+func regsOfEvent(e *xenctrl.EventRegs) x86.Regs {
+	return x86.Regs{
+		R15: e.R15, R14: e.R14, R13: e.R13, R12: e.R12, BP: e.RBP, BX: e.RBX,
+		R11: e.R11, R10: e.R10, R9: e.R9, R8: e.R8,
+		AX: e.RAX, CX: e.RCX, DX: e.RDX, SI: e.RSI, DI: e.RDI,
+		IP: e.RIP, CS: uint64(e.CS), Flags: e.RFLAGS, SP: e.RSP, SS: uint64(e.SS),
+		FSBase: e.FSBase, GSBase: e.GSBase, CR3: e.CR3,
+	}
+}
+
+func setEventRegs(e *xenctrl.EventRegs, r *x86.Regs) {
+	e.R15, e.R14, e.R13, e.R12, e.RBP, e.RBX = r.R15, r.R14, r.R13, r.R12, r.BP, r.BX
+	e.R11, e.R10, e.R9, e.R8 = r.R11, r.R10, r.R9, r.R8
+	e.RAX, e.RCX, e.RDX, e.RSI, e.RDI = r.AX, r.CX, r.DX, r.SI, r.DI
+	e.RIP, e.RFLAGS, e.RSP = r.IP, r.Flags, r.SP
+}
+
+var _ breakpoint.Driver = (*MonitorRoute)(nil)

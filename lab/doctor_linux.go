@@ -1,0 +1,142 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/lab/internal/job"
+)
+
+// tool is something of this machine that the lab calls. It is looked for by
+// its files, so that a hand-made installation counts too.
+type tool struct {
+	pkg   string
+	files []string // each must be there: a program, or the path of a file
+	hosts []string // nil: all
+}
+
+var tools = []tool{
+	{"apt", []string{"apt-get", "apt-cache"}, nil},
+	{"dpkg", []string{"dpkg-deb"}, nil},
+	{"qemu-system-x86", []string{"qemu-system-x86_64"}, []string{job.PV, job.PVStock}},
+	{"gcc", []string{"gcc"}, []string{job.PV}},
+	{"libc6-dev", []string{"/usr/include/stdio.h"}, []string{job.PV}},
+	{"make", []string{"make"}, []string{job.PV}},
+	{"flex", []string{"flex"}, []string{job.PV}},
+	{"bison", []string{"bison"}, []string{job.PV}},
+	{"bc", []string{"bc"}, []string{job.PV}},
+	{"python3", []string{"python3"}, []string{job.PV}},
+	{"dpkg-dev", []string{"dpkg-source"}, []string{job.PV}},
+	{"xz-utils", []string{"xz"}, []string{job.PV}},
+	{"bochs", []string{"bochs"}, []string{job.HVM}},
+	{"bochsbios", []string{"/usr/share/bochs/BIOS-bochs-latest"}, []string{job.HVM}},
+	{"vgabios", []string{"/usr/share/vgabios/vgabios.bin"}, []string{job.HVM}},
+	{"bochs-term", []string{"/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so"}, []string{job.HVM}},
+	{"grub-pc-bin", []string{"/usr/lib/grub/i386-pc/multiboot2.mod"}, []string{job.HVM}},
+	{"grub-common", []string{"grub-mkrescue"}, []string{job.HVM}},
+	{"xorriso", []string{"xorriso"}, []string{job.HVM}},
+	{"mtools", []string{"mformat"}, []string{job.HVM}},
+}
+
+// missing returns the Debian packages that the hosts need and that are not
+// there.
+func missing(hosts ...string) []string {
+	var pkgs []string
+	for _, t := range tools {
+		wanted := t.hosts == nil || slices.ContainsFunc(t.hosts, func(h string) bool { return slices.Contains(hosts, h) })
+		if wanted && slices.ContainsFunc(t.files, absent) {
+			pkgs = append(pkgs, t.pkg)
+		}
+	}
+	return pkgs
+}
+
+func absent(file string) bool {
+	var err error
+	if strings.HasPrefix(file, "/") {
+		_, err = os.Stat(file)
+	} else {
+		_, err = exec.LookPath(file)
+	}
+	return err != nil
+}
+
+func installArgs(pkgs []string) []string {
+	return append([]string{"apt-get", "install", "--no-install-recommends", "-y"}, pkgs...)
+}
+
+// requireTools fails with the command that helps if something is missing.
+func requireTools(hosts ...string) error {
+	pkgs := missing(hosts...)
+	if len(pkgs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("this machine lacks packages for the lab's %s host; install them (or run: lab install):\n  sudo %s",
+		strings.Join(hosts, ", "), strings.Join(installArgs(pkgs), " "))
+}
+
+func doctor(ctx context.Context, out io.Writer) error {
+	fail := false
+	for _, h := range []string{job.PV, job.PVStock, job.HVM} {
+		if pkgs := missing(h); len(pkgs) > 0 {
+			fail = true
+			fmt.Fprintf(out, "%-9s missing: %s\n", h, strings.Join(pkgs, " "))
+		} else {
+			fmt.Fprintf(out, "%-9s all tools are there\n", h)
+		}
+	}
+	c, err := openCache()
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "cache     %s\n", c.dir)
+	for _, h := range []string{job.PV, job.PVStock, job.HVM} {
+		if _, err := c.load(h); err != nil {
+			fmt.Fprintf(out, "%-9s not built: lab build %s\n", h, h)
+		} else {
+			fmt.Fprintf(out, "%-9s built\n", h)
+		}
+	}
+	if err := kvmWorks(ctx); err != nil {
+		fmt.Fprintf(out, "kvm       not usable: %v\n", err)
+	} else if err := kvmNests(); err != nil {
+		fmt.Fprintf(out, "kvm       usable for pv, not for hvm: %v\n", err)
+	} else {
+		fmt.Fprintln(out, "kvm       usable")
+	}
+	if fail {
+		fmt.Fprintf(out, "\nInstall what is missing (or run: lab install):\n  sudo %s\n",
+			strings.Join(installArgs(missing(job.PV, job.PVStock, job.HVM)), " "))
+		return &exitError{code: 1}
+	}
+	return nil
+}
+
+func install(ctx context.Context) error {
+	pkgs := missing(job.PV, job.PVStock, job.HVM)
+	if len(pkgs) == 0 {
+		fmt.Println("nothing is missing")
+		return nil
+	}
+	args := installArgs(pkgs)
+	if os.Geteuid() != 0 {
+		if absent("sudo") {
+			return errors.New("not root, and no sudo; as root run:\n  " + strings.Join(args, " "))
+		}
+		args = append([]string{"sudo"}, args...)
+	}
+	fmt.Println("+", strings.Join(args, " "))
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w (is \"apt-get update\" due?)", strings.Join(args, " "), err)
+	}
+	return nil
+}

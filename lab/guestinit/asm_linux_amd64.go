@@ -1,0 +1,25 @@
+package main
+
+// openLoop makes n openat(2) calls of path and closes what they open. If
+// pattern is not nil it is live in ymm registers all the while, and bad counts
+// the calls behind which it was no longer there. made counts the calls as they
+// are made.
+//
+//go:noescape
+func openLoop(path *byte, n uint64, pattern *[32]byte) (made, failed, bad uint64)
+
+// ymmLoop keeps pattern live in ymm registers while it spins and then sleeps
+// for pause, and returns 1 if it was damaged.
+//
+//go:noescape
+func ymmLoop(pattern *[32]byte, spins uint64, pause *[2]int64) (bad uint64)
+
+// int3Loop executes n int3 instructions.
+func int3Loop(n uint64)
+
+// trapAddresses returns the addresses of the SIGTRAP handler, which counts in
+// traps, and of the code that returns from it.
+func trapAddresses() (handler, restorer uintptr)
+
+// traps counts the SIGTRAPs that came. It is written by the handler.
+var traps uint64

@@ -1,0 +1,221 @@
+package main
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"unsafe"
+
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// int3User executes n int3 in user mode under a SIGTRAP handler of our own
+// (the runtime's would end the process).
+func int3User(n uint64) (string, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	// What the kernel's rt_sigaction(2) takes.
+	type sigaction struct {
+		handler  uintptr
+		flags    uint64
+		restorer uintptr
+		mask     uint64
+	}
+	const (
+		saOnStack  = 0x08000000
+		saRestorer = 0x04000000
+		saSiginfo  = 0x4
+	)
+	handler, restorer := trapAddresses()
+	act := sigaction{handler: handler, restorer: restorer, flags: saOnStack | saRestorer | saSiginfo}
+	var old sigaction
+	if _, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(unix.SIGTRAP), uintptr(unsafe.Pointer(&act)), uintptr(unsafe.Pointer(&old)), 8, 0, 0); errno != 0 {
+		return "", fmt.Errorf("int3user: rt_sigaction: %w", errno)
+	}
+	before := atomic.LoadUint64(&traps)
+	int3Loop(n)
+	got := atomic.LoadUint64(&traps) - before
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(unix.SIGTRAP), uintptr(unsafe.Pointer(&old)), 0, 8, 0, 0)
+	return fmt.Sprintf("int3user sent=%d sigtraps=%d", n, got), nil
+}
+
+// addresses returns the addresses of the named symbols, in the order of
+// /proc/kallsyms.
+func addresses(names ...string) (map[string][]uint64, error) {
+	f, err := os.Open("/proc/kallsyms")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	found := map[string][]uint64{}
+	for in := bufio.NewScanner(f); in.Scan(); {
+		fields := strings.Fields(in.Text())
+		if len(fields) < 3 {
+			continue
+		}
+		for _, name := range names {
+			if fields[2] == name {
+				a, err := strconv.ParseUint(fields[0], 16, 64)
+				if err != nil {
+					return nil, err
+				}
+				found[name] = append(found[name], a)
+			}
+		}
+	}
+	return found, nil
+}
+
+func kallsyms(name string) (string, error) {
+	found, err := addresses(name)
+	if err != nil {
+		return "", err
+	}
+	if len(found[name]) == 0 {
+		return "", fmt.Errorf("kallsyms: no symbol %q", name)
+	}
+	reply := "kallsyms " + name
+	for _, a := range found[name] {
+		reply += fmt.Sprintf(" %#x", a)
+	}
+	return reply, nil
+}
+
+// kernelMemory reads the kernel's own virtual memory.
+func kernelMemory(address, size uint64) ([]byte, error) {
+	f, err := elf.Open("/proc/kcore")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_LOAD && p.Vaddr <= address && address+size <= p.Vaddr+p.Memsz {
+			b := make([]byte, size)
+			_, err := p.ReadAt(b, int64(address-p.Vaddr))
+			return b, err
+		}
+	}
+	return nil, fmt.Errorf("/proc/kcore has no %#x", address)
+}
+
+func text(symbol string, size uint64) (string, error) {
+	if size > 4096 {
+		return "", fmt.Errorf("text: at most 4096 bytes")
+	}
+	address, err := strconv.ParseUint(symbol, 0, 64)
+	if err != nil {
+		found, err := addresses(symbol)
+		if err != nil {
+			return "", err
+		}
+		if len(found[symbol]) == 0 {
+			return "", fmt.Errorf("text: no symbol %q", symbol)
+		}
+		address = found[symbol][0]
+	}
+	b, err := kernelMemory(address, size)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("text %#x %s", address, hex.EncodeToString(b)), nil
+}
+
+func textHash() (string, error) {
+	found, err := addresses("_stext", "_etext")
+	if err != nil {
+		return "", err
+	}
+	if len(found["_stext"]) != 1 || len(found["_etext"]) != 1 {
+		return "", fmt.Errorf("texthash: no _stext and _etext")
+	}
+	start, end := found["_stext"][0], found["_etext"][0]
+	sum := sha256.New()
+	for at := start; at < end; at += 1 << 20 {
+		b, err := kernelMemory(at, min(1<<20, end-at))
+		if err != nil {
+			return "", err
+		}
+		sum.Write(b)
+	}
+	return fmt.Sprintf("texthash %x bytes=%d", sum.Sum(nil), end-start), nil
+}
+
+// trouble matches what a damaged kernel logs.
+var trouble = regexp.MustCompile(`BUG:|Oops|int3|WARNING:|general protection|invalid opcode|Call Trace|soft lockup|rcu.*stall|Kernel panic|segfault|traps:|unhandled`)
+
+// ownTrap matches what the kernel logs for the int3user command, because it
+// comes from process 1.
+var ownTrap = regexp.MustCompile(`traps: .*trap int3 ip:`)
+
+// scanLog returns the kernel's messages that look like trouble.
+func (g *guest) scanLog() []string {
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return []string{"cannot read /dev/kmsg: " + err.Error()}
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var bad []string
+	buf := make([]byte, 8192)
+	for {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EPIPE || err == unix.EINTR {
+			continue // a message was lost: go on with the next one
+		}
+		if err != nil || n <= 0 {
+			return bad
+		}
+		_, message, _ := strings.Cut(string(buf[:n]), ";")
+		message, _, _ = strings.Cut(message, "\n")
+		if trouble.MatchString(message) && !ownTrap.MatchString(message) {
+			bad = append(bad, message)
+		}
+	}
+}
+
+// dmesg reports the trouble since the guest was ready.
+func (g *guest) dmesg() (string, error) {
+	lines := g.scanLog()
+	fresh := lines[min(g.badAtStart, len(lines)):]
+	for _, line := range fresh {
+		say("| DMESG %s", line)
+	}
+	return fmt.Sprintf("dmesg bad=%d boot=%d", len(fresh), g.badAtStart), nil
+}
+
+func printFile(command, path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	lines := 0
+	for line := range strings.Lines(string(b)) {
+		say("| %s", strings.TrimSpace(line))
+		lines++
+	}
+	return fmt.Sprintf("%s lines=%d", command, lines), nil
+}
+
+func ps() (string, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return "", err
+	}
+	for _, dir := range dirs {
+		comm, err := os.ReadFile(filepath.Join(dir, "comm"))
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		say("| %s %s", filepath.Base(dir), strings.TrimSpace(string(comm)))
+	}
+	return fmt.Sprintf("ps lines=%d", len(dirs)), nil
+}

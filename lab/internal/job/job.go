@@ -1,0 +1,46 @@
+// Package job is what the lab program and the emulated dom0 agree on: where
+// things are in dom0 and what it is asked to run.
+package job
+
+// Where things are in dom0.
+const (
+	// Path of the Job, in JSON.
+	Path = "/lab/job.json"
+	// Modules has the names of the kernel modules to load, in order.
+	Modules = "/lab/modules.list"
+	// Kernels has a folder for each guest kernel, named by its series, with
+	// the files vmlinux, vmlinuz and release.
+	Kernels = "/lab/kernels"
+	// GuestImage is the guests' initial root file system.
+	GuestImage = "/lab/guest.cpio"
+	// WorkDir is where the job runs.
+	WorkDir = "/lab/work"
+	// XenBin has the Xen programs that are not on the usual path.
+	XenBin = "/usr/lib/xen-4.17/bin"
+	// GuestLogs matches the guests' console logs.
+	GuestLogs = "/var/log/xen/guest-*.log"
+)
+
+// EnvHost is the environment variable that names the host in dom0, and that is
+// not set anywhere else.
+const EnvHost = "VMPROBES_LAB"
+
+// The hosts.
+const (
+	PV      = "pv"
+	PVStock = "pv-stock"
+	HVM     = "hvm"
+)
+
+// Job is what dom0 runs once it is up.
+type Job struct {
+	Host string   // one of the hosts
+	Args []string // program and arguments; empty for a shell
+	Env  []string // added to the environment
+	// Collect has patterns of files to send back at the end.
+	Collect []string
+	// ShellGuest is the name of a guest to start before the shell.
+	ShellGuest string
+	// Rows and Columns are the size of the terminal of a shell.
+	Rows, Columns uint16
+}

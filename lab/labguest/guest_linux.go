@@ -1,0 +1,254 @@
+package labguest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Guest is a running guest.
+type Guest struct {
+	config Config
+	domID  uint32
+	tty    *os.File
+	ready  string
+
+	lines chan string   // what the guest prints
+	gone  chan struct{} // closed when the console ends
+	stop  sync.Once
+
+	mu  sync.Mutex // one command at a time
+	tag int
+}
+
+func start(ctx context.Context, c Config) (*Guest, error) {
+	for _, name := range []string{"vmlinux", "vmlinuz"} {
+		if _, err := os.Stat(c.kernelFile(name)); err != nil {
+			return nil, fmt.Errorf("guest kernel %q is not in this dom0 (there are: %s): %w", c.Kernel, strings.Join(Kernels(), ", "), err)
+		}
+	}
+	path := filepath.Join(os.TempDir(), "labguest-"+c.Name+".cfg")
+	if err := os.WriteFile(path, []byte(c.file()), 0o600); err != nil {
+		return nil, err
+	}
+	// The log of an earlier guest with this name is not this one's.
+	_ = os.Remove(c.log())
+	// -e: nobody waits in the background to clean up after the guest.
+	if _, err := output(ctx, "xl", "create", "-e", path); err != nil {
+		return nil, err
+	}
+	g := &Guest{config: c, lines: make(chan string, 1024), gone: make(chan struct{})}
+	err := g.connect(ctx)
+	if err == nil {
+		g.ready, err = g.waitReady(ctx)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w\n%s", err, g.tail())
+		return nil, errors.Join(err, g.Destroy())
+	}
+	return g, nil
+}
+
+func output(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// connect opens the guest's console, which xenconsoled offers as a terminal.
+func (g *Guest) connect(ctx context.Context) error {
+	id, err := output(ctx, "xl", "domid", g.config.Name)
+	if err != nil {
+		return err
+	}
+	n, err := strconv.ParseUint(id, 10, 16)
+	if err != nil {
+		return fmt.Errorf("xl domid: %w", err)
+	}
+	g.domID = uint32(n)
+	node := fmt.Sprintf("/local/domain/%d/console/tty", g.domID)
+	for {
+		tty, err := output(ctx, "xenstore-read", node)
+		if err == nil && tty != "" {
+			return g.open(tty)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("no console terminal for the guest: %w", ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (g *Guest) open(tty string) error {
+	fd, err := unix.Open(tty, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", tty, err)
+	}
+	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err == nil {
+		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
+		t.Cc[unix.VMIN], t.Cc[unix.VTIME] = 1, 0
+		err = unix.IoctlSetTermios(fd, unix.TCSETS, t)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return fmt.Errorf("%s: %w", tty, err)
+	}
+	g.tty = os.NewFile(uintptr(fd), tty)
+	go func() {
+		defer close(g.gone)
+		for in := bufio.NewReader(g.tty); ; {
+			line, err := in.ReadString('\n')
+			if line = strings.TrimRight(line, "\r\n"); line != "" {
+				select {
+				case g.lines <- line:
+				default: // nobody listens; the log has it
+				}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+// line returns the next line the guest prints.
+func (g *Guest) line(ctx context.Context) (string, error) {
+	select {
+	case line := <-g.lines:
+		if strings.Contains(line, "Kernel panic") {
+			return "", fmt.Errorf("the guest died: %s", line)
+		}
+		return line, nil
+	case <-g.gone:
+		return "", errors.New("the guest's console is gone")
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+func (g *Guest) waitReady(ctx context.Context) (string, error) {
+	for {
+		line, err := g.line(ctx)
+		if err != nil {
+			return "", fmt.Errorf("wait for the guest: %w", err)
+		}
+		if _, ready, ok := strings.Cut(line, "GUEST READY "); ok {
+			return ready, nil
+		}
+	}
+}
+
+// Command sends a command and returns what the guest answered, without the
+// DONE in front. An ERR answer is an error.
+func (g *Guest) Command(ctx context.Context, command string) (string, error) {
+	reply, _, err := g.Output(ctx, command)
+	return reply, err
+}
+
+// Output is like Command and returns the "| " lines before the answer too.
+func (g *Guest) Output(ctx context.Context, command string) (reply string, lines []string, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.tag++
+	tag := fmt.Sprintf("@%d ", g.tag)
+	if _, err := g.tty.WriteString(tag + command + "\n"); err != nil {
+		return "", nil, fmt.Errorf("guest command %q: %w", command, err)
+	}
+	for {
+		line, err := g.line(ctx)
+		if err != nil {
+			return "", lines, fmt.Errorf("guest command %q: %w\n%s", command, err, g.tail())
+		}
+		if extra, ok := strings.CutPrefix(line, "| "); ok {
+			lines = append(lines, extra)
+			continue
+		}
+		// The kernel may have printed something in front of the reply.
+		_, answer, ok := strings.Cut(line, tag)
+		if !ok {
+			continue
+		}
+		if reply, ok := strings.CutPrefix(answer, "DONE "); ok {
+			return reply, lines, nil
+		}
+		return "", lines, fmt.Errorf("guest command %q: %s", command, strings.TrimPrefix(answer, "ERR "))
+	}
+}
+
+// DomID returns the guest's domain id.
+func (g *Guest) DomID() uint32 { return g.domID }
+
+// Name returns the guest's name.
+func (g *Guest) Name() string { return g.config.Name }
+
+// Ready returns what the guest said when it was up: its kernel's release and
+// its number of vCPUs.
+func (g *Guest) Ready() string { return g.ready }
+
+func (c Config) log() string { return "/var/log/xen/guest-" + c.Name + ".log" }
+
+// Console returns everything the guest has written to its console.
+func (g *Guest) Console() string {
+	b, err := os.ReadFile(g.config.log())
+	if err != nil {
+		return "(" + err.Error() + ")"
+	}
+	return string(b)
+}
+
+func (g *Guest) tail() string {
+	const most = 2000
+	s := g.Console()
+	if len(s) > most {
+		s = "…" + s[len(s)-most:]
+	}
+	return "console of guest " + g.config.Name + ":\n" + s
+}
+
+// KernelPath returns the path of the guest's kernel as an ELF file.
+func (g *Guest) KernelPath() string { return g.config.kernelFile("vmlinux") }
+
+// VMLinuzPath returns the path of the guest's kernel as Debian packages it.
+func (g *Guest) VMLinuzPath() string { return g.config.kernelFile("vmlinuz") }
+
+// Leave lets go of the guest's console and leaves the guest running.
+func (g *Guest) Leave() {
+	g.stop.Do(func() {
+		if g.tty != nil {
+			_ = g.tty.Close()
+		}
+	})
+}
+
+// Destroy ends the guest at once. Only the first call does anything.
+func (g *Guest) Destroy() error {
+	done := true
+	g.stop.Do(func() {
+		done = false
+		if g.tty != nil {
+			_ = g.tty.Close()
+		}
+	})
+	if done {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	_, err := output(ctx, "xl", "destroy", g.config.Name)
+	return err
+}

@@ -1,0 +1,141 @@
+// Package labguest starts and drives the lab's guests. It is for tests that
+// run in the lab's emulated dom0 (see the lab command): elsewhere there is no
+// Xen, and Require skips.
+//
+// The guest's only process is lab/guestinit. Its documentation has the
+// commands that Guest.Command sends.
+package labguest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/vmprobes/vmprobes/lab/internal/job"
+)
+
+// Kind is the kind of a guest.
+type Kind string
+
+// The kinds of guest that the lab can start. PVH guests need the hvm host.
+const (
+	PV  Kind = "pv"
+	PVH Kind = "pvh"
+)
+
+// Config describes a guest. Everything in it is optional.
+type Config struct {
+	Name     string // default "labguest"
+	Kind     Kind   // default: what the host is for
+	Kernel   string // series, as in "6.1" (the default) or "6.12"
+	VCPUs    int    // default 1
+	MemoryMB int    // default 256
+	// Cmdline is added to the guest kernel's command line.
+	Cmdline string
+	// Extra lines for the domain's configuration.
+	Extra []string
+}
+
+// Host returns the name of the lab host this process runs in: "pv",
+// "pv-stock", "hvm", or "" outside the lab.
+func Host() string { return os.Getenv(job.EnvHost) }
+
+// Require skips the test, saying why, unless it runs in one of the named lab
+// hosts (any of them, if none is named). With VMPROBES_REQUIRE_LAB=1 the test
+// fails instead, so that a run that was meant for the lab cannot pass by
+// skipping everything.
+func Require(t testing.TB, hosts ...string) {
+	t.Helper()
+	here := Host()
+	for _, h := range hosts {
+		if here == h {
+			return
+		}
+	}
+	if here != "" && len(hosts) == 0 {
+		return
+	}
+	want := strings.Join(hosts, " or ")
+	if want == "" {
+		want = "any"
+	}
+	reason := fmt.Sprintf("needs the lab's %s host: go test -exec \"lab exec %s\"", want, strings.TrimSpace(strings.Join(append(hosts, "pv")[:1], "")))
+	if here != "" {
+		reason += fmt.Sprintf(" (this is %q)", here)
+	}
+	if os.Getenv("VMPROBES_REQUIRE_LAB") == "1" {
+		t.Fatal(reason)
+	}
+	t.Skip(reason)
+}
+
+// Kernels returns the guest kernels that this dom0 has, such as "6.1".
+func Kernels() []string {
+	entries, err := os.ReadDir(job.Kernels)
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+func (c Config) withDefaults() Config {
+	if c.Name == "" {
+		c.Name = "labguest"
+	}
+	if c.Kind == "" {
+		c.Kind = PV
+		if Host() == job.HVM {
+			c.Kind = PVH
+		}
+	}
+	if c.Kernel == "" {
+		c.Kernel = "6.1"
+	}
+	if c.VCPUs == 0 {
+		c.VCPUs = 1
+	}
+	if c.MemoryMB == 0 {
+		c.MemoryMB = 256
+	}
+	return c
+}
+
+// file returns the domain's configuration as xl reads it.
+func (c Config) file() string {
+	lines := []string{
+		"name = " + strconv.Quote(c.Name),
+		"type = " + strconv.Quote(string(c.Kind)),
+		"kernel = " + strconv.Quote(c.kernelFile("vmlinux")),
+		"ramdisk = " + strconv.Quote(job.GuestImage),
+		"cmdline = " + strconv.Quote(strings.TrimSpace("console=hvc0 quiet "+c.Cmdline)),
+		fmt.Sprintf("memory = %d", c.MemoryMB),
+		fmt.Sprintf("vcpus = %d", c.VCPUs),
+		// What a guest leaves behind when it dies is worth a look.
+		`on_crash = "preserve"`,
+		`on_reboot = "preserve"`,
+		`on_poweroff = "preserve"`,
+	}
+	if c.Kind == PVH {
+		lines = append(lines, `tsc_mode = "native"`, "nomigrate = 1")
+	}
+	return strings.Join(append(lines, c.Extra...), "\n") + "\n"
+}
+
+func (c Config) kernelFile(name string) string { return path.Join(job.Kernels, c.Kernel, name) }
+
+// Start starts a guest and waits until it takes commands.
+func Start(ctx context.Context, c Config) (*Guest, error) {
+	g, err := start(ctx, c.withDefaults())
+	if err != nil {
+		return nil, fmt.Errorf("start guest: %w", err)
+	}
+	return g, nil
+}

@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/vmprobes/vmprobes/lab/internal/job"
+)
+
+// The exit codes of lab itself. A job's own code is passed on.
+const (
+	codeUsage   = 2
+	codeTimeout = 124
+	codeLab     = 125
+)
+
+// exitError ends the program with a code of its own; a nil err says nothing
+// more.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit code %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+func main() {
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	err := rootCommand().ExecuteContext(ctx)
+	cancel()
+	if err == nil {
+		return
+	}
+	code := codeLab
+	var exit *exitError
+	if errors.As(err, &exit) {
+		code = exit.code
+		err = exit.err
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "lab:", err)
+	}
+	os.Exit(code)
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "lab",
+		Short: "Emulated Xen hosts for testing vmprobes",
+		Long: `lab runs programs in a real Xen dom0 with real guests, inside an emulator.
+
+Hosts:
+  pv        Xen with CONFIG_GDBSX and PV guests (QEMU)
+  pv-stock  Debian's Xen and PV guests (QEMU)
+  hvm       Debian's Xen and PVH guests (KVM if it nests, else Bochs: slow)`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(buildCommand(), runCommand(), execCommand(), shellCommand(), doctorCommand(), installCommand())
+	return root
+}
+
+func hostArg(name string) (string, error) {
+	switch name {
+	case job.PV, job.PVStock, job.HVM:
+		return name, nil
+	}
+	return "", &exitError{codeUsage, fmt.Errorf("no host %q: want %s, %s or %s", name, job.PV, job.PVStock, job.HVM)}
+}
+
+func buildCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:       "build pv|pv-stock|hvm|all",
+		Short:     "Fetch and build what a host needs",
+		Args:      cobra.ExactArgs(1),
+		ValidArgs: []string{job.PV, job.PVStock, job.HVM, "all"},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			hosts := []string{job.PV, job.PVStock, job.HVM}
+			if args[0] != "all" {
+				h, err := hostArg(args[0])
+				if err != nil {
+					return err
+				}
+				hosts = []string{h}
+			}
+			c, err := openCache()
+			if err != nil {
+				return err
+			}
+			return c.build(cmd.Context(), hosts)
+		},
+	}
+}
+
+// runFlags are the flags that start an emulator.
+type runFlags struct {
+	verbose bool
+	timeout time.Duration
+	files   []string
+	env     []string
+	collect []string
+	out     string
+	kernels []string
+	accel   string
+	xenArgs string
+}
+
+func (f *runFlags) add(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.BoolVarP(&f.verbose, "verbose", "v", false, "show the consoles of Xen and dom0, on standard error")
+	flags.DurationVar(&f.timeout, "timeout", 0, "end everything after this time (default: 20m, with Bochs 60m)")
+	flags.StringArrayVar(&f.files, "file", nil, "HOST:DOM0 copies a file or folder into dom0 (repeatable)")
+	flags.StringArrayVar(&f.env, "env", nil, "NAME=VALUE for the job (repeatable); VMPROBES_* is passed on anyway")
+	flags.StringArrayVar(&f.collect, "collect", nil, "pattern of dom0 files to bring back (repeatable)")
+	flags.StringVar(&f.out, "out", "", "where to put what is brought back (default: the cache's logs)")
+	flags.StringSliceVar(&f.kernels, "kernels", nil, "guest kernels in dom0, of 6.1 and 6.12 (default: both, with Bochs 6.1)")
+	flags.StringVar(&f.xenArgs, "xen-args", "", "more arguments for Xen's command line")
+	flags.StringVar(&f.accel, "accel", "auto", "auto, kvm, tcg or bochs")
+	flags.SetInterspersed(false)
+}
+
+func runCommand() *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:   "run pv|pv-stock|hvm [flags] -- BIN [ARGS…]",
+		Short: "Run a program in a host's dom0",
+		Long: `run boots the host with BIN in its dom0, runs it there, passes on its output
+and ends with its exit code. Code 124: timeout, 125: the lab itself failed.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			h, rest, err := hostAndRest(cmd, args)
+			if err != nil {
+				return err
+			}
+			if len(rest) == 0 {
+				return &exitError{codeUsage, errors.New("what to run? lab run " + h + " [flags] -- BIN [ARGS…]")}
+			}
+			return runJob(cmd.Context(), h, f, rest, nil)
+		},
+	}
+	f.add(cmd)
+	return cmd
+}
+
+// hostAndRest parses "HOST [flags] [--] ARGS…": the flags may be before and
+// behind the host, but not behind the program.
+func hostAndRest(cmd *cobra.Command, args []string) (string, []string, error) {
+	h, err := hostArg(args[0])
+	if err != nil {
+		return "", nil, err
+	}
+	flags := cmd.Flags()
+	if err := flags.Parse(args[1:]); err != nil {
+		return "", nil, &exitError{codeUsage, err}
+	}
+	return h, flags.Args(), nil
+}
+
+func execCommand() *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:   "exec pv|pv-stock|hvm [flags] BIN [ARGS…]",
+		Short: "Like run, for go test -exec \"lab exec pv\"",
+		Long: `exec is run in the form that "go test -exec" wants. The package's testdata
+folder goes along, and coverage profiles come back.`,
+		Args: cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			h, rest, err := hostAndRest(cmd, args)
+			if err != nil {
+				return err
+			}
+			if len(rest) == 0 {
+				return &exitError{codeUsage, errors.New("what to run? lab exec " + h + " BIN [ARGS…]")}
+			}
+			if info, err := os.Stat("testdata"); err == nil && info.IsDir() {
+				f.files = append(f.files, "testdata:"+job.WorkDir+"/testdata")
+			}
+			back := map[string]string{}
+			for i, arg := range rest {
+				switch name, value, _ := strings.Cut(arg, "="); strings.TrimPrefix(name, "-") {
+				case "-test.coverprofile", "test.coverprofile":
+					inside := job.WorkDir + "/lab-cover.out"
+					rest[i] = name + "=" + inside
+					f.collect = append(f.collect, inside)
+					back[filepath.Base(inside)] = value
+				case "-test.gocoverdir", "test.gocoverdir":
+					rest[i] = name + "=" + job.WorkDir
+				case "-test.outputdir", "test.outputdir":
+					rest[i] = name + "=" + job.WorkDir
+				}
+			}
+			return runJob(cmd.Context(), h, f, rest, back)
+		},
+	}
+	f.add(cmd)
+	return cmd
+}
+
+func shellCommand() *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:   "shell pv|pv-stock|hvm [flags]",
+		Short: "An interactive dom0 with a guest called a3guest (Ctrl-] leaves)",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			h, rest, err := hostAndRest(cmd, args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return &exitError{codeUsage, fmt.Errorf("unexpected %q", rest[0])}
+			}
+			return runShell(cmd.Context(), h, f)
+		},
+	}
+	f.add(cmd)
+	return cmd
+}
+
+func doctorCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "doctor",
+		Short: "Say what is missing on this machine and how to install it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return doctor(cmd.Context(), cmd.OutOrStdout())
+		},
+	}
+}
+
+func installCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "install",
+		Short: "Install what doctor finds missing (as root, or with sudo)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return install(cmd.Context())
+		},
+	}
+}

@@ -1,0 +1,639 @@
+package vmprobes_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/lab/labguest"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// The tests in this file run in the dom0 of a lab host:
+//
+//	go test -exec 'lab exec pv' .
+//
+// With -short they take the smallest guest that shows each thing.
+
+const probed = "do_sys_openat2"
+
+// matrix is the guests to test.
+func matrix() []labguest.Config {
+	kind := labguest.PV
+	if labguest.Host() == "hvm" {
+		kind = labguest.PVH
+	}
+	var out []labguest.Config
+	for _, k := range labguest.Kernels() {
+		for _, n := range []int{1, 2} {
+			out = append(out, labguest.Config{Name: "a3guest", Kind: kind, Kernel: k, VCPUs: n})
+		}
+	}
+	if testing.Short() && len(out) > 0 {
+		return out[1:2] // the oldest kernel, two vCPUs
+	}
+	return out
+}
+
+// rounds is how often something that must hold every time is tried.
+func rounds() int {
+	if testing.Short() {
+		return 5
+	}
+	return 50
+}
+
+type labTest struct {
+	*testing.T
+	g   *labguest.Guest
+	cfg labguest.Config
+}
+
+func (t labTest) ask(format string, args ...any) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	reply, err := t.g.Command(ctx, fmt.Sprintf(format, args...))
+	require.NoError(t, err, "guest console:\n%s", tail(t.g.Console(), 4000))
+	return reply
+}
+
+func tail(s string, n int) string {
+	if len(s) > n {
+		s = "…" + s[len(s)-n:]
+	}
+	return s
+}
+
+// field returns the value of name=value in a guest's reply.
+func field(t testing.TB, reply, name string) string {
+	t.Helper()
+	m := regexp.MustCompile(`(?:^| )` + name + `=(\S+)`).FindStringSubmatch(reply)
+	require.NotNil(t, m, "%s in %q", name, reply)
+	return m[1]
+}
+
+func number(t testing.TB, reply, name string) uint64 {
+	t.Helper()
+	n, err := strconv.ParseUint(field(t, reply, name), 10, 64)
+	require.NoError(t, err)
+	return n
+}
+
+func (t labTest) open(opts *vmprobes.Options) *vmprobes.Session {
+	t.Helper()
+	s, err := vmprobes.Open(t.Context(), t.g.Name(), opts)
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	return s
+}
+
+// serve runs s.Loop while f runs.
+func serve(t testing.TB, s *vmprobes.Session, f func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Loop(ctx) }()
+	f()
+	cancel()
+	require.ErrorIs(t, <-done, context.Canceled)
+}
+
+// unharmed checks that the guest is as it was, by its own account.
+func (t labTest) unharmed(texthash string) {
+	t.Helper()
+	assert.Equal(t, texthash, t.ask("texthash"), "the guest's own view of its text")
+	reply := t.ask("check")
+	assert.NotContains(t, reply, "BAD", "the guest's ymm registers or memory")
+	assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"), "signs of trouble in the guest's log:\n%s", tail(t.g.Console(), 4000))
+}
+
+func TestLab(t *testing.T) {
+	labguest.Require(t, "pv", "hvm")
+	require.NotEmpty(t, matrix(), "the lab's dom0 has no guest kernels")
+	for _, cfg := range matrix() {
+		t.Run(fmt.Sprintf("%s-%s-%dvcpu", cfg.Kind, cfg.Kernel, cfg.VCPUs), func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
+			defer cancel()
+			g, err := labguest.Start(ctx, cfg)
+			require.NoError(t, err)
+			defer g.Destroy()
+			lt := func(f func(labTest)) func(*testing.T) {
+				return func(t *testing.T) { f(labTest{t, g, cfg}) }
+			}
+			hash := labTest{t, g, cfg}.ask("texthash")
+			t.Run("Symbols", lt(testSymbols))
+			t.Run("Hits", lt(testHits))
+			t.Run("Stepped", lt(testStepped))
+			t.Run("Handlers", lt(testHandlers))
+			t.Run("GuestsOwnInt3", lt(testGuestsOwnInt3))
+			t.Run("Unserved", lt(testUnserved))
+			t.Run("Examples", lt(testExamples))
+			t.Run("Ends", lt(testEnds))
+			labTest{t, g, cfg}.unharmed(hash)
+		})
+	}
+}
+
+// testSymbols compares symbols and text with the guest's own.
+func testSymbols(t labTest) {
+	s := t.open(nil) // no symbols named: the kernel that xl booted is found
+	for _, name := range []string{probed, "__x64_sys_openat", "vfs_open", "_stext", "_etext"} {
+		addr, err := s.Lookup(name)
+		require.NoError(t, err)
+		assert.Contains(t, t.ask("kallsyms %s", name), fmt.Sprintf("0x%x", uint64(addr)), name)
+		if got, off, ok := s.Symbolize(addr + 1); name == probed && assert.True(t, ok) {
+			assert.Equal(t, probed, got)
+			assert.EqualValues(t, 1, off)
+		}
+	}
+	_, err := s.Lookup("sys_open")
+	require.NoError(t, err, "sys_open must be found as its wrapper")
+	_, err = s.Lookup("do_sys_openat3")
+	require.ErrorIs(t, err, vmprobes.ErrSymbolNotFound)
+	_, err = s.Lookup("type_show")
+	require.ErrorIs(t, err, vmprobes.ErrAmbiguous)
+
+	// The whole text, with a probe in it that must not show.
+	p := &vmprobes.Probe{Symbol: "vfs_open"}
+	require.NoError(t, s.Register(p))
+	assert.Contains(t, t.ask("texthash"), hashOf(t, s, true))
+	require.NoError(t, s.Unregister(p))
+	assert.Contains(t, t.ask("texthash"), hashOf(t, s, true))
+
+	// Another kernel's symbols are refused before anything is touched.
+	for _, k := range labguest.Kernels() {
+		if k == t.cfg.Kernel {
+			continue
+		}
+		other := strings.Replace(t.g.KernelPath(), t.cfg.Kernel, k, 1)
+		if _, err := os.Stat(other); err != nil || other == t.g.KernelPath() {
+			continue
+		}
+		_, err := vmprobes.Open(t.Context(), t.g.Name(), &vmprobes.Options{Symbols: other})
+		assert.ErrorIs(t, err, vmprobes.ErrWrongSymbols)
+	}
+	p = &vmprobes.Probe{Symbol: probed, Offset: 1}
+	assert.ErrorIs(t, s.Register(p), vmprobes.ErrNotBoundary)
+}
+
+// hashOf is the SHA-256 of _stext to _etext as s reads it.
+func hashOf(t testing.TB, s *vmprobes.Session, overlaid bool) string {
+	start, err := s.Lookup("_stext")
+	require.NoError(t, err)
+	end, err := s.Lookup("_etext")
+	require.NoError(t, err)
+	h := sha256.New()
+	buf := make([]byte, 64<<10)
+	for a := start; a < end; a += vmprobes.Addr(len(buf)) {
+		n := min(len(buf), int(end-a))
+		_, err := s.ReadMemory(buf[:n], a)
+		require.NoError(t, err)
+		h.Write(buf[:n])
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// testHits compares hits at a function's entry with the guest's own count, and
+// what the handlers see with what the guest does.
+func testHits(t labTest) {
+	s := t.open(nil)
+	per := 10000 / t.cfg.VCPUs
+	var pre, post, wrong atomic.Uint64
+	cpus := make([]atomic.Uint64, t.cfg.VCPUs)
+	p := &vmprobes.Probe{
+		Symbol: probed,
+		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+			pre.Add(1)
+			if name, err := p.ReadString(vmprobes.Addr(r.Arg(1)), 256); err != nil || name != "/lab-probe-target" {
+				wrong.Add(1)
+			}
+			return vmprobes.Continue
+		},
+		Post: func(p *vmprobes.Probe, r *vmprobes.Regs, f vmprobes.Flags) vmprobes.Action {
+			post.Add(1)
+			if r.PC() == p.Address() || f&vmprobes.FlagArmed == 0 {
+				wrong.Add(1)
+			}
+			return vmprobes.Continue
+		},
+	}
+	require.NoError(t, s.Register(p))
+	var reply string
+	began := time.Now()
+	serve(t, s, func() { reply = t.ask("open %d all", per) })
+	took := time.Since(began)
+	require.NoError(t, s.Unregister(p))
+	guest := number(t, reply, "total")
+	require.EqualValues(t, per*t.cfg.VCPUs, guest)
+	assert.Equal(t, guest, p.Stats().Hits+p.Stats().Missed, "hits, of %s", reply)
+	assert.Equal(t, guest, pre.Load())
+	assert.Equal(t, guest, post.Load())
+	assert.Zero(t, wrong.Load(), "handlers saw something else than the guest did")
+	assert.NotContains(t, reply, "BAD")
+	_ = cpus
+	t.Logf("%d hits in %.1f s (%.0f a second, emulated time); guest: %s; %+v", guest, took.Seconds(), float64(guest)/took.Seconds(), reply, s.Stats())
+}
+
+// onThePath are functions that an openat runs through.
+var onThePath = []string{
+	"do_sys_openat2", "getname_flags", "do_filp_open", "path_openat", "alloc_empty_file", "init_file", "__alloc_file",
+	"alloc_fd", "fd_install", "do_dentry_open", "vfs_open", "security_file_open", "terminate_walk", "path_init", "putname",
+	"link_path_walk.part.0.constprop.0", "lookup_fast", "__d_lookup_rcu", "file_ra_state_init", "may_open", "simple_open",
+}
+
+// candidates finds instructions on the path of an openat that only the guest's
+// processor can execute: not NOPs, and not emulated.
+func candidates(t labTest, s *vmprobes.Session) []*vmprobes.Probe {
+	m, err := sysmap.ParseFile(t.g.KernelPath())
+	require.NoError(t, err)
+	var out []*vmprobes.Probe
+	for _, f := range onThePath {
+		sym, err := m.Lookup(f)
+		if err != nil {
+			continue
+		}
+		end, ok := m.FuncEnd(sym.Addr)
+		if !ok || end-sym.Addr > 8192 {
+			continue
+		}
+		code := make([]byte, end-sym.Addr)
+		_, err = s.ReadMemory(code, vmprobes.Addr(sym.Addr))
+		require.NoError(t, err)
+		for off := 0; off < len(code); {
+			in, err := x86.Decode(code[off:])
+			if err != nil {
+				break
+			}
+			if !in.CanEmulate() && !in.IsNop() && in.CanStep() == nil && !in.Branches() {
+				out = append(out, &vmprobes.Probe{Symbol: f, Offset: uint64(off)})
+			}
+			off += in.Len
+		}
+	}
+	return out
+}
+
+// testStepped compares hits at instructions that the processor itself must
+// execute, in the two ways there are.
+func testStepped(t labTest) {
+	s := t.open(nil)
+	const sample, n = 50, 2000
+	var chosen []*vmprobes.Probe
+	all := candidates(t, s)
+	for len(all) > 0 && len(chosen) < 3 {
+		batch := all[:min(len(all), 12)]
+		all = all[len(batch):]
+		var armed []*vmprobes.Probe
+		for _, p := range batch {
+			if err := s.Register(p); err != nil {
+				require.ErrorIs(t, err, vmprobes.ErrNoWayPast, "%v", p)
+				continue
+			}
+			armed = append(armed, p)
+		}
+		if len(armed) == 0 {
+			continue
+		}
+		serve(t, s, func() { t.ask("open %d 0", sample) })
+		for _, p := range armed {
+			require.NoError(t, s.Unregister(p))
+			if p.Stats().Hits == sample {
+				chosen = append(chosen, p)
+			}
+		}
+	}
+	require.NotEmpty(t, chosen, "no instruction on the path of openat must be stepped")
+	require.NoError(t, s.Close())
+
+	for _, step := range []vmprobes.Stepping{vmprobes.StepAuto, vmprobes.StepInPlace} {
+		s := t.open(&vmprobes.Options{Stepping: step})
+		did := false
+		for _, c := range chosen {
+			var posts atomic.Uint64
+			p := &vmprobes.Probe{Symbol: c.Symbol, Offset: c.Offset, Post: func(p *vmprobes.Probe, r *vmprobes.Regs, _ vmprobes.Flags) vmprobes.Action {
+				posts.Add(1)
+				return vmprobes.Continue
+			}}
+			if err := s.Register(p); err != nil {
+				require.ErrorIs(t, err, vmprobes.ErrNoWayPast)
+				continue
+			}
+			did = true
+			var reply string
+			began := time.Now()
+			serve(t, s, func() { reply = t.ask("open %d all", n/t.cfg.VCPUs) })
+			took := time.Since(began)
+			require.NoError(t, s.Unregister(p))
+			guest := number(t, reply, "total")
+			assert.EqualValues(t, n, guest)
+			assert.Equal(t, guest, p.Stats().Hits+p.Stats().Missed, "hits at %v", p)
+			assert.Equal(t, guest, posts.Load(), "post handlers at %v", p)
+			assert.NotContains(t, reply, "BAD")
+			t.Logf("%v, stepping %d: %d hits in %.1f s; %s; %+v", p, step, guest, took.Seconds(), reply, s.Stats())
+			break
+		}
+		if step == vmprobes.StepInPlace && t.g != nil && t.cfg.Kind == labguest.PVH && t.cfg.VCPUs > 1 {
+			assert.False(t, did, "stepping in place can't be safe here")
+		} else {
+			assert.True(t, did, "no probe could be stepped (stepping %d)", step)
+		}
+		st := s.Stats()
+		assert.Zero(t, st.Emulated+st.Hypervisor)
+		require.NoError(t, s.Close())
+	}
+}
+
+// testHandlers checks that what handlers do takes effect in the guest.
+func testHandlers(t labTest) {
+	s := t.open(nil)
+	var arg, viaRegs string
+	deny := false
+	wrapper := &vmprobes.Probe{Symbol: "sys_openat", Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		a, err := r.SyscallArg(1)
+		assert.NoError(t, err)
+		viaRegs, _ = p.ReadString(vmprobes.Addr(a), 256)
+		return vmprobes.Continue
+	}}
+	var order []string
+	inner := &vmprobes.Probe{Symbol: probed, Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		order = append(order, "first")
+		arg, _ = p.ReadString(vmprobes.Addr(r.Arg(1)), 256)
+		if deny {
+			// Return from the function, with -EPERM, instead of executing it.
+			ret, err := p.ReadUint64(vmprobes.Addr(r.SP))
+			assert.NoError(t, err)
+			r.SetResult(^uint64(0))
+			r.IP, r.SP = ret, r.SP+8
+		}
+		return vmprobes.Continue
+	}}
+	second := &vmprobes.Probe{Symbol: probed, Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		order = append(order, "second")
+		return vmprobes.Continue
+	}}
+	require.NoError(t, s.Register(wrapper, inner, second))
+	serve(t, s, func() {
+		assert.Contains(t, t.ask("openpath /proc/self/status"), "opened")
+	})
+	assert.Equal(t, "/proc/self/status", arg)
+	assert.Equal(t, "/proc/self/status", viaRegs)
+	assert.Equal(t, []string{"first", "second"}, order)
+	deny = true
+	serve(t, s, func() {
+		assert.Contains(t, t.ask("openpath /proc/self/status"), "failed")
+	})
+	deny = false
+	second.Disable()
+	order = nil
+	serve(t, s, func() {
+		assert.Contains(t, t.ask("openpath /proc/self/status"), "opened")
+	})
+	assert.Equal(t, []string{"first"}, order)
+	assert.NotZero(t, second.Flags()&vmprobes.FlagDisabled)
+
+	// Writing to the guest: the name it opens becomes another one.
+	inner2 := &vmprobes.Probe{Symbol: "do_sys_openat2", Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		_, err := p.WriteMemory(vmprobes.Addr(r.Arg(1)), []byte("/nosuch\x00"))
+		assert.NoError(t, err)
+		return vmprobes.Stop
+	}}
+	require.NoError(t, s.Unregister(wrapper, inner, second))
+	require.NoError(t, s.Register(inner2))
+	done := make(chan error, 1)
+	go func() { done <- s.Loop(t.Context()) }()
+	assert.Contains(t, t.ask("openpath /proc/self/status"), "failed")
+	require.NoError(t, <-done, "Stop ends Loop without error")
+	assert.EqualValues(t, 1, inner2.Stats().Hits)
+}
+
+// testGuestsOwnInt3 checks that int3s which aren't ours reach the guest.
+func testGuestsOwnInt3(t labTest) {
+	s := t.open(nil)
+	p := &vmprobes.Probe{Symbol: probed}
+	require.NoError(t, s.Register(p))
+	serve(t, s, func() {
+		reply := t.ask("int3user 200")
+		assert.Equal(t, field(t, reply, "sent"), field(t, reply, "sigtraps"))
+		assert.EqualValues(t, 200, number(t, reply, "sigtraps"))
+	})
+}
+
+// testUnserved checks that a guest runs on when nobody calls Loop, and that what
+// it executed meanwhile is counted.
+func testUnserved(t labTest) {
+	s := t.open(nil)
+	p := &vmprobes.Probe{Symbol: probed}
+	require.NoError(t, s.Register(p))
+	reply := t.ask("open 300 all")
+	require.NoError(t, s.Unregister(p))
+	assert.Equal(t, number(t, reply, "total"), p.Stats().Missed)
+	assert.Zero(t, p.Stats().Hits)
+}
+
+// binary returns the path of a program that was brought into dom0.
+func binary(t testing.TB, name string) string {
+	t.Helper()
+	for _, dir := range []string{"/", "/bin", "/lab", "/tmp", filepath.Dir(os.Args[0])} {
+		if st, err := os.Stat(filepath.Join(dir, name)); err == nil && st.Mode()&0o111 != 0 && !st.IsDir() {
+			return filepath.Join(dir, name)
+		}
+	}
+	if os.Getenv("VMPROBES_REQUIRE_LAB") != "" {
+		t.Fatalf("%s isn't in this dom0: bring it with lab run --file", name)
+	}
+	t.Skipf("%s isn't in this dom0: bring it with lab run --file", name)
+	return ""
+}
+
+// testExamples runs the example programs on the guest.
+func testExamples(t labTest) {
+	t.Run("vmprobebio", func(tt *testing.T) {
+		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "5", t.g.Name())
+		out := start(tt, cmd, "vmprobe registered\n")
+		t.ask("open 5 0")
+		require.NoError(tt, cmd.Wait(), "%s", out)
+		assert.Equal(tt, 5, strings.Count(out.String(), "(/lab-probe-target)"), "%s", out)
+		assert.Regexp(tt, `(?m)^\[1\] do_sys_openat2\(\) called\n -- filename: [0-9a-f]{8,} \(/lab-probe-target\)\n -- flags: [0-9a-f]{8}\n -- mode: [0-9a-f]{8}$`, out.String())
+		assert.Contains(tt, out.String(), "vmprobe unregistered\ndo_sys_openat2() called 5 times.\n")
+	})
+	t.Run("vmprobebio sys_openat", func(tt *testing.T) {
+		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "2", "-symbol", "sys_openat", t.g.Name())
+		out := start(tt, cmd, "vmprobe registered\n")
+		t.ask("open 2 0")
+		require.NoError(tt, cmd.Wait(), "%s", out)
+		assert.Equal(tt, 2, strings.Count(out.String(), "(/lab-probe-target)"), "%s", out)
+	})
+	t.Run("opens", func(tt *testing.T) {
+		cmd := exec.Command(binary(tt, "opens"), t.g.Name())
+		out := start(tt, cmd, "watching a3guest")
+		t.ask("open 7 all")
+		require.NoError(tt, cmd.Process.Signal(syscall.SIGINT))
+		require.NoError(tt, cmd.Wait(), "%s", out)
+		n := 7 * t.cfg.VCPUs
+		assert.Equal(tt, n, strings.Count(out.String(), `open "/lab-probe-target"`), "%s", out)
+		assert.Equal(tt, n, strings.Count(out.String(), `look up "/lab-probe-target"`), "%s", out)
+	})
+	t.Run("reader goes away", func(tt *testing.T) {
+		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "100", t.g.Name())
+		pipe, err := cmd.StdoutPipe()
+		require.NoError(tt, err)
+		require.NoError(tt, cmd.Start())
+		_, err = io.ReadFull(pipe, make([]byte, len("vmprobe registered\n")))
+		require.NoError(tt, err)
+		pipe.Close()
+		t.ask("open 100 0")
+		require.NoError(tt, cmd.Wait(), "a closed pipe must not kill it with a probe armed")
+	})
+}
+
+// syncBuffer is a bytes.Buffer that a process writes and a test reads.
+type syncBuffer struct {
+	ch  chan struct{}
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	<-b.ch
+	defer func() { b.ch <- struct{}{} }()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	<-b.ch
+	defer func() { b.ch <- struct{}{} }()
+	return b.buf.String()
+}
+
+// start starts cmd and waits until its output has a line with want.
+func start(t testing.TB, cmd *exec.Cmd, want string) *syncBuffer {
+	t.Helper()
+	out := &syncBuffer{ch: make(chan struct{}, 1)}
+	out.ch <- struct{}{}
+	cmd.Stdout, cmd.Stderr = out, out
+	require.NoError(t, cmd.Start())
+	for range 1200 {
+		if strings.Contains(out.String(), want) {
+			return out
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	cmd.Process.Kill()
+	t.Fatalf("no %q in the output of %v:\n%s", want, cmd.Args, out)
+	return nil
+}
+
+// testEnds ends a tool in each way while the guest is busy at the probe.
+func testEnds(t labTest) {
+	s := t.open(nil)
+	addr, err := s.Lookup(probed)
+	require.NoError(t, err)
+	before := make([]byte, 16)
+	_, err = s.ReadMemory(before, addr)
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+
+	t.ask("busy 0 all")
+	count := func() uint64 { return number(t, t.ask("count"), "total") }
+	for _, end := range []string{"SIGINT", "SIGTERM", "panic"} {
+		t.Run(end, func(tt *testing.T) {
+			for i := range rounds() {
+				cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+				cmd.Env = append(os.Environ(), "VMPROBES_TEST_CHILD="+end, "VMPROBES_TEST_DOMAIN="+t.g.Name())
+				out := start(tt, cmd, "hits\n")
+				switch end {
+				case "SIGINT":
+					cmd.Process.Signal(syscall.SIGINT)
+				case "SIGTERM":
+					cmd.Process.Signal(syscall.SIGTERM)
+				}
+				err := cmd.Wait()
+				if end == "panic" {
+					require.Error(tt, err)
+					require.Contains(tt, out.String(), "the handler panics", "round %d", i)
+				} else {
+					require.NoError(tt, err, "round %d: %s", i, out)
+					require.Contains(tt, out.String(), "interrupted by a signal")
+				}
+				s, err := vmprobes.Open(tt.Context(), t.g.Name(), nil)
+				require.NoError(tt, err, "round %d", i)
+				after := make([]byte, 16)
+				_, err = s.ReadMemory(after, addr)
+				require.NoError(tt, err)
+				require.Equal(tt, before, after, "round %d: text", i)
+				require.NoError(tt, s.Close())
+				c := count()
+				time.Sleep(20 * time.Millisecond)
+				require.Greater(tt, count(), c, "round %d: the guest stands still", i)
+			}
+			tt.Logf("%d times", rounds())
+		})
+	}
+	reply := t.ask("stop")
+	assert.NotContains(t, reply, "BAD")
+}
+
+// TestChild is the tool that testEnds ends.
+func TestChild(t *testing.T) {
+	end := os.Getenv("VMPROBES_TEST_CHILD")
+	if end == "" {
+		t.Skip("only as a child process of TestLab")
+	}
+	n := 0
+	p := &vmprobes.Probe{
+		DomainName: os.Getenv("VMPROBES_TEST_DOMAIN"),
+		Symbol:     probed,
+		Pre: func(*vmprobes.Probe, *vmprobes.Regs) vmprobes.Action {
+			if n++; n == 20 {
+				fmt.Println("hits")
+				if end == "panic" {
+					panic("the handler panics")
+				}
+			}
+			return vmprobes.Continue
+		},
+	}
+	require.NoError(t, vmprobes.Register(p))
+	err := vmprobes.Loop(t.Context(), p)
+	fmt.Println(err)
+	require.True(t, errors.Is(err, vmprobes.ErrInterrupted))
+	require.NoError(t, vmprobes.Unregister(p))
+}
+
+// TestLabStock checks that a PV guest on a hypervisor without GDBSX is left alone.
+func TestLabStock(t *testing.T) {
+	labguest.Require(t, "pv-stock")
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	g, err := labguest.Start(ctx, labguest.Config{Name: "a3guest", Kind: labguest.PV})
+	require.NoError(t, err)
+	defer g.Destroy()
+	lt := labTest{t, g, labguest.Config{}}
+	hash := lt.ask("texthash")
+	for range 3 {
+		_, err = vmprobes.Open(t.Context(), "a3guest", nil)
+		require.ErrorIs(t, err, vmprobes.ErrNoGDBSX)
+		assert.ErrorContains(t, err, "CONFIG_GDBSX")
+	}
+	assert.EqualValues(t, 500, number(t, lt.ask("open 500 0"), "total"))
+	lt.unharmed(hash)
+}

@@ -1,0 +1,253 @@
+package vmprobes
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+)
+
+// An Addr is a guest virtual address.
+type Addr uint64
+
+// String returns the address as 16 hexadecimal digits.
+func (a Addr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
+
+// A DomainID identifies a running domain (domid_t).
+type DomainID uint16
+
+// A Probe is a breakpoint at Symbol+Offset, or at Addr+Offset, with its
+// handlers. The fields must not be changed while it is registered.
+type Probe struct {
+	// DomainID or DomainName selects the guest for the package-level functions;
+	// setting both is an error. A Session ignores them.
+	DomainID   DomainID
+	DomainName string
+
+	// Symbol or Addr selects the instruction; setting both is an error. Offset
+	// is added to either and must lead to the start of an instruction.
+	Symbol string
+	Addr   Addr
+	Offset uint64
+
+	// Pre runs before the instruction and Post after it. Either may be nil.
+	Pre  PreHandler
+	Post PostHandler
+
+	mu       sync.Mutex
+	session  *Session // nil unless registered
+	private  bool     // session belongs to the package-level functions
+	engine   *breakpoint.Probe
+	addr     Addr
+	restored bool
+	disabled atomic.Bool
+	cr3      atomic.Uint64 // of the vCPU that hit, while a handler runs
+	past     Stats         // of earlier registrations
+}
+
+// Stats counts what happened at a probe.
+type Stats struct {
+	Hits   uint64 // executions that the handlers saw
+	Missed uint64 // executions while no Loop ran, which nobody saw
+}
+
+// Stats returns the probe's counters, over all its registrations.
+func (p *Probe) Stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stats()
+}
+
+func (p *Probe) stats() Stats {
+	s := p.past
+	if p.engine != nil {
+		s.Hits += p.engine.Hits()
+		s.Missed += p.engine.Missed()
+	}
+	return s
+}
+
+// Enable lets the handlers run again after Disable (enable_vmprobe). It may be
+// called at any time from any goroutine.
+func (p *Probe) Enable() { p.setEnabled(true) }
+
+// Disable stops the handlers from running (disable_vmprobe). The breakpoint
+// stays in the guest; its hits aren't counted.
+func (p *Probe) Disable() { p.setEnabled(false) }
+
+func (p *Probe) setEnabled(on bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.disabled.Store(!on)
+	if p.engine != nil {
+		p.engine.SetEnabled(on)
+	}
+}
+
+// Flags returns the probe's state.
+func (p *Probe) Flags() Flags {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var f Flags
+	if p.disabled.Load() {
+		f |= FlagDisabled
+	}
+	if p.session != nil {
+		f |= FlagPrepared | FlagArmed
+	}
+	if p.restored {
+		f |= FlagRestored
+	}
+	return f
+}
+
+// Address returns the address of the probed instruction, or 0 before Register
+// has found it.
+func (p *Probe) Address() Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addr
+}
+
+// location is the place as the caller gave it.
+func (p *Probe) location() string {
+	s := p.Symbol
+	if s == "" {
+		s = p.Addr.String()
+	}
+	if p.Offset != 0 {
+		s += fmt.Sprintf("+%#x", p.Offset)
+	}
+	return s
+}
+
+func (p *Probe) domain() string {
+	if p.DomainName == "" && p.DomainID != 0 {
+		return strconv.Itoa(int(p.DomainID))
+	}
+	return p.DomainName
+}
+
+// String returns the probe's domain and place, as in "a3guest:sys_open+0x4".
+func (p *Probe) String() string {
+	if p == nil {
+		return "<nil>"
+	}
+	s := p.location()
+	if d := p.domain(); d != "" {
+		s = d + ":" + s
+	}
+	return s
+}
+
+// LogValue implements slog.LogValuer.
+func (p *Probe) LogValue() slog.Value { return slog.StringValue(p.String()) }
+
+// Dump writes the probe's fields, one a line, as dump_vmprobe did.
+func (p *Probe) Dump(w io.Writer) error {
+	if p == nil {
+		_, err := fmt.Fprintln(w, "Dumping vmprobe: NULL")
+		return err
+	}
+	p.mu.Lock()
+	addr, id, name := p.addr, p.DomainID, p.DomainName
+	if s := p.session; s != nil {
+		id, name = s.domain.ID, s.domain.Name
+	}
+	p.mu.Unlock()
+	if addr == 0 {
+		addr = p.Addr
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "Dumping vmprobe:\n")
+	fmt.Fprintf(&b, " -- Domain Name: %s\n", name)
+	fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
+	fmt.Fprintf(&b, " -- Symbol Name: %s\n", p.Symbol)
+	fmt.Fprintf(&b, " -- Address: %016x\n", uint64(addr))
+	fmt.Fprintf(&b, " -- Offset: %x\n", p.Offset)
+	fmt.Fprintf(&b, " -- Flags: %s\n", p.Flags())
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// attached returns the session, for a memory access.
+func (p *Probe) attached() (*Session, error) {
+	if p == nil {
+		return nil, ErrNilProbe
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session == nil {
+		return nil, ErrNotRegistered
+	}
+	return p.session, nil
+}
+
+// ReadMemory reads len(b) bytes of the guest (read_vmprobe). In a handler, addr
+// is taken in the address space of the vCPU that hit, so pointers of the guest's
+// processes work; elsewhere it is a kernel address. n < len(b) implies an error.
+// Breakpoints of this Session don't show.
+func (p *Probe) ReadMemory(b []byte, addr Addr) (n int, err error) {
+	s, err := p.attached()
+	if err != nil {
+		return 0, &Error{Op: "read", Probe: p.String(), Err: err}
+	}
+	return s.read(p.cr3.Load(), b, addr)
+}
+
+// WriteMemory writes b to the guest (write_vmprobe), whatever the page's
+// protection, with addresses as in ReadMemory.
+func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
+	s, err := p.attached()
+	if err != nil {
+		return 0, &Error{Op: "write", Probe: p.String(), Err: err}
+	}
+	return s.write(p.cr3.Load(), addr, b)
+}
+
+// ReadUint64 reads a little-endian word.
+func (p *Probe) ReadUint64(addr Addr) (uint64, error) {
+	var b [8]byte
+	_, err := p.ReadMemory(b[:], addr)
+	return le64(b[:]), err
+}
+
+// ReadUint32 reads a little-endian 32-bit word.
+func (p *Probe) ReadUint32(addr Addr) (uint32, error) {
+	var b [4]byte
+	_, err := p.ReadMemory(b[:], addr)
+	return binary.LittleEndian.Uint32(b[:]), err
+}
+
+// ErrNoTerminator: no NUL byte was found in the bytes that ReadString may read.
+var ErrNoTerminator = errors.New("string has no terminator within the limit")
+
+// ReadString reads a NUL-terminated string of at most limit bytes. What could be
+// read is returned with the error, too.
+func (p *Probe) ReadString(addr Addr, limit int) (string, error) {
+	var out []byte
+	var buf [256]byte
+	for len(out) < limit {
+		at := addr + Addr(len(out))
+		// A page more than needed might not be there.
+		n := min(limit-len(out), len(buf), int(4096-at%4096))
+		n, err := p.ReadMemory(buf[:n], at)
+		if i := bytes.IndexByte(buf[:n], 0); i >= 0 {
+			return string(append(out, buf[:i]...)), nil
+		}
+		out = append(out, buf[:n]...)
+		if err != nil {
+			return string(out), err
+		}
+	}
+	return string(out), &Error{Op: "read", Probe: p.String(), Err: ErrNoTerminator}
+}
+
+func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }

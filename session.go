@@ -1,0 +1,598 @@
+package vmprobes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Options configures Open. The zero value, and nil, mean defaults.
+type Options struct {
+	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
+	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means:
+	// the file named by the environment variable VMPROBES_SYMBOLS, or else the
+	// kernel that the toolstack booted the guest with, if xenstore tells.
+	Symbols string
+	// Logger receives debug records of what happens (what -D_VERBOSE printed in
+	// C). Nil discards them.
+	Logger *slog.Logger
+	// Stepping says how probed instructions are executed. Leave it alone except
+	// to measure.
+	Stepping Stepping
+}
+
+// Stepping is a way to have the instruction under a breakpoint executed.
+type Stepping uint8
+
+// Ways of stepping. StepAuto takes the first that is safe: emulation in this
+// process, emulation in the hypervisor, a copy out of line, a single step in
+// place. The others allow only theirs, and Register fails where it isn't possible.
+const (
+	StepAuto         = Stepping(breakpoint.Auto)
+	StepOutOfLine    = Stepping(breakpoint.OutOfLine)
+	StepInPlace      = Stepping(breakpoint.InPlace)
+	StepByHypervisor = Stepping(breakpoint.ByHypervisor)
+)
+
+// Kind is the virtualization mode of a domain.
+type Kind uint8
+
+// Kinds of domains. PVH counts as HVM where Xen doesn't tell them apart.
+const (
+	PV Kind = iota + 1
+	HVM
+	PVH
+)
+
+// String returns the kind as in xl's configuration files.
+func (k Kind) String() string {
+	switch k {
+	case PV:
+		return "pv"
+	case HVM:
+		return "hvm"
+	case PVH:
+		return "pvh"
+	}
+	return fmt.Sprintf("Kind(%d)", uint8(k))
+}
+
+// Domain describes the guest of a Session.
+type Domain struct {
+	ID    DomainID
+	Name  string
+	Kind  Kind
+	VCPUs int // online when the Session was opened
+}
+
+// A Session is an attachment to one domain. Its methods are safe for concurrent
+// use; one Loop or Events may run at a time. It must be closed: breakpoints
+// that nobody answers any more kill the guest.
+//
+// Between Register and Loop, and between Loops, breakpoints are in the guest and
+// the guest runs; what it executes then is counted in Stats.Missed.
+//
+// A Session doesn't catch signals. A program that ends by one without Close
+// leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
+type Session struct {
+	domain Domain
+	drv    guestDriver
+	eng    *breakpoint.Engine
+	syms   *sysmap.Map // nil: none
+	symErr error       // why none
+	log    *slog.Logger
+	leave  func() // closes what Open opened
+	guard  *guard // of the package-level functions
+
+	seq  atomic.Uint64
+	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
+	regs Regs
+
+	mu      sync.Mutex
+	probes  []*Probe
+	looping bool
+	stop    context.CancelCauseFunc // of the loop that runs
+	idle    *idle
+	closed  bool
+	done    chan struct{} // closed when Close has finished
+	err     error         // Close's
+}
+
+// guestDriver is a breakpoint driver with what a Session needs besides.
+type guestDriver interface {
+	breakpoint.Driver
+	Translate(addr uint64) (xenaccess.Translation, error)
+	SetKernelRoot(xenaccess.Root)
+	Write(cr3, addr uint64, b []byte) error
+}
+
+// idle serves breakpoints while no Loop runs.
+type idle struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// newSession builds a Session on an attached driver. It owns drv and leave.
+func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts *Options, leave func()) *Session {
+	if opts == nil {
+		opts = new(Options)
+	}
+	log := opts.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	log = log.With("domain", d.Name, "domid", uint16(d.ID))
+	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave, done: make(chan struct{})}
+	s.eng = breakpoint.New(drv, breakpoint.Config{
+		Scratch:  s.scratch,
+		MayFault: s.expectedFaults(),
+		Method:   breakpoint.Method(opts.Stepping),
+		Logger:   log,
+	})
+	return s
+}
+
+// Domain describes the domain the Session is attached to.
+func (s *Session) Domain() Domain { return s.domain }
+
+func (s *Session) fail(op string, p *Probe, err error) error {
+	if err == nil {
+		return nil
+	}
+	e := &Error{Op: op, Domain: s.domain.Name, Err: err}
+	if p != nil {
+		e.Probe = p.location()
+	}
+	return e
+}
+
+// Register arms every probe, or none. Several probes may be at one address;
+// their handlers run in order of registration.
+func (s *Session) Register(probes ...*Probe) error { return s.register(false, probes...) }
+
+func (s *Session) register(private bool, probes ...*Probe) error {
+	eps := make([]*breakpoint.Probe, len(probes))
+	addrs := make([]Addr, len(probes))
+	for i, p := range probes {
+		if p == nil {
+			return s.fail("register", nil, ErrNilProbe)
+		}
+		if slices.Contains(probes[:i], p) {
+			return s.fail("register", p, ErrRegistered)
+		}
+		addr, err := s.resolve(p)
+		if err != nil {
+			return s.fail("register", p, err)
+		}
+		addrs[i] = addr
+		eps[i] = s.engineProbe(p, addr)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return s.fail("register", nil, ErrClosed)
+	}
+	for i, p := range probes {
+		p.mu.Lock()
+		if p.session != nil {
+			p.mu.Unlock()
+			for _, q := range probes[:i] {
+				q.mu.Lock()
+				q.session = nil
+				q.mu.Unlock()
+			}
+			return s.fail("register", p, ErrRegistered)
+		}
+		p.session, p.private = s, private
+		p.mu.Unlock()
+	}
+	// From here on a hit may be served at any moment.
+	for i, p := range probes {
+		p.mu.Lock()
+		p.engine, p.addr, p.restored = eps[i], addrs[i], false
+		p.engine.SetEnabled(!p.disabled.Load())
+		p.mu.Unlock()
+	}
+	if err := s.eng.Register(eps...); err != nil {
+		for _, p := range probes {
+			p.detach(false)
+		}
+		if len(probes) == 1 {
+			return s.fail("register", probes[0], err)
+		}
+		return s.fail("register", nil, err)
+	}
+	s.probes = append(s.probes, probes...)
+	s.serveIdle()
+	for _, p := range probes {
+		s.log.Debug("probe registered", "probe", p, "addr", p.Address().String())
+	}
+	return nil
+}
+
+// detach makes p a probe that isn't registered.
+func (p *Probe) detach(restored bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.past = p.stats()
+	p.session, p.engine, p.private = nil, nil, false
+	p.restored = restored
+}
+
+// engineProbe wraps p's handlers for the engine.
+func (s *Session) engineProbe(p *Probe, addr Addr) *breakpoint.Probe {
+	ep := &breakpoint.Probe{Addr: uint64(addr)}
+	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
+		return s.dispatch(p, c, func(r *Regs) Action {
+			if p.Pre != nil {
+				if a := p.Pre(p, r); a != Continue {
+					return a
+				}
+			}
+			if s.sink != nil {
+				return s.sink(&Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)})
+			}
+			return Continue
+		})
+	}
+	if p.Post != nil {
+		ep.Post = func(c *breakpoint.Context) breakpoint.Verdict {
+			return s.dispatch(p, c, func(r *Regs) Action { return p.Post(p, r, p.Flags()) })
+		}
+	}
+	return ep
+}
+
+// dispatch calls a handler with the registers of a hit, and takes them back.
+func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action) breakpoint.Verdict {
+	cr3 := c.Regs.CR3
+	p.cr3.Store(cr3)
+	defer p.cr3.Store(0)
+	s.regs.load(c.Regs, func(addr uint64, b []byte) error { return s.drv.Read(cr3, addr, b) })
+	a := f(&s.regs)
+	s.regs.store(c.Regs)
+	return breakpoint.Verdict(a)
+}
+
+// Unregister removes probes and gives the guest its instructions back. Probes
+// that aren't registered with s are ignored. A handler may call it.
+func (s *Session) Unregister(probes ...*Probe) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	return s.unregister(probes...)
+}
+
+func (s *Session) unregister(probes ...*Probe) error {
+	var errs error
+	for _, p := range probes {
+		if p == nil {
+			continue
+		}
+		i := slices.Index(s.probes, p)
+		if i < 0 {
+			continue
+		}
+		p.mu.Lock()
+		ep := p.engine
+		p.mu.Unlock()
+		err := s.eng.Unregister(ep)
+		if err != nil {
+			errs = errors.Join(errs, s.fail("unregister", p, err))
+		}
+		s.probes = slices.Delete(s.probes, i, i+1)
+		p.detach(err == nil)
+		s.log.Debug("probe unregistered", "probe", p)
+	}
+	return errs
+}
+
+// Probes returns the registered probes, in order of registration.
+func (s *Session) Probes() []*Probe {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.probes)
+}
+
+// serveIdle starts to answer hits that no Loop sees; s.mu is held.
+func (s *Session) serveIdle() {
+	if s.idle != nil || s.looping || s.closed || len(s.probes) == 0 {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	i := &idle{cancel, make(chan struct{})}
+	s.idle = i
+	go func() {
+		defer close(i.done)
+		for ctx.Err() == nil {
+			_, err := s.eng.Serve(ctx, false)
+			if errors.Is(err, breakpoint.ErrGone) {
+				return
+			}
+			if err != nil && ctx.Err() == nil {
+				s.log.Error("answering a hit outside of Loop", "err", err)
+			}
+		}
+	}()
+}
+
+// endIdle ends what serveIdle began; s.mu is held.
+func (s *Session) endIdle() {
+	if s.idle == nil {
+		return
+	}
+	s.idle.cancel()
+	<-s.idle.done
+	s.idle = nil
+}
+
+// Loop runs the guest and calls handlers, in the caller's goroutine, until one
+// of them returns something else than Continue (then Loop returns nil), ctx is
+// done (then its cause), the domain is gone (ErrDomainGone) or something fails.
+// The probes stay registered: Loop may be called again.
+//
+// If a handler panics, the Session is closed, and so the guest restored, before
+// the panic goes on. A handler must not call Close.
+func (s *Session) Loop(ctx context.Context) error {
+	err := s.loop(ctx, nil)
+	if errors.Is(err, ErrClosed) {
+		<-s.done // so that a program may end now
+	}
+	return err
+}
+
+func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.mu.Lock()
+	switch {
+	case s.closed:
+		s.mu.Unlock()
+		return s.fail("loop", nil, ErrClosed)
+	case s.looping:
+		s.mu.Unlock()
+		return s.fail("loop", nil, ErrLooping)
+	case len(s.probes) == 0:
+		s.mu.Unlock()
+		return s.fail("loop", nil, ErrNotRegistered)
+	}
+	s.looping, s.stop, s.sink = true, cancel, sink
+	s.endIdle()
+	s.mu.Unlock()
+
+	finished := false
+	defer func() {
+		s.mu.Lock()
+		s.looping, s.stop, s.sink = false, nil, nil
+		if finished {
+			s.serveIdle()
+		}
+		s.mu.Unlock()
+		if !finished { // a handler panics, or ended the goroutine
+			if err := s.Close(); err != nil {
+				s.log.Error("close after a panic", "err", err)
+			}
+		}
+	}()
+	s.log.Debug("loop begins")
+	v, err := s.eng.Serve(ctx, true)
+	finished = true
+	s.log.Debug("loop ends", "action", int(v), "err", err)
+	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		err = context.Cause(ctx)
+	}
+	return s.fail("loop", nil, err)
+}
+
+// Events is Loop for those who prefer a range statement to handlers: it yields
+// each hit, with the vCPU stopped before the probed instruction until the body
+// is done. Pre handlers, if any, run first. Leaving the range ends the loop; an
+// error is yielded last.
+func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
+	return func(yield func(*Hit, error) bool) {
+		left := false
+		err := s.loop(ctx, func(h *Hit) Action {
+			if !yield(h, nil) {
+				left = true
+				return Stop
+			}
+			return Continue
+		})
+		if errors.Is(err, ErrClosed) {
+			<-s.done
+		}
+		if err != nil && !left {
+			yield(nil, err)
+		}
+	}
+}
+
+// ReadMemory reads guest kernel memory. n < len(b) implies an error. Breakpoints
+// of this Session don't show.
+func (s *Session) ReadMemory(b []byte, addr Addr) (n int, err error) { return s.read(0, b, addr) }
+
+// WriteMemory writes guest kernel memory, whatever the page's protection.
+func (s *Session) WriteMemory(addr Addr, b []byte) (n int, err error) { return s.write(0, addr, b) }
+
+func (s *Session) read(cr3 uint64, b []byte, addr Addr) (n int, err error) {
+	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Read(cr3, addr, b) })
+	s.eng.Overlay(uint64(addr), b[:n])
+	return n, s.fail("read", nil, err)
+}
+
+func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
+	for _, site := range s.eng.Sites() {
+		if uint64(addr) < site.Addr+uint64(len(site.Orig)) && site.Addr < uint64(addr)+uint64(len(b)) {
+			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
+		}
+	}
+	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Write(cr3, addr, b) })
+	return n, s.fail("write", nil, err)
+}
+
+// byPage does f page by page, so that it is known how far it came.
+func byPage(b []byte, addr Addr, f func(b []byte, addr uint64) error) (n int, err error) {
+	if len(b) > 0 && uint64(addr)+uint64(len(b))-1 < uint64(addr) {
+		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), xenaccess.ErrNonCanonical)
+	}
+	for n < len(b) {
+		at := uint64(addr) + uint64(n)
+		k := min(len(b)-n, int(xenaccess.PageSize-at%xenaccess.PageSize))
+		if err := f(b[n:n+k], at); err != nil {
+			return n, err
+		}
+		n += k
+	}
+	return n, nil
+}
+
+// Stats returns how the Session's hits were served.
+func (s *Session) Stats() SessionStats { return SessionStats(s.eng.Stats()) }
+
+// SessionStats counts stops of vCPUs, by what was done about them.
+type SessionStats struct {
+	Hits       uint64 // executions of probed addresses
+	Emulated   uint64 // whose instruction this process executed
+	Hypervisor uint64 // … the hypervisor emulated
+	OutOfLine  uint64 // … the vCPU executed as a copy elsewhere
+	InPlace    uint64 // … the vCPU executed in place, single-stepped
+	Reinjected uint64 // breakpoints of the guest's own, given back to it
+	Stale      uint64 // breakpoints that were removed when a vCPU had just hit them
+}
+
+// Close unregisters every probe, gives the guest its instructions back and
+// detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
+// for the handler that runs. It is idempotent, and joins all failures.
+func (s *Session) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		<-s.done
+		return s.err
+	}
+	s.closed = true
+	if s.stop != nil {
+		s.stop(ErrClosed)
+	}
+	s.endIdle()
+	probes := s.probes
+	s.probes = nil
+	s.mu.Unlock()
+
+	err := s.eng.Close()
+	for _, p := range probes {
+		p.detach(err == nil)
+	}
+	if s.leave != nil {
+		s.leave()
+	}
+	s.err = s.fail("close", nil, err)
+	s.log.Debug("session closed", "err", err)
+	close(s.done)
+	return s.err
+}
+
+// kindOf tells PV from HVM.
+func kindOf(f xenctrl.DomainFlags) Kind {
+	if f&xenctrl.DomainHVM != 0 {
+		return HVM
+	}
+	return PV
+}
+
+// attach opens the route that the guest and its hypervisor offer.
+func attach(hv route.Hypervisor, info xenctrl.DomainInfo) (guestDriver, error) {
+	if kindOf(info.Flags) == PV {
+		return route.OpenDebugger(hv)
+	}
+	return route.OpenMonitor(hv)
+}
+
+// scratch proposes dead code for out-of-line execution.
+func (s *Session) scratch(near uint64, try func(addr, size uint64) bool) {
+	// Between the kernel's text sections, which begin at 2 MiB boundaries when the
+	// kernel can isolate page tables, stand thousands of int3 bytes
+	// (arch/x86/kernel/vmlinux.lds.S: ALIGN_ENTRY_TEXT_BEGIN, ":text = 0xcccc").
+	if s.syms != nil {
+		for _, c := range []struct {
+			symbol string
+			before bool
+		}{{"__entry_text_end", false}, {"__entry_text_start", true}, {"_etext", true}} {
+			sym, err := s.syms.Lookup(c.symbol)
+			if err != nil {
+				continue
+			}
+			addr := sym.Addr + 64
+			if c.before {
+				addr = sym.Addr - 1024
+			}
+			if try(addr, 512) {
+				return
+			}
+		}
+	}
+	// Padding between functions, nearest first.
+	const pages, least = 256, 96
+	page := make([]byte, xenaccess.PageSize)
+	base := near &^ (xenaccess.PageSize - 1)
+	for i := range 2*pages + 1 {
+		d := uint64((i+1)/2) * xenaccess.PageSize
+		at := base + d
+		if i%2 == 0 {
+			at = base - d
+		}
+		if s.drv.Read(0, at, page) != nil {
+			continue
+		}
+		run := 0
+		for j, c := range page {
+			if c == 0xcc {
+				run++
+				continue
+			}
+			if run >= least && try(at+uint64(j-run)+16, uint64(run-16)) {
+				return
+			}
+			run = 0
+		}
+		if run >= least && try(at+uint64(len(page)-run)+16, uint64(run-16)) {
+			return
+		}
+	}
+}
+
+// boundary checks that addr is the start of an instruction, by decoding from the
+// start of its function, as the kernel's can_probe does.
+func (s *Session) boundary(addr uint64) error {
+	if s.syms == nil {
+		return nil
+	}
+	sym, off, ok := s.syms.Find(addr)
+	if !ok || off == 0 {
+		return nil
+	}
+	const limit = 1 << 20
+	if off > limit {
+		return fmt.Errorf("%#x is %#x bytes behind %s, the nearest symbol: %w", addr, off, sym.Name, ErrNotBoundary)
+	}
+	code := make([]byte, off+15)
+	n, err := s.ReadMemory(code, Addr(sym.Addr))
+	if err != nil && uint64(n) <= off {
+		return err
+	}
+	return x86.FindBoundary(code[:n], sym.Addr, addr)
+}

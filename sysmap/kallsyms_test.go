@@ -1,0 +1,160 @@
+package sysmap
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestFromImageLayouts(t *testing.T) {
+	t.Parallel()
+	for _, l := range layouts {
+		t.Run(l.name, func(t *testing.T) {
+			t.Parallel()
+			for seed := range uint64(8) {
+				// Also odd numbers, and whole multiples of 256.
+				n := []int{1000, 1024, 2001, 5003, 8192, 1537, 3333, 20000}[seed]
+				seg, syms := testKernel(l, seed, n)
+				m, err := FromImage([]Segment{seg})
+				require.NoError(t, err, "seed %d", seed)
+				// Compared by hand: a diff of thousands is of no use.
+				got := slices.Collect(m.All())
+				require.Len(t, got, len(syms))
+				for i := range got {
+					require.Equal(t, syms[i], got[i], "seed %d, symbol %d", seed, i)
+				}
+				assert.Equal(t, testBanner, m.Banner())
+				assert.Equal(t, "6.6.6-test", m.Release())
+			}
+		})
+	}
+}
+
+// Damage gives an error, or touches one symbol; never a map of another size.
+func TestFromImageDamaged(t *testing.T) {
+	t.Parallel()
+	for _, l := range layouts {
+		seg, syms := testKernel(l, 3, 2000)
+		for i := 0; i < len(seg.Data); i += 4999 {
+			d := bytes.Clone(seg.Data)
+			d[i] ^= 0x55
+			m, err := FromImage([]Segment{{Addr: seg.Addr, Data: d, Size: seg.Size}})
+			if err != nil {
+				require.ErrorIs(t, err, ErrFormat)
+				continue
+			}
+			require.Equal(t, len(syms), m.Len(), "%s, byte %#x", l.name, i)
+		}
+	}
+}
+
+func TestFromImageErrors(t *testing.T) {
+	t.Parallel()
+	seg, _ := testKernel(layouts[11], 1, 2000)
+	for name, segs := range map[string][]Segment{
+		"none":       nil,
+		"empty":      {{}},
+		"noise":      {{Addr: seg.Addr, Data: seg.Data[:0x2000]}},
+		"cut":        {{Addr: seg.Addr, Data: seg.Data[:len(seg.Data)*2/5]}},
+		"wraps":      {{Addr: 1<<64 - 8, Data: make([]byte, 16)}},
+		"wraps size": {{Addr: 1<<64 - 8, Data: make([]byte, 4), Size: 1 << 63}},
+		"elsewhere":  {{Addr: seg.Addr + 1<<30, Data: seg.Data[len(seg.Data)/2:]}},
+	} {
+		m, err := FromImage(segs)
+		require.ErrorIs(t, err, ErrFormat, name)
+		require.Nil(t, m, name)
+	}
+}
+
+// Tables made to cost time: any number of starts fits every marker.
+func TestFromImageWorkIsBounded(t *testing.T) {
+	t.Parallel()
+	l := layouts[5]
+	var syms []Symbol
+	for range 1 << 16 {
+		syms = append(syms, Symbol{Addr: 0xffffffff81000000, Type: 'T', Name: "0"})
+	}
+	tables := encodeKallsyms(l, syms, 0xffffffff81000000)
+	// All names the same two bytes: length 1 and a token of "T".
+	names := bytes.Repeat([]byte{1, 'T'}, 1<<20)
+	tok := bytes.Index(tables, []byte("0\x001\x00"))
+	require.Positive(t, tok)
+	var d []byte
+	for range 1 << 18 {
+		d = binary.LittleEndian.AppendUint32(d, 1<<16)
+	}
+	d = append(d, names...)
+	for range 32 {
+		for i := range 1 << 8 {
+			d = binary.LittleEndian.AppendUint32(d, uint32(i*512))
+		}
+	}
+	for range 8 {
+		d = append(d, tables[tok-1000:]...)
+	}
+	_, err := FromImage([]Segment{{Addr: 0xffffffff81000000, Data: d}})
+	require.ErrorIs(t, err, errWork)
+}
+
+// fuzzWork keeps one run short; the code that counts it is the same.
+const fuzzWork = 1 << 22
+
+func FuzzFromImage(f *testing.F) {
+	for i, l := range layouts {
+		seg, _ := testKernel(l, uint64(i), 900)
+		f.Add(seg.Addr, seg.Data[0x2000:])
+	}
+	f.Fuzz(func(t *testing.T, addr uint64, data []byte) {
+		m, err := fromImage([]Segment{{Addr: addr, Data: data}}, fuzzWork)
+		checkFuzzed(t, m, err)
+	})
+}
+
+// checkFuzzed uses a map that came of anything.
+func checkFuzzed(t *testing.T, m *Map, err error) {
+	t.Helper()
+	if err != nil {
+		require.Nil(t, m)
+		require.NotEmpty(t, err.Error())
+		return
+	}
+	prev := uint64(0)
+	n := 0
+	for s := range m.All() {
+		require.GreaterOrEqual(t, s.Addr, prev)
+		require.NotEmpty(t, s.Name)
+		prev = s.Addr
+		if n++; n%97 == 1 {
+			require.NotEmpty(t, m.LookupAll(s.Name))
+			if y, off, ok := m.Find(s.Addr + 3); ok {
+				require.Equal(t, s.Addr+3, y.Addr+off)
+				end, ok := m.FuncEnd(s.Addr + 3)
+				require.True(t, ok)
+				require.Greater(t, end, s.Addr+3)
+			}
+		}
+	}
+	require.Equal(t, n, m.Len())
+	_ = m.Suggest("sys_open")
+	for range m.Slide(0x1000000).All() {
+	}
+}
+
+func BenchmarkFromImage(b *testing.B) {
+	for _, i := range []int{9, 11, 14} {
+		seg, _ := testKernel(layouts[i], 1, 100000)
+		b.Run(fmt.Sprint(layouts[i].name), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := FromImage([]Segment{seg}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

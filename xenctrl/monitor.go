@@ -1,0 +1,227 @@
+package xenctrl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"syscall"
+	"unsafe"
+)
+
+// A Monitor receives the events of one HVM or PVH domain. Wait may be called
+// from one goroutine, Next, Respond and Notify from one goroutine (which may be
+// another), and the rest from any.
+type Monitor struct {
+	h     *Handle
+	id    DomID
+	ev    *EventChannels
+	port  uint32
+	page  unsafe.Pointer
+	mu    sync.Mutex // ring, on, closed
+	ring  ring
+	on    [monitorEmulUnimplemented + 1]bool
+	close bool
+}
+
+// OpenMonitor attaches to the events of a domain, of which none is delivered
+// before it is asked for. It fails with ErrBusy if a monitor is attached, and
+// with ErrNotSupported for a PV domain.
+func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
+	m := &Monitor{h: h, id: id}
+	h.ref()
+	err := h.do("open monitor", id, -1, func(l lib) error {
+		// Xen 4.14 and older have another layout of events.
+		if v, err := l.eventVersion(); err != nil {
+			return err
+		} else if v != vmEventVersion {
+			return fmt.Errorf("%w: its events have version %d, not %d: use Xen 4.15 or later", ErrNotSupported, v, vmEventVersion)
+		}
+		el, err := l.openEvents()
+		if err != nil {
+			return err
+		}
+		m.ev, err = newEventChannels(el)
+		if err != nil {
+			return err
+		}
+		var remote uint32
+		m.page, remote, err = l.monitorEnable(id)
+		if err != nil {
+			_ = m.ev.Close()
+			return err
+		}
+		m.ring.init(m.page)
+		m.port, err = el.bindInterdomain(id, remote)
+		if err != nil {
+			_ = m.ev.Close()
+			_ = l.monitorDisable(id)
+			_ = l.monitorUnmap(m.page)
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		h.unref()
+		return nil, err
+	}
+	return m, nil
+}
+
+// Domain returns the id of the domain.
+func (m *Monitor) Domain() DomID { return m.id }
+
+// set turns one kind of events on or off.
+func (m *Monitor) set(op string, what monitorEvent, on, sync bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.close {
+		return opErr(op, m.id, -1, ErrClosed)
+	}
+	err := m.h.l.monitorSet(m.id, what, on, sync)
+	if err == nil {
+		m.on[what] = on
+	}
+	return opErr(op, m.id, -1, err)
+}
+
+// SetSoftwareBreakpoint turns events for int3 on or off.
+func (m *Monitor) SetSoftwareBreakpoint(on bool) error {
+	return m.set("monitor software breakpoint", monitorSoftwareBreakpoint, on, true)
+}
+
+// SetSingleStep turns events for steps by the monitor trap flag on or off
+// (Intel only).
+func (m *Monitor) SetSingleStep(on bool) error {
+	return m.set("monitor single step", monitorSingleStep, on, true)
+}
+
+// SetDebugExceptions turns events for #DB on or off; sync makes the vCPU wait
+// for the response.
+func (m *Monitor) SetDebugExceptions(on, sync bool) error {
+	return m.set("monitor debug exceptions", monitorDebugExceptions, on, sync)
+}
+
+// SetEmulUnimplemented turns events for instructions that Xen's emulator does
+// not know on or off.
+func (m *Monitor) SetEmulUnimplemented(on bool) error {
+	return m.set("monitor unimplemented emulation", monitorEmulUnimplemented, on, true)
+}
+
+// Wait returns when a request is on the ring, or with the error of ctx.
+func (m *Monitor) Wait(ctx context.Context) error {
+	for {
+		m.mu.Lock()
+		closed := m.close
+		var n uint32
+		var err error
+		if !closed {
+			n, err = m.ring.waiting()
+		}
+		m.mu.Unlock()
+		if closed {
+			err = ErrClosed
+		}
+		if err != nil {
+			return opErr("wait for events", m.id, -1, err)
+		}
+		if n > 0 {
+			return nil
+		}
+		if err := m.ev.Wait(ctx); err != nil {
+			return err
+		}
+		port, ok, err := m.ev.Pending()
+		if err != nil {
+			return err
+		}
+		if ok {
+			// Unmask before looking at the ring: a request that comes in
+			// between is then announced again.
+			if err := m.ev.Unmask(port); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// Next takes one request off the ring, without waiting; ok is false if there
+// is none. A request with values that Xen never writes is dropped and makes
+// ErrRing.
+func (m *Monitor) Next(e *Event) (ok bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.close {
+		return false, opErr("take event", m.id, -1, ErrClosed)
+	}
+	ok, err = m.ring.next(e)
+	return ok, opErr("take event", m.id, -1, err)
+}
+
+// Respond puts a response on the ring: the request with other Flags (of which
+// EventVCPUPaused has to be kept), Regs or InsnData. Xen acts on it after
+// Notify. There has to be one for each request that had EventVCPUPaused.
+func (m *Monitor) Respond(e *Event) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.close {
+		return opErr("respond", m.id, e.VCPU, ErrClosed)
+	}
+	return opErr("respond", m.id, e.VCPU, m.ring.put(e))
+}
+
+// Notify makes Xen act on all responses that were put on the ring.
+func (m *Monitor) Notify() error { return m.ev.Notify(m.port) }
+
+// Close turns all events off, lets vCPUs run on whose requests were not taken,
+// and detaches. Requests that were taken must have been answered, or their
+// vCPUs stay paused; breakpoints must have been removed, or they reach the
+// guest. Calling it again does nothing.
+func (m *Monitor) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.close {
+		return nil
+	}
+	m.close = true
+	l := m.h.l
+	var errs []error
+	keep := func(op string, err error) {
+		// A domain that is gone has nothing left to turn off.
+		if err != nil && !errors.Is(err, syscall.ESRCH) {
+			errs = append(errs, opErr(op, m.id, -1, err))
+		}
+	}
+	for what := range m.on {
+		if m.on[what] {
+			keep("disable monitor event", l.monitorSet(m.id, monitorEvent(what), false, true))
+		}
+	}
+	if m.drain() {
+		_ = m.ev.Notify(m.port)
+	}
+	_ = m.ev.Unbind(m.port)
+	keep("disable monitor", l.monitorDisable(m.id))
+	keep("unmap event ring", l.monitorUnmap(m.page))
+	m.page, m.ring.page = nil, nil
+	keep("close event channels", m.ev.Close())
+	m.h.unref()
+	return errors.Join(errs...)
+}
+
+// drain answers requests that were not taken with "go on".
+func (m *Monitor) drain() (any bool) {
+	var e Event
+	for range ringSlots {
+		ok, err := m.ring.next(&e)
+		if err != nil || !ok {
+			return any
+		}
+		e.Flags &= EventVCPUPaused | EventAlternateP2M
+		if m.ring.put(&e) != nil {
+			return any
+		}
+		any = true
+	}
+	return any
+}

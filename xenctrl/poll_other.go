@@ -1,0 +1,12 @@
+//go:build !linux
+
+package xenctrl
+
+import "context"
+
+// poller is not used: nothing can be opened on this platform.
+type poller struct{}
+
+func newPoller(int) (*poller, error)       { return nil, ErrUnsupportedPlatform }
+func (*poller) wait(context.Context) error { return ErrUnsupportedPlatform }
+func (*poller) close()                     {}
