@@ -193,6 +193,8 @@ type errReaderAt struct{}
 
 func (errReaderAt) ReadAt([]byte, int64) (int, error) { return 0, errors.New("disk on fire") }
 
+// Run it with -fuzzminimizetime 1x: the seeds are large, and go test would spend its
+// time on making them smaller.
 func FuzzFromELF(f *testing.F) {
 	for _, i := range []int{1, 9, 14} {
 		seg, _ := testKernel(layouts[i], 1, 900)

@@ -104,6 +104,7 @@ func TestFromImageWorkIsBounded(t *testing.T) {
 // fuzzWork keeps one run short; the code that counts it is the same.
 const fuzzWork = 1 << 22
 
+// Run it with -fuzzminimizetime 1x, see FuzzFromELF.
 func FuzzFromImage(f *testing.F) {
 	for i, l := range layouts {
 		seg, _ := testKernel(l, uint64(i), 900)

@@ -317,7 +317,7 @@ func (e *Engine) removeSite(s *site) error {
 // again makes an attempt at something that must not fail, a few times.
 func (e *Engine) again(f func() error) (err error) {
 	for range 3 {
-		if err = f(); err == nil || errors.Is(err, ErrGone) || errors.Is(err, ErrTextChanged) {
+		if err = f(); err == nil || errors.Is(err, ErrGone) || errors.Is(err, ErrTextChanged) || errors.Is(err, x86.ErrStepLost) {
 			return err
 		}
 		time.Sleep(time.Millisecond)
@@ -568,7 +568,7 @@ func (e *Engine) handle(s *Stop, live bool) (Verdict, error) {
 	}
 	if s.User {
 		e.stats.Reinjected++
-		return Continue, e.drv.Reinject(s)
+		return Continue, e.reinject(s)
 	}
 	if st := e.sites[s.Regs.IP]; st != nil && st.armed {
 		return e.hit(st, s, live)
@@ -587,11 +587,11 @@ func (e *Engine) foreign(s *Stop) error {
 	if err == nil && b[0] != 0xcc {
 		e.stats.Stale++
 		e.log.Debug("breakpoint was removed", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
-		return e.drv.Resume(s)
+		return e.resume(s)
 	}
 	e.stats.Reinjected++
 	e.log.Debug("breakpoint is the guest's own", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
-	return e.drv.Reinject(s)
+	return e.reinject(s)
 }
 
 // take returns an unused inflight for a hit of st.
@@ -783,6 +783,10 @@ func (e *Engine) resume(s *Stop) error {
 	return e.again(func() error { return e.drv.Resume(s) })
 }
 
+func (e *Engine) reinject(s *Stop) error {
+	return e.again(func() error { return e.drv.Reinject(s) })
+}
+
 func (f *inflight) wantsPost() bool {
 	return f.post && slices.ContainsFunc(f.probes, func(p *Probe) bool { return p.Post != nil && p.Enabled() })
 }
@@ -812,12 +816,24 @@ func (e *Engine) leaveSlot(sl *slot, s *Stop) (Verdict, error) {
 
 // completed ends a hit whose instruction the vCPU executed itself, at address at.
 func (e *Engine) completed(f *inflight, s *Stop, at uint64) (Verdict, error) {
-	st := f.site
-	if err := st.insn.FinishStep(&s.Regs, st.addr, at, memory{e.drv, s.Regs.CR3}, &f.before); err != nil {
+	if err := e.finishStep(f, s, at); err != nil {
+		// The vCPU is behind the instruction all the same.
+		s.Regs.IP = f.site.addr + uint64(f.site.insn.Len)
 		e.give(f)
-		return Continue, errors.Join(fmt.Errorf("%#x: %w", st.addr, err), e.resume(s))
+		return Continue, errors.Join(err, e.resume(s))
 	}
 	return e.finish(f, s)
+}
+
+func (e *Engine) finishStep(f *inflight, s *Stop, at uint64) error {
+	st := f.site
+	err := e.again(func() error {
+		return st.insn.FinishStep(&s.Regs, st.addr, at, memory{e.drv, s.Regs.CR3}, &f.before)
+	})
+	if err != nil {
+		return fmt.Errorf("%#x: %w", st.addr, err)
+	}
+	return nil
 }
 
 func (e *Engine) stepped(s *Stop) (Verdict, error) {
@@ -830,7 +846,7 @@ func (e *Engine) stepped(s *Stop) (Verdict, error) {
 		return Continue, e.again(func() error { return e.drv.StepOver(s, st.addr) })
 	}
 	e.arrive(f)
-	err := st.insn.FinishStep(&s.Regs, st.addr, st.addr, memory{e.drv, s.Regs.CR3}, &f.before)
+	err := e.finishStep(f, s, st.addr)
 	if errors.Is(err, x86.ErrStepLost) {
 		// It faulted, and the vCPU is at the guest's fault handler.
 		e.retry[s.VCPU] = retry{st, f.before.SP}
@@ -898,7 +914,7 @@ func (e *Engine) Close() error {
 				return err
 			}
 			if s.User {
-				return e.drv.Reinject(s)
+				return e.reinject(s)
 			}
 			return e.foreign(s)
 		}

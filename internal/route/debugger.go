@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -102,16 +103,19 @@ func (d *Debugger) SetVCPUInfo(symbol uint64) {
 // upcallMask returns the address and value of evtchn_upcall_mask, the second
 // byte of struct vcpu_info (xen/include/public/xen.h): non-zero while the guest
 // has interrupts off. The RFLAGS.IF that Xen shows is always set.
-func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (addr uint64, mask byte, ok bool) {
+func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (addr uint64, mask byte, ok bool, err error) {
 	if d.vcpuInfo == 0 {
-		return 0, 0, false
+		return 0, 0, false, nil
 	}
 	var b [2]byte
 	addr = c.GSBaseKernel + d.vcpuInfo
-	if d.Read(c.CtrlReg[3], addr, b[:]) != nil || b[0] > 1 || b[1] > 1 {
-		return 0, 0, false
+	if err := d.Read(c.CtrlReg[3], addr, b[:]); err != nil {
+		return 0, 0, false, err
 	}
-	return addr + 1, b[1], true
+	if b[0] > 1 || b[1] > 1 {
+		return 0, 0, false, nil // whatever it is, it isn't that
+	}
+	return addr + 1, b[1], true, nil
 }
 
 // currentRoots returns the kernel page tables that vCPUs use now.
@@ -138,10 +142,10 @@ func (d *Debugger) InsertBreak(addr uint64, in *x86.Insn) error {
 	return d.insert(addr, in, true)
 }
 
-// RemoveBreak implements breakpoint.Driver. The domain must be frozen: a vCPU
-// that has resumed behind the int3 of a NOP, and hasn't run since, would find
-// the tail of the original there.
-func (d *Debugger) RemoveBreak(addr uint64) error {
+// RemoveBreak implements breakpoint.Driver. A vCPU that has resumed behind the
+// int3 of a NOP, and hasn't run since, would find the tail of the original there:
+// such a one is sent to the next instruction while the domain is paused.
+func (d *Debugger) RemoveBreak(addr uint64) (err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	p := d.breakAt(addr)
@@ -149,6 +153,14 @@ func (d *Debugger) RemoveBreak(addr uint64) error {
 		return nil
 	}
 	if len(p.written) > 1 {
+		if err := attempts(d.hv.Pause); err != nil {
+			return fmt.Errorf("pause: %w", err)
+		}
+		defer func() {
+			if uerr := attempts(d.hv.Unpause); uerr != nil {
+				err = errors.Join(err, fmt.Errorf("unpause: %w", uerr))
+			}
+		}()
 		if err := d.leaveTail(p); err != nil {
 			return err
 		}
@@ -167,11 +179,12 @@ func (d *Debugger) leaveTail(p *patch) error {
 			continue
 		}
 		c := &d.scratch
-		if err := d.hv.VCPUContext(v, c); err != nil {
-			if errors.Is(mapErr(err), breakpoint.ErrGone) {
-				return mapErr(err)
-			}
-			continue // never brought up
+		err := attempts(func() error { return d.hv.VCPUContext(v, c) })
+		if errors.Is(err, syscall.ENODATA) {
+			continue // never brought up: xen/common/domctl.c, XEN_DOMCTL_getvcpucontext
+		}
+		if err != nil {
+			return fmt.Errorf("vCPU %d: read registers: %w", v, err)
 		}
 		if rip := c.User.RIP; rip > p.addr && rip < p.addr+uint64(p.insn.Len) {
 			c.User.RIP = p.addr + uint64(p.insn.Len)
@@ -506,14 +519,11 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	}
 	v.ctx = want
 	v.fresh = true
-	if !p.lifted {
-		if err := attempts(func() error { return d.lift(p) }); err != nil {
-			return errors.Join(err, d.endStep())
-		}
-		p.lifted = true
+	if err := attempts(func() error { return d.liftForStep(p) }); err != nil {
+		return errors.Join(err, d.endStep())
 	}
 	// An interrupt between here and the step would run over the lifted byte.
-	if addr, mask, ok := d.upcallMask(&v.ctx); ok && mask == 0 && st.masked == 0 {
+	if addr, mask, ok, _ := d.upcallMask(&v.ctx); ok && mask == 0 && st.masked == 0 {
 		if d.Write(v.ctx.CtrlReg[3], addr, []byte{1}) == nil {
 			st.masked = addr
 		}
@@ -569,11 +579,8 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	v.stopped, v.reason = true, breakpoint.Stepped
 	d.owed++
 	d.pending++
-	if p := d.step.patch; p.lifted {
-		if err := attempts(func() error { return d.drop(p) }); err != nil {
-			return false, err
-		}
-		p.lifted = false
+	if err := attempts(func() error { return d.dropAfterStep(d.step.patch) }); err != nil {
+		return false, err
 	}
 	d.step.done = true
 	d.fill(s, d.step.vcpu)
@@ -587,12 +594,8 @@ func (d *Debugger) endStep() error {
 		return nil
 	}
 	var errs error
-	if p := st.patch; p.lifted {
-		if err := attempts(func() error { return d.drop(p) }); err != nil {
-			errs = errors.Join(errs, err)
-		} else {
-			p.lifted = false
-		}
+	if err := attempts(func() error { return d.dropAfterStep(st.patch) }); err != nil {
+		errs = errors.Join(errs, err)
 	}
 	if st.masked != 0 {
 		if err := attempts(func() error { return d.Write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
@@ -646,7 +649,10 @@ func (d *Debugger) bounce(v int, c *xenctrl.VCPUContext, vector int, rip uint64)
 		return fmt.Errorf("vCPU %d: the guest has no handler for vector %d", v, vector)
 	}
 	u := &c.User
-	maskAddr, maskByte, known := d.upcallMask(c)
+	maskAddr, maskByte, known, err := d.upcallMask(c)
+	if err != nil {
+		return fmt.Errorf("vCPU %d: read its interrupt flag: %w", v, err)
+	}
 	mask := uint64(maskByte)
 	flags := u.RFLAGS &^ (eflagIF | eflagTF)
 	if mask == 0 {

@@ -50,7 +50,8 @@ type patch struct {
 	addr    uint64
 	insn    x86.Insn
 	written []byte // the breakpoint and, at a NOP, what follows it
-	lifted  bool
+	lifted  bool   // the original is in place, for a step
+	gone    bool   // removed, if in the middle of a step
 }
 
 func newGuest(hv Hypervisor) *guest {
@@ -184,12 +185,43 @@ func (g *guest) remove(addr uint64) error {
 	if !p.lifted {
 		if err := g.lift(p); err != nil {
 			if errors.Is(err, breakpoint.ErrTextChanged) {
+				p.gone = true
 				delete(g.breaks, addr)
 			}
 			return err
 		}
 	}
+	p.gone = true
 	delete(g.breaks, addr)
+	return nil
+}
+
+// liftForStep takes a breakpoint out for a step, and dropAfterStep puts it back
+// unless it has been removed meanwhile.
+func (g *guest) liftForStep(p *patch) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if p.lifted || p.gone {
+		return nil
+	}
+	if err := g.lift(p); err != nil {
+		return err
+	}
+	p.lifted = true
+	return nil
+}
+
+func (g *guest) dropAfterStep(p *patch) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if !p.lifted || p.gone {
+		p.lifted = false
+		return nil
+	}
+	if err := g.drop(p); err != nil {
+		return err
+	}
+	p.lifted = false
 	return nil
 }
 

@@ -220,11 +220,8 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 			return true, nil
 		case xenctrl.ReasonSingleStep, xenctrl.ReasonDebugException:
 			if st := m.step; st != nil && st.vcpu == ev.VCPU && !st.done {
-				if p := st.patch; p.lifted {
-					if err := attempts(func() error { return m.drop(p) }); err != nil {
-						return false, err
-					}
-					p.lifted = false
+				if err := attempts(func() error { return m.dropAfterStep(st.patch) }); err != nil {
+					return false, err
 				}
 				st.done = true
 				s.Reason = breakpoint.Stepped
@@ -379,14 +376,13 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	if ev.Regs != v.ev.Regs {
 		flags |= xenctrl.EventSetRegisters
 	}
-	if err := attempts(func() error { return m.lift(p) }); err != nil {
+	if err := attempts(func() error { return m.liftForStep(p) }); err != nil {
 		return err
 	}
-	p.lifted = true
 	m.step = &step{vcpu: s.VCPU, patch: p}
 	if err := m.answer(v, &ev, flags); err != nil && !v.responded {
 		m.step = nil
-		return errors.Join(err, m.drop(p))
+		return errors.Join(err, m.dropAfterStep(p))
 	}
 	return nil
 }
