@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -118,6 +119,21 @@ func serve(t testing.TB, s *vmprobes.Session, f func()) {
 	require.ErrorIs(t, <-done, context.Canceled)
 }
 
+// texthash returns the guest's own hash of its kernel text. The guest patches
+// itself now and then, above all when it does something for the first time.
+func (t labTest) texthash() string {
+	t.Helper()
+	t.ask("open 10 all")
+	for range 5 {
+		h := t.ask("texthash")
+		if h == t.ask("texthash") {
+			return h
+		}
+	}
+	t.Fatal("the guest's text doesn't come to rest")
+	return ""
+}
+
 // unharmed checks that the guest is as it was, by its own account.
 func (t labTest) unharmed(texthash string) {
 	t.Helper()
@@ -138,9 +154,14 @@ func TestLab(t *testing.T) {
 			require.NoError(t, err)
 			defer g.Destroy()
 			lt := func(f func(labTest)) func(*testing.T) {
-				return func(t *testing.T) { f(labTest{t, g, cfg}) }
+				return func(t *testing.T) {
+					if _, err := g.Command(t.Context(), "ping"); err != nil {
+						t.Fatalf("the guest doesn't answer any more: %v", err)
+					}
+					f(labTest{t, g, cfg})
+				}
 			}
-			hash := labTest{t, g, cfg}.ask("texthash")
+			hash := labTest{t, g, cfg}.texthash()
 			t.Run("Symbols", lt(testSymbols))
 			t.Run("Hits", lt(testHits))
 			t.Run("Stepped", lt(testStepped))
@@ -175,10 +196,13 @@ func testSymbols(t labTest) {
 
 	// The whole text, with a probe in it that must not show.
 	p := &vmprobes.Probe{Symbol: "vfs_open"}
+	text := t.texthash()
+	assert.Contains(t, text, hashOf(t, s), "the text, read from dom0")
 	require.NoError(t, s.Register(p))
-	assert.Contains(t, t.ask("texthash"), hashOf(t, s, true))
+	assert.NotEqual(t, text, t.ask("texthash"), "a breakpoint is in the guest's text")
+	assert.Contains(t, text, hashOf(t, s), "and not in what a Session reads")
 	require.NoError(t, s.Unregister(p))
-	assert.Contains(t, t.ask("texthash"), hashOf(t, s, true))
+	assert.Equal(t, text, t.ask("texthash"))
 
 	// Another kernel's symbols are refused before anything is touched.
 	for _, k := range labguest.Kernels() {
@@ -197,7 +221,7 @@ func testSymbols(t labTest) {
 }
 
 // hashOf is the SHA-256 of _stext to _etext as s reads it.
-func hashOf(t testing.TB, s *vmprobes.Session, overlaid bool) string {
+func hashOf(t testing.TB, s *vmprobes.Session) string {
 	start, err := s.Lookup("_stext")
 	require.NoError(t, err)
 	end, err := s.Lookup("_etext")
@@ -219,7 +243,6 @@ func testHits(t labTest) {
 	s := t.open(nil)
 	per := 10000 / t.cfg.VCPUs
 	var pre, post, wrong atomic.Uint64
-	cpus := make([]atomic.Uint64, t.cfg.VCPUs)
 	p := &vmprobes.Probe{
 		Symbol: probed,
 		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
@@ -250,7 +273,6 @@ func testHits(t labTest) {
 	assert.Equal(t, guest, post.Load())
 	assert.Zero(t, wrong.Load(), "handlers saw something else than the guest did")
 	assert.NotContains(t, reply, "BAD")
-	_ = cpus
 	t.Logf("%d hits in %.1f s (%.0f a second, emulated time); guest: %s; %+v", guest, took.Seconds(), float64(guest)/took.Seconds(), reply, s.Stats())
 }
 
@@ -471,7 +493,7 @@ func testExamples(t labTest) {
 		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "5", t.g.Name())
 		out := start(tt, cmd, "vmprobe registered\n")
 		t.ask("open 5 0")
-		require.NoError(tt, cmd.Wait(), "%s", out)
+		require.NoError(tt, <-out.done, "%s", out)
 		assert.Equal(tt, 5, strings.Count(out.String(), "(/lab-probe-target)"), "%s", out)
 		assert.Regexp(tt, `(?m)^\[1\] do_sys_openat2\(\) called\n -- filename: [0-9a-f]{8,} \(/lab-probe-target\)\n -- flags: [0-9a-f]{8}\n -- mode: [0-9a-f]{8}$`, out.String())
 		assert.Contains(tt, out.String(), "vmprobe unregistered\ndo_sys_openat2() called 5 times.\n")
@@ -480,7 +502,7 @@ func testExamples(t labTest) {
 		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "2", "-symbol", "sys_openat", t.g.Name())
 		out := start(tt, cmd, "vmprobe registered\n")
 		t.ask("open 2 0")
-		require.NoError(tt, cmd.Wait(), "%s", out)
+		require.NoError(tt, <-out.done, "%s", out)
 		assert.Equal(tt, 2, strings.Count(out.String(), "(/lab-probe-target)"), "%s", out)
 	})
 	t.Run("opens", func(tt *testing.T) {
@@ -488,7 +510,7 @@ func testExamples(t labTest) {
 		out := start(tt, cmd, "watching a3guest")
 		t.ask("open 7 all")
 		require.NoError(tt, cmd.Process.Signal(syscall.SIGINT))
-		require.NoError(tt, cmd.Wait(), "%s", out)
+		require.NoError(tt, <-out.done, "%s", out)
 		n := 7 * t.cfg.VCPUs
 		assert.Equal(tt, n, strings.Count(out.String(), `open "/lab-probe-target"`), "%s", out)
 		assert.Equal(tt, n, strings.Count(out.String(), `look up "/lab-probe-target"`), "%s", out)
@@ -506,39 +528,50 @@ func testExamples(t labTest) {
 	})
 }
 
-// syncBuffer is a bytes.Buffer that a process writes and a test reads.
-type syncBuffer struct {
-	ch  chan struct{}
+// proc is a program that runs and whose output can be read meanwhile.
+type proc struct {
+	*exec.Cmd
+	done chan error
+
+	mu  sync.Mutex
 	buf bytes.Buffer
 }
 
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	<-b.ch
-	defer func() { b.ch <- struct{}{} }()
-	return b.buf.Write(p)
+func (p *proc) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.buf.Write(b)
 }
 
-func (b *syncBuffer) String() string {
-	<-b.ch
-	defer func() { b.ch <- struct{}{} }()
-	return b.buf.String()
+func (p *proc) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.buf.String()
 }
 
-// start starts cmd and waits until its output has a line with want.
-func start(t testing.TB, cmd *exec.Cmd, want string) *syncBuffer {
+// start starts a program and waits until its output contains want.
+func start(t testing.TB, cmd *exec.Cmd, want string) *proc {
 	t.Helper()
-	out := &syncBuffer{ch: make(chan struct{}, 1)}
-	out.ch <- struct{}{}
-	cmd.Stdout, cmd.Stderr = out, out
+	p := &proc{Cmd: cmd, done: make(chan error, 1)}
+	cmd.Stdout, cmd.Stderr = p, p
 	require.NoError(t, cmd.Start())
+	go func() { p.done <- cmd.Wait() }()
+	t.Cleanup(func() { cmd.Process.Kill() })
 	for range 1200 {
-		if strings.Contains(out.String(), want) {
-			return out
+		if strings.Contains(p.String(), want) {
+			return p
 		}
-		time.Sleep(50 * time.Millisecond)
+		select {
+		case err := <-p.done:
+			p.done <- err
+			if strings.Contains(p.String(), want) {
+				return p
+			}
+			t.Fatalf("%v ended (%v) without %q in its output:\n%s", cmd.Args, err, want, p)
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
-	cmd.Process.Kill()
-	t.Fatalf("no %q in the output of %v:\n%s", want, cmd.Args, out)
+	t.Fatalf("no %q in the output of %v:\n%s", want, cmd.Args, p)
 	return nil
 }
 
@@ -566,7 +599,7 @@ func testEnds(t labTest) {
 				case "SIGTERM":
 					cmd.Process.Signal(syscall.SIGTERM)
 				}
-				err := cmd.Wait()
+				err := <-out.done
 				if end == "panic" {
 					require.Error(tt, err)
 					require.Contains(tt, out.String(), "the handler panics", "round %d", i)
@@ -628,7 +661,7 @@ func TestLabStock(t *testing.T) {
 	require.NoError(t, err)
 	defer g.Destroy()
 	lt := labTest{t, g, labguest.Config{}}
-	hash := lt.ask("texthash")
+	hash := lt.texthash()
 	for range 3 {
 		_, err = vmprobes.Open(t.Context(), "a3guest", nil)
 		require.ErrorIs(t, err, vmprobes.ErrNoGDBSX)

@@ -141,6 +141,9 @@ func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts 
 		Method:   breakpoint.Method(opts.Stepping),
 		Logger:   log,
 	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.serveIdle()
 	return s
 }
 
@@ -308,9 +311,10 @@ func (s *Session) Probes() []*Probe {
 	return slices.Clone(s.probes)
 }
 
-// serveIdle starts to answer hits that no Loop sees; s.mu is held.
+// serveIdle starts to answer hits that no Loop sees, and breakpoints of the
+// guest's own, which reach us as soon as we are attached; s.mu is held.
 func (s *Session) serveIdle() {
-	if s.idle != nil || s.looping || s.closed || len(s.probes) == 0 {
+	if s.idle != nil || s.looping || s.closed {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())

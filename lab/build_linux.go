@@ -68,7 +68,7 @@ func (c *cache) build(ctx context.Context, hosts []string) error {
 	if err := requireTools(hosts...); err != nil {
 		return err
 	}
-	unlock, err := lock(c.path("build.lock"), "another lab build")
+	unlock, err := lock(ctx, c.path("build.lock"), "another lab build")
 	if err != nil {
 		return err
 	}

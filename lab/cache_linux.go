@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -154,7 +155,7 @@ func versionKey(what string, pkgs []debPackage) string {
 
 // lock takes a lock file and says so if that takes long. The returned function
 // gives it back.
-func lock(path, what string) (func(), error) {
+func lock(ctx context.Context, path, what string) (func(), error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o666)
 	if err != nil {
 		return nil, fmt.Errorf("lock: %w", err)
@@ -169,6 +170,10 @@ func lock(path, what string) (func(), error) {
 			_ = f.Close()
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
+		if ctx.Err() != nil {
+			_ = f.Close()
+			return nil, &exitError{codeLab, fmt.Errorf("interrupted while waiting for %s", what)}
+		}
 		if !told && time.Since(start) > 2*time.Second {
 			told = true
 			fmt.Fprintf(os.Stderr, "lab: waiting for %s\n", what)
@@ -178,8 +183,8 @@ func lock(path, what string) (func(), error) {
 
 // lockEmulator makes sure that one emulator runs at a time on this machine:
 // two of them would only slow each other down beyond every timeout.
-func lockEmulator() (func(), error) {
-	return lock(filepath.Join(os.TempDir(), "vmprobes-emulator.lock"), "the emulator of another lab")
+func lockEmulator(ctx context.Context) (func(), error) {
+	return lock(ctx, filepath.Join(os.TempDir(), "vmprobes-emulator.lock"), "the emulator of another lab")
 }
 
 // usesGDBSX tells whether the host needs the hypervisor built from source.

@@ -101,7 +101,7 @@ func boot(ctx context.Context, host string, flags runFlags, j job.Job) (*machine
 	}
 	cleanup := func() { _ = os.RemoveAll(m.dir) }
 
-	unlock, err := lockEmulator()
+	unlock, err := lockEmulator(ctx)
 	if err != nil {
 		cleanup()
 		return nil, nil, err

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 	"github.com/vmprobes/vmprobes/lab/internal/wire"
@@ -71,6 +72,9 @@ func runShell(ctx context.Context, host string, flags runFlags) error {
 	j := job.Job{Host: host, Env: jobEnv(flags.env), ShellGuest: "a3guest", Rows: 24, Columns: 80}
 	if size, err := unix.IoctlGetWinsize(int(os.Stdin.Fd()), unix.TIOCGWINSZ); err == nil {
 		j.Rows, j.Columns = size.Row, size.Col
+	}
+	if flags.timeout == 0 {
+		flags.timeout = 24 * time.Hour // whoever sits there decides
 	}
 	m, cleanup, err := boot(ctx, host, flags, j)
 	if err != nil {

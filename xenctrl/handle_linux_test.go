@@ -393,7 +393,14 @@ func TestMonitorFailures(t *testing.T) {
 		t.Errorf("events of version 6: %v", err)
 	}
 
-	f = &fakeLib{fail: map[string]error{}, evVersion: vmEventVersion}
+	if _, err := newHandle(newFakeLib()).OpenMonitor(0); !errors.Is(err, ErrNotSupported) {
+		t.Errorf("PV domain: %v", err)
+	}
+	if _, err := newHandle(newFakeLib()).OpenMonitor(3); !errors.Is(err, ErrNoDomain) {
+		t.Errorf("no domain: %v", err)
+	}
+
+	f = newFakeLib()
 	h := newHandle(failBind{f})
 	if _, err := h.OpenMonitor(5); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("bind: %v", err)

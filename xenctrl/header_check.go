@@ -31,7 +31,6 @@ package xenctrl
 #define VMP_LOGGER   xentoollog_logger
 #define VMP_CONTEXT  vcpu_guest_context_any_t
 #define VMP_VCPUINFO xc_vcpuinfo_t
-#define VMP_EXTSTATE xc_vcpu_extstate_t
 #define VMP_DOMCTL   struct xen_domctl
 #define VMP_DOMINFO  xc_domaininfo_t
 #include "vmp.h"
@@ -90,17 +89,13 @@ VMP_OFF(struct vmp_vcpuinfo, blocked, xc_vcpuinfo_t, blocked)
 VMP_OFF(struct vmp_vcpuinfo, running, xc_vcpuinfo_t, running)
 VMP_OFF(struct vmp_vcpuinfo, cpu_time, xc_vcpuinfo_t, cpu_time)
 
-_Static_assert(sizeof(struct vmp_extstate) == sizeof(xc_vcpu_extstate_t), "extstate");
-VMP_OFF(struct vmp_extstate, xfeature_mask, xc_vcpu_extstate_t, xfeature_mask)
-VMP_OFF(struct vmp_extstate, size, xc_vcpu_extstate_t, size)
-VMP_OFF(struct vmp_extstate, buffer, xc_vcpu_extstate_t, buffer)
-
 // Every constant of vmp.h.
 _Static_assert(VMP_CONTEXT_SIZE == sizeof(vcpu_guest_context_t), "VMP_CONTEXT_SIZE");
 _Static_assert(VMP_CONTEXT_ROOM >= sizeof(vcpu_guest_context_any_t), "VMP_CONTEXT_ROOM");
 _Static_assert(VMP_HVM_CPU_SIZE == sizeof(HVM_SAVE_TYPE(CPU)), "VMP_HVM_CPU_SIZE");
 _Static_assert(VMP_HVM_CPU_CODE == HVM_SAVE_CODE(CPU), "VMP_HVM_CPU_CODE");
 _Static_assert(VMP_DOMCTL_SETVCPUEXTSTATE == XEN_DOMCTL_setvcpuextstate, "setvcpuextstate");
+_Static_assert(VMP_DOMCTL_GETVCPUEXTSTATE == XEN_DOMCTL_getvcpuextstate, "getvcpuextstate");
 _Static_assert(VMP_DOMCTL_GDBSX_GUESTMEMIO == XEN_DOMCTL_gdbsx_guestmemio, "gdbsx_guestmemio");
 _Static_assert(VMP_XENVER_VERSION == XENVER_version, "XENVER_version");
 _Static_assert(VMP_XENVER_EXTRAVERSION == XENVER_extraversion, "XENVER_extraversion");

@@ -189,33 +189,45 @@ static int vmp_set_context(struct vmp *v, uint32_t dom, uint32_t vcpu, const voi
 	return VMP_TRY(v->xc.xc_vcpu_setcontext(v->xch, dom, vcpu, buf));
 }
 
-// vmp_get_extstate returns memory to free in *out.
+// vmp_get_extstate returns memory to free in *out. xc_vcpu_get_extstate would do
+// the same, but it keeps to itself how much of the memory Xen filled, and
+// setvcpuextstate takes no other size.
 static int vmp_get_extstate(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t max,
 			    uint64_t *mask, uint64_t *size, void **out)
 {
-	struct vmp_extstate s = { 0 };
-	int rc = VMP_TRY(v->xc.xc_vcpu_get_extstate(v->xch, dom, vcpu, &s));
+	struct vmp_domctl d = { .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
+	d.u.extstate.vcpu = vcpu; // all else 0: what is the most it can be?
+	int rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
 	if (rc < 0)
 		return rc;
-	if (s.size > max)
+	uint64_t room = d.u.extstate.size;
+	*mask = d.u.extstate.xfeature_mask;
+	if (room > max)
 		return -E2BIG;
-	*mask = s.xfeature_mask;
-	*size = s.size;
-	if (s.size == 0)
+	if (room == 0)
 		return 0;
-	if (!(s.buffer = calloc(1, s.size)))
+	errno = 0;
+	void *safe = v->call.xencall_alloc_buffer(v->xcall, room);
+	if (!safe)
 		return -ENOMEM;
-	rc = VMP_TRY(v->xc.xc_vcpu_get_extstate(v->xch, dom, vcpu, &s));
-	if (rc >= 0 && s.size > *size)
+	memset(safe, 0, room);
+	d = (struct vmp_domctl){ .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
+	d.u.extstate.vcpu = vcpu;
+	d.u.extstate.xfeature_mask = *mask;
+	d.u.extstate.size = room;
+	d.u.extstate.buffer = (uintptr_t)safe;
+	rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
+	if (rc >= 0 && d.u.extstate.size > room)
 		rc = -EAGAIN;
-	if (rc < 0) {
-		free(s.buffer);
-		return rc;
+	if (rc >= 0 && d.u.extstate.size > 0) {
+		*size = d.u.extstate.size;
+		if ((*out = malloc(*size)))
+			memcpy(*out, safe, *size);
+		else
+			rc = -ENOMEM;
 	}
-	*mask = s.xfeature_mask;
-	*size = s.size;
-	*out = s.buffer;
-	return 0;
+	v->call.xencall_free_buffer(v->xcall, safe);
+	return rc;
 }
 
 static int vmp_set_extstate(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t mask,
@@ -464,6 +476,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"unsafe"
 )
@@ -729,12 +742,25 @@ func (l *dlLib) vcpuInfo(id DomID, vcpu int, info *VCPUInfo) error {
 	return nil
 }
 
+// contexts are VCPUContexts of their own: the caller's may be part of something
+// that holds Go pointers, and such memory must not be given to C.
+var contexts = sync.Pool{New: func() any { return new(VCPUContext) }}
+
 func (l *dlLib) vcpuContext(id DomID, vcpu int, c *VCPUContext) error {
-	return errno(C.vmp_get_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(c)))
+	own := contexts.Get().(*VCPUContext)
+	defer contexts.Put(own)
+	err := errno(C.vmp_get_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(own)))
+	if err == nil {
+		*c = *own
+	}
+	return err
 }
 
 func (l *dlLib) setVCPUContext(id DomID, vcpu int, c *VCPUContext) error {
-	return errno(C.vmp_set_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(c)))
+	own := contexts.Get().(*VCPUContext)
+	defer contexts.Put(own)
+	*own = *c
+	return errno(C.vmp_set_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(own)))
 }
 
 func (l *dlLib) vcpuExtState(id DomID, vcpu int) (mask uint64, data []byte, err error) {

@@ -31,6 +31,14 @@ func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
 	m := &Monitor{h: h, id: id}
 	h.ref()
 	err := h.do("open monitor", id, -1, func(l lib) error {
+		// The library would say EINVAL, for want of a ring page.
+		if d, ok, err := l.firstDomain(id); err != nil {
+			return err
+		} else if !ok || d.ID != id {
+			return syscall.ESRCH
+		} else if d.Flags&DomainHVM == 0 {
+			return syscall.EOPNOTSUPP
+		}
 		// Xen 4.14 and older have another layout of events.
 		if v, err := l.eventVersion(); err != nil {
 			return err

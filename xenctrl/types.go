@@ -136,7 +136,7 @@ type DomStatus struct {
 }
 
 // DomStatusBreakpoint is the DomStatus.Event of an int3 (X86_TRAP_BP,
-// xen/include/asm-x86/x86-defns.h).
+// xen/arch/x86/include/asm/x86-defns.h).
 const DomStatusBreakpoint = 3
 
 // ExtState is a vCPU's extended state (XEN_DOMCTL_getvcpuextstate, struct

@@ -18,7 +18,6 @@
 #define VMP_LOGGER   struct vmp_logger
 #define VMP_CONTEXT  void /* vcpu_guest_context_any_t */
 #define VMP_VCPUINFO void /* xc_vcpuinfo_t */
-#define VMP_EXTSTATE void /* xc_vcpu_extstate_t */
 #define VMP_DOMCTL   void /* struct xen_domctl */
 #define VMP_DOMINFO  void /* xc_domaininfo_t */
 #endif
@@ -60,7 +59,6 @@ struct vmp_logger {
 	X(int, xc_vcpu_getinfo, (VMP_XC *, uint32_t, uint32_t, VMP_VCPUINFO *)) \
 	X(int, xc_vcpu_getcontext, (VMP_XC *, uint32_t, uint32_t, VMP_CONTEXT *)) \
 	X(int, xc_vcpu_setcontext, (VMP_XC *, uint32_t, uint32_t, VMP_CONTEXT *)) \
-	X(int, xc_vcpu_get_extstate, (VMP_XC *, uint32_t, uint32_t, VMP_EXTSTATE *)) \
 	X(unsigned long, xc_translate_foreign_address, (VMP_XC *, uint32_t, int, unsigned long long)) \
 	X(int, xc_vm_event_get_version, (VMP_XC *)) \
 	X(int, xc_monitor_get_capabilities, (VMP_XC *, uint32_t, uint32_t *)) \
@@ -179,13 +177,6 @@ struct vmp_vcpuinfo {
 	uint8_t room[64];
 };
 
-/* xc_vcpu_extstate_t, xenctrl.h. */
-struct vmp_extstate {
-	uint64_t xfeature_mask;
-	uint64_t size;
-	void *buffer;
-};
-
 #define VMP_CONTEXT_SIZE 5168 /* vcpu_guest_context_t, public/arch-x86/xen.h */
 #define VMP_CONTEXT_ROOM 8192
 #define VMP_HVM_CPU_SIZE 1032 /* struct hvm_hw_cpu, public/arch-x86/hvm/save.h */
@@ -193,6 +184,7 @@ struct vmp_extstate {
 #define VMP_HVM_CPU_CODE 2    /* HVM_SAVE_CODE(CPU) */
 
 #define VMP_DOMCTL_SETVCPUEXTSTATE 62
+#define VMP_DOMCTL_GETVCPUEXTSTATE 63
 #define VMP_DOMCTL_GDBSX_GUESTMEMIO 1000
 #define VMP_XENVER_VERSION 0
 #define VMP_XENVER_EXTRAVERSION 1

@@ -244,32 +244,26 @@ func runJob(j job.Job, out *wire.Writer) int {
 	cmd := exec.Command(j.Args[0], j.Args[1:]...)
 	cmd.Dir = job.WorkDir
 	cmd.WaitDelay = 2 * time.Second
-	errors2 := out.Stream(wire.Stderr, "")
-	var err error
-	if cmd.Stdout, err = coalesce(out.Stream(wire.Stdout, "")); err != nil {
-		fmt.Fprintln(errors2, "dom0init:", err)
-		return 126
-	}
-	cmd.Stderr = errors2
-	err = cmd.Run()
-	if c, ok := cmd.Stdout.(*coalescer); ok {
-		c.flush()
-	}
+	stderr := out.Stream(wire.Stderr, "")
+	stdout := coalesce(out.Stream(wire.Stdout, ""))
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	err := cmd.Run()
+	stdout.flush()
 	var exit *exec.ExitError
 	switch {
 	case err == nil || errors.Is(err, exec.ErrWaitDelay):
 		return 0
 	case errors.As(err, &exit):
 		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
-			fmt.Fprintf(errors2, "dom0init: %s: killed by %v\n", j.Args[0], ws.Signal())
+			fmt.Fprintf(stderr, "dom0init: %s: killed by %v\n", j.Args[0], ws.Signal())
 			return 128 + int(ws.Signal())
 		}
 		return exit.ExitCode()
 	case errors.Is(err, os.ErrNotExist):
-		fmt.Fprintln(errors2, "dom0init:", err)
+		fmt.Fprintln(stderr, "dom0init:", err)
 		return 127
 	}
-	fmt.Fprintln(errors2, "dom0init:", err)
+	fmt.Fprintln(stderr, "dom0init:", err)
 	return 126
 }
 
@@ -282,10 +276,10 @@ type coalescer struct {
 	timer *time.Timer
 }
 
-func coalesce(w io.Writer) (io.Writer, error) {
+func coalesce(w io.Writer) *coalescer {
 	c := &coalescer{w: w}
 	c.timer = time.AfterFunc(time.Hour, c.flush)
-	return c, nil
+	return c
 }
 
 func (c *coalescer) Write(p []byte) (int, error) {

@@ -91,7 +91,12 @@ func kallsyms(name string) (string, error) {
 	return reply, nil
 }
 
-// kernelMemory reads the kernel's own virtual memory.
+// kernelBuffer holds what kernelMemory read last: the garbage collector is off,
+// so nothing large may be allocated anew for each command.
+var kernelBuffer []byte
+
+// kernelMemory reads the kernel's own virtual memory. The result is valid until
+// the next call.
 func kernelMemory(address, size uint64) ([]byte, error) {
 	f, err := elf.Open("/proc/kcore")
 	if err != nil {
@@ -100,7 +105,10 @@ func kernelMemory(address, size uint64) ([]byte, error) {
 	defer func() { _ = f.Close() }()
 	for _, p := range f.Progs {
 		if p.Type == elf.PT_LOAD && p.Vaddr <= address && address+size <= p.Vaddr+p.Memsz {
-			b := make([]byte, size)
+			if uint64(cap(kernelBuffer)) < size {
+				kernelBuffer = make([]byte, size)
+			}
+			b := kernelBuffer[:size]
 			_, err := p.ReadAt(b, int64(address-p.Vaddr))
 			return b, err
 		}

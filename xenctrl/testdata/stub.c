@@ -115,6 +115,19 @@ int xc_domctl(VMP_XC *h, void *arg)
 			FAIL(EINVAL);
 		memcpy(ext, safe(d->u.extstate.buffer), ext_size);
 		return 0;
+	case 63:
+		CHECK(d->u.extstate.vcpu == 1);
+		if (d->u.extstate.size == 0) {
+			d->u.extstate.xfeature_mask = 7;
+			d->u.extstate.size = ext_size + 8; /* the most it may be */
+			return 0;
+		}
+		if (d->u.extstate.size < ext_size || d->u.extstate.xfeature_mask != 7)
+			FAIL(EINVAL);
+		ext[8] = 7;
+		memcpy(safe(d->u.extstate.buffer), ext, ext_size);
+		d->u.extstate.size = ext_size;
+		return 0;
 	case 1000: {
 		void *p = safe(d->u.memio.uva);
 		uint64_t a = d->u.memio.gva - 0x1000;
@@ -175,21 +188,6 @@ int xc_vcpu_getinfo(VMP_XC *h, uint32_t d, uint32_t v, void *p)
 }
 int xc_vcpu_getcontext(VMP_XC *h, uint32_t d, uint32_t v, void *p) { DOMAIN(d); memcpy(p, context, sizeof(context)); return 0; }
 int xc_vcpu_setcontext(VMP_XC *h, uint32_t d, uint32_t v, void *p) { DOMAIN(d); memcpy(context, p, sizeof(context)); ext[500]++; return 0; }
-int xc_vcpu_get_extstate(VMP_XC *h, uint32_t d, uint32_t v, void *p)
-{
-	struct vmp_extstate *s = p;
-	DOMAIN(d);
-	s->xfeature_mask = 7;
-	if (s->size) {
-		if (s->size < ext_size)
-			FAIL(EINVAL);
-		ext[8] = 7;
-		memcpy(s->buffer, ext, ext_size);
-		s->size = ext_size;
-	} else
-		s->size = ext_size + 8; /* the most it may be */
-	return 0;
-}
 unsigned long xc_translate_foreign_address(VMP_XC *h, uint32_t d, int v, unsigned long long va) { errno = 0; return va >> 12 == 0x10 ? 0x20 : 0; }
 int xc_vm_event_get_version(VMP_XC *h) { return 7; }
 int xc_monitor_get_capabilities(VMP_XC *h, uint32_t d, uint32_t *c) { DOMAIN(d); *c = 0x1f7b; return 0; }

@@ -1,0 +1,610 @@
+package vmprobes
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// simulated opens a Session on a simulated guest, which runs until the test ends
+// and must then be unharmed.
+func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Session) {
+	t.Helper()
+	m := sim.New(cfg)
+	before := m.Text()
+	m.Start()
+	hv := m.Hypervisor()
+	info, err := hv.Info()
+	require.NoError(t, err)
+	drv, err := attach(hv, info)
+	require.NoError(t, err)
+	if d, ok := drv.(*route.Debugger); ok {
+		d.SetVCPUInfo(m.VCPUInfo())
+	}
+
+	var b strings.Builder
+	fmt.Fprintf(&b, "%016x T _stext\n", uint64(sim.TextBase))
+	for _, s := range m.Symbols() {
+		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
+	}
+	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(sim.TextBase+0x100), uint64(sim.TextBase+0x200))
+	syms, err := sysmap.Parse(strings.NewReader(b.String()))
+	require.NoError(t, err)
+	s := newSession(Domain{ID: 1, Name: "a3guest", Kind: kindOf(info.Flags), VCPUs: info.OnlineVCPUs}, drv, syms, nil, opts, nil)
+	t.Cleanup(func() {
+		require.NoError(t, s.Close())
+		m.Release()
+		if !t.Failed() {
+			sim.Verify(t, m, before)
+		}
+		m.Stop()
+		assert.Zero(t, m.Mappings())
+	})
+	return m, s
+}
+
+func onBoth(t *testing.T, f func(t *testing.T, m *sim.Machine, s *Session)) {
+	for name, cfg := range map[string]sim.Config{
+		"pv":  {Kind: sim.PV, GDBSX: true, VCPUs: 2, AVX: true, Seed: 1},
+		"hvm": {Kind: sim.HVM, VCPUs: 2, AVX: true, Seed: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, s := simulated(t, cfg, nil)
+			f(t, m, s)
+		})
+	}
+}
+
+const entry = "endbr" // a function of the simulated guest
+
+func quiesced(t *testing.T, m *sim.Machine) error {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	return m.Quiesce(ctx)
+}
+
+func soon(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for range 5000 {
+		if f() {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatal("never: ", what)
+}
+
+func TestLoopUntilStop(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		var order []string
+		first := &Probe{Symbol: entry, Pre: func(p *Probe, r *Regs) Action {
+			assert.Equal(t, p.Address(), r.PC())
+			order = append(order, "first pre")
+			return Continue
+		}, Post: func(p *Probe, r *Regs, f Flags) Action {
+			assert.NotEqual(t, p.Address(), r.PC())
+			assert.Equal(t, FlagPrepared|FlagArmed, f)
+			order = append(order, "first post")
+			return Continue
+		}}
+		n := 0
+		second := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action {
+			order = append(order, "second pre")
+			if n++; n == 3 {
+				return Stop
+			}
+			return Continue
+		}}
+		assert.Zero(t, first.Flags())
+		require.NoError(t, s.Register(first, second))
+		assert.Equal(t, FlagPrepared|FlagArmed, first.Flags())
+		assert.Equal(t, []*Probe{first, second}, s.Probes())
+		require.NoError(t, s.Loop(t.Context()))
+		assert.Equal(t, 3, n)
+		assert.EqualValues(t, 3, first.Stats().Hits)
+		assert.Equal(t, strings.Split(strings.Repeat("first pre,second pre,first post,", 2)+"first pre,second pre", ","), order)
+		require.NoError(t, s.Unregister(second, first))
+		assert.Equal(t, FlagRestored, first.Flags())
+		assert.EqualValues(t, 3, first.Stats().Hits, "counters outlive the registration")
+		require.NoError(t, s.Unregister(first), "again")
+		require.ErrorIs(t, s.Loop(t.Context()), ErrNotRegistered)
+	})
+}
+
+func TestHitsAreExact(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		require.NoError(t, quiesced(t, m))
+		p := &Probe{Symbol: entry}
+		require.NoError(t, s.Register(p))
+		va := uint64(p.Address())
+		base := m.Executed(va)
+		m.Release()
+		soon(t, "hits without a loop", func() bool { return p.Stats().Missed > 20 })
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Loop(ctx) }()
+		soon(t, "hits with one", func() bool { return p.Stats().Hits > 50 })
+		require.ErrorIs(t, s.Loop(t.Context()), ErrLooping)
+		cancel()
+		require.ErrorIs(t, <-done, context.Canceled)
+		soon(t, "hits after it", func() bool { return p.Stats().Missed > 40 })
+		require.NoError(t, quiesced(t, m))
+		st := p.Stats()
+		assert.Equal(t, m.Executed(va)-base, st.Hits+st.Missed)
+	})
+}
+
+func TestDisabledProbe(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action { t.Error("a disabled probe's handler runs"); return Stop }}
+		p.Disable()
+		n := 0
+		q := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action {
+			if n++; n == 10 {
+				return Stop
+			}
+			return Continue
+		}}
+		require.NoError(t, s.Register(p, q))
+		assert.Equal(t, FlagDisabled|FlagPrepared|FlagArmed, p.Flags())
+		require.NoError(t, s.Loop(t.Context()))
+		assert.Zero(t, p.Stats().Hits)
+		p.Enable()
+		assert.Equal(t, FlagPrepared|FlagArmed, p.Flags())
+	})
+}
+
+func TestEvents(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p, q := &Probe{Symbol: entry}, &Probe{Symbol: "push"}
+		if _, err := s.Lookup("push"); err != nil {
+			q.Symbol = m.Symbols()[3].Name
+		}
+		require.NoError(t, s.Register(p, q))
+		seen := map[*Probe]int{}
+		last := uint64(0)
+		for hit, err := range s.Events(t.Context()) {
+			require.NoError(t, err)
+			assert.Equal(t, hit.Probe.Address(), hit.Regs.PC())
+			assert.Less(t, hit.VCPU, 2)
+			assert.Greater(t, hit.Seq, last)
+			last = hit.Seq
+			seen[hit.Probe]++
+			if seen[p] > 20 && seen[q] > 20 {
+				break
+			}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		var final error
+		for _, err := range s.Events(ctx) {
+			final = err
+		}
+		require.ErrorIs(t, final, context.DeadlineExceeded)
+	})
+}
+
+func TestPanicRestoresGuest(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action { panic("in a handler") }}
+		require.NoError(t, s.Register(p))
+		assert.PanicsWithValue(t, "in a handler", func() { s.Loop(t.Context()) })
+		assert.Equal(t, FlagRestored, p.Flags())
+		require.ErrorIs(t, s.Register(p), ErrClosed)
+		require.ErrorIs(t, s.Loop(t.Context()), ErrClosed)
+	})
+}
+
+func TestPostPanicRestoresGuest(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Post: func(*Probe, *Regs, Flags) Action { panic("after it") }}
+		require.NoError(t, s.Register(p))
+		assert.PanicsWithValue(t, "after it", func() { s.Loop(t.Context()) })
+		assert.Equal(t, FlagRestored, p.Flags())
+	})
+}
+
+func TestCloseEndsLoop(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p := &Probe{Symbol: entry}
+		require.NoError(t, s.Register(p))
+		done := make(chan error, 1)
+		go func() { done <- s.Loop(t.Context()) }()
+		soon(t, "hits", func() bool { return p.Stats().Hits > 5 })
+		require.NoError(t, s.Close())
+		require.ErrorIs(t, <-done, ErrClosed)
+		require.NoError(t, s.Close(), "again")
+	})
+}
+
+func TestUnregisterInHandler(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		var q *Probe
+		p := &Probe{Symbol: entry, Pre: func(p *Probe, r *Regs) Action {
+			assert.NoError(t, s.Unregister(p))
+			assert.NoError(t, s.Register(q))
+			return Continue
+		}}
+		q = &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action { return Stop }}
+		require.NoError(t, s.Register(p))
+		require.NoError(t, s.Loop(t.Context()))
+		assert.EqualValues(t, 1, p.Stats().Hits)
+		assert.EqualValues(t, 1, q.Stats().Hits)
+	})
+}
+
+func TestSignalUnregisters(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			_, s := simulated(t, sim.Config{Kind: sim.HVM, VCPUs: 2, Seed: 3}, nil)
+			g := guardSignals()
+			s.guard = g
+			p := &Probe{DomainName: "a3guest", Symbol: entry}
+			require.NoError(t, s.register(true, p))
+			go g.watch(s)
+			done := make(chan error, 1)
+			go func() { done <- Loop(t.Context(), p) }()
+			soon(t, "hits", func() bool { return p.Stats().Hits > 5 })
+			require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGPIPE), "not an end")
+			require.NoError(t, syscall.Kill(os.Getpid(), sig))
+			err := <-done
+			require.ErrorIs(t, err, ErrInterrupted)
+			assert.ErrorContains(t, err, sig.String())
+			assert.Equal(t, FlagRestored, p.Flags())
+			require.NoError(t, Unregister(p))
+			<-g.quit
+		})
+	}
+}
+
+func TestRegisterAllOrNothing(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		text := m.Text()
+		good := &Probe{Symbol: entry}
+		insns := m.Insns()
+		long := insns[0]
+		for _, in := range insns {
+			if len(in.Bytes) > 4 {
+				long = in
+				break
+			}
+		}
+		for name, bad := range map[string]struct {
+			p   *Probe
+			err error
+		}{
+			"nil":           {nil, ErrNilProbe},
+			"no place":      {&Probe{}, ErrNoAddress},
+			"two places":    {&Probe{Symbol: entry, Addr: 1}, ErrTwoAddresses},
+			"no symbol":     {&Probe{Symbol: "no_such_function"}, ErrSymbolNotFound},
+			"ambiguous":     {&Probe{Symbol: "twice"}, ErrAmbiguous},
+			"inside":        {&Probe{Addr: Addr(long.VA), Offset: 1}, ErrNotBoundary},
+			"not mapped":    {&Probe{Addr: 0xffffffffc0000000}, ErrNotMapped},
+			"not canonical": {&Probe{Addr: 0x8000000000000000}, nil},
+			"own int3":      {&Probe{Addr: Addr(m.OwnBreakpoints()[0])}, ErrForeign},
+			"twice":         {good, ErrRegistered},
+		} {
+			err := s.Register(good, bad.p)
+			require.Error(t, err, name)
+			if bad.err != nil {
+				require.ErrorIs(t, err, bad.err, name)
+			}
+			var e *Error
+			require.ErrorAs(t, err, &e, name)
+			assert.Equal(t, "a3guest", e.Domain)
+			assert.Zero(t, good.Flags(), name)
+			assert.Equal(t, text, m.Text(), name)
+			assert.Empty(t, s.Probes())
+		}
+		require.NoError(t, s.Register(good))
+		require.ErrorIs(t, s.Register(good), ErrRegistered)
+	})
+}
+
+func TestMemory(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		p := &Probe{Symbol: entry}
+		_, err := p.ReadMemory(make([]byte, 4), sim.TextBase)
+		require.ErrorIs(t, err, ErrNotRegistered)
+		clean := m.Text()
+		require.NoError(t, s.Register(p))
+		assert.NotEqual(t, clean, m.Text())
+		got := make([]byte, len(clean))
+		n, err := s.ReadMemory(got, sim.TextBase)
+		require.NoError(t, err)
+		assert.Equal(t, len(got), n)
+		assert.Equal(t, clean, got, "breakpoints must not show")
+
+		_, err = s.WriteMemory(p.Address(), []byte{0x90})
+		require.Error(t, err, "under a probe")
+		assert.ErrorContains(t, err, "unregister")
+
+		word := m.Peek(sim.DataBase+0x800, 8)
+		require.NoError(t, err2(s.WriteMemory(sim.DataBase+0x800, word)))
+		v, err := p.ReadUint64(sim.DataBase + 0x800)
+		require.NoError(t, err)
+		assert.Equal(t, le64(word), v)
+		v32, err := p.ReadUint32(sim.DataBase + 0x800)
+		require.NoError(t, err)
+		assert.Equal(t, uint32(le64(word)), v32)
+
+		n, err = s.ReadMemory(make([]byte, 32), sim.StackBase+2*4096-16)
+		require.ErrorIs(t, err, ErrNotMapped)
+		assert.Equal(t, 16, n)
+		_, err = s.ReadMemory(make([]byte, 16), ^Addr(0)-3)
+		require.Error(t, err)
+	})
+}
+
+func err2(_ int, err error) error { return err }
+
+func TestReadString(t *testing.T) {
+	_, s := simulated(t, sim.Config{Kind: sim.HVM, Seed: 5}, nil)
+	p := &Probe{Symbol: entry}
+	require.NoError(t, s.Register(p))
+	// The end of a stack's pages: behind it nothing is mapped.
+	end := Addr(sim.StackBase + 2*4096)
+	top := make([]byte, 32)
+	_, err := s.ReadMemory(top, end-32)
+	require.NoError(t, err)
+	defer s.WriteMemory(end-32, top)
+	require.NoError(t, err2(s.WriteMemory(end-16, []byte("hello, world!\x00zz"))))
+	str, err := p.ReadString(end-16, 4096)
+	require.NoError(t, err)
+	assert.Equal(t, "hello, world!", str)
+	str, err = p.ReadString(end-16, 5)
+	require.ErrorIs(t, err, ErrNoTerminator)
+	assert.Equal(t, "hello", str)
+	str, err = p.ReadString(end-2, 4096)
+	require.ErrorIs(t, err, ErrNotMapped)
+	assert.Equal(t, "zz", str)
+	str, err = p.ReadString(end-16, 0)
+	require.ErrorIs(t, err, ErrNoTerminator)
+	assert.Empty(t, str)
+}
+
+func TestRegsTakeEffect(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+		// Skip an instruction by doing its work: nothing may be noticed.
+		var nop sim.Insn
+		for _, in := range m.Insns() {
+			if bytes.Equal(in.Bytes, []byte{0x0f, 0x1f, 0x44, 0, 0}) {
+				nop = in
+			}
+		}
+		require.NotZero(t, nop.VA)
+		var pre atomic.Int64
+		p := &Probe{Addr: Addr(nop.VA), Pre: func(p *Probe, r *Regs) Action {
+			r.IP += uint64(len(nop.Bytes))
+			pre.Add(1)
+			return Continue
+		}, Post: func(*Probe, *Regs, Flags) Action {
+			t.Error("the instruction was replaced: there's no after")
+			return Stop
+		}}
+		require.NoError(t, s.Register(p))
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		done := make(chan error, 1)
+		go func() { done <- s.Loop(ctx) }()
+		soon(t, "hits", func() bool { return pre.Load() > 20 })
+		cancel()
+		<-done
+	})
+}
+
+func TestDomainDies(t *testing.T) {
+	for _, cfg := range []sim.Config{{Kind: sim.PV, GDBSX: true}, {Kind: sim.HVM}} {
+		m := sim.New(cfg)
+		m.Start()
+		info, err := m.Hypervisor().Info()
+		require.NoError(t, err)
+		drv, err := attach(m.Hypervisor(), info)
+		require.NoError(t, err)
+		if d, ok := drv.(*route.Debugger); ok {
+			d.SetVCPUInfo(m.VCPUInfo())
+		}
+		s := newSession(Domain{Name: "doomed"}, drv, nil, ErrNoSymbols, nil, nil)
+		p := &Probe{Addr: Addr(m.Symbol(entry))}
+		require.NoError(t, s.Register(p))
+		done := make(chan error, 1)
+		go func() { done <- s.Loop(t.Context()) }()
+		soon(t, "hits", func() bool { return p.Stats().Hits > 5 })
+		m.Kill()
+		require.ErrorIs(t, <-done, ErrDomainGone)
+		require.NoError(t, s.Close(), "there is nothing left to restore")
+		m.Stop()
+	}
+}
+
+func TestNoRoute(t *testing.T) {
+	m := sim.New(sim.Config{Kind: sim.PV, GDBSX: false})
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	info, err := m.Hypervisor().Info()
+	require.NoError(t, err)
+	_, err = attach(m.Hypervisor(), info)
+	require.ErrorIs(t, err, ErrNoGDBSX)
+	assert.ErrorContains(t, err, "CONFIG_GDBSX=y")
+	assert.False(t, m.Attached(), "setdebugging must not have been called")
+	sim.Verify(t, m, before)
+
+	h := sim.New(sim.Config{Kind: sim.HVM})
+	info, err = h.Hypervisor().Info()
+	require.NoError(t, err)
+	first, err := attach(h.Hypervisor(), info)
+	require.NoError(t, err)
+	_, err = attach(h.Hypervisor(), info)
+	require.ErrorIs(t, err, ErrBusy)
+	require.NoError(t, newSession(Domain{}, first, nil, nil, nil, nil).Close())
+}
+
+func TestLookup(t *testing.T) {
+	_, s := simulated(t, sim.Config{Kind: sim.HVM, Seed: 9}, nil)
+	a, err := s.Lookup(entry)
+	require.NoError(t, err)
+	name, off, ok := s.Symbolize(a + 2)
+	assert.True(t, ok)
+	assert.Equal(t, entry, name)
+	assert.EqualValues(t, 2, off)
+	_, err = s.Lookup("twice")
+	require.ErrorIs(t, err, ErrAmbiguous)
+
+	none := &Session{symErr: ErrNoSymbols}
+	_, err = none.Lookup(entry)
+	require.ErrorIs(t, err, ErrNoSymbols)
+	_, _, ok = none.Symbolize(1)
+	assert.False(t, ok)
+}
+
+func TestFit(t *testing.T) {
+	parse := func(s string) *sysmap.Map {
+		m, err := sysmap.Parse(strings.NewReader(s))
+		require.NoError(t, err)
+		return m
+	}
+	m := parse("ffffffff81000000 T _text\nffffffff81e00080 T entry_SYSCALL_64\nffffffff81e01000 T xen_asm_exc_int3\n")
+	for name, c := range map[string]struct {
+		anchors []anchor
+		slide   uint64
+		err     error
+	}{
+		"where it was linked": {[]anchor{{0xffffffff81e00080, syscallEntry}}, 0, nil},
+		"slid":                {[]anchor{{0xffffffff9ea00080, syscallEntry}}, 0x1cc00000, nil},
+		"two agree":           {[]anchor{{0xffffffff81e00080, syscallEntry}, {0xffffffff81e01000, xenInt3}}, 0, nil},
+		"two disagree":        {[]anchor{{0xffffffff81e00080, syscallEntry}, {0xffffffff81e01010, xenInt3}}, 0, ErrWrongSymbols},
+		"not 2 MiB":           {[]anchor{{0xffffffff81e00180, syscallEntry}}, 0, ErrWrongSymbols},
+		"below":               {[]anchor{{0xffffffff80e00080, syscallEntry}}, 0, ErrWrongSymbols},
+		"none":                {[]anchor{{0xffffffff81e00080, []string{"other"}}}, 0, ErrWrongSymbols},
+	} {
+		got, err := fit(m, c.anchors)
+		if c.err != nil {
+			require.ErrorIs(t, err, c.err, name)
+			continue
+		}
+		require.NoError(t, err, name)
+		sym, err := got.Lookup("_text")
+		require.NoError(t, err)
+		assert.Equal(t, 0xffffffff81000000+c.slide, sym.Addr, name)
+	}
+}
+
+// golden compares with testdata/name, or writes it if VMPROBES_UPDATE is set.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if os.Getenv("VMPROBES_UPDATE") != "" {
+		require.NoError(t, os.WriteFile(path, []byte(got), 0o644))
+	}
+	want, err := os.ReadFile(path)
+	require.NoError(t, err)
+	assert.Equal(t, string(want), got)
+}
+
+func TestDumps(t *testing.T) {
+	r := &Regs{BX: 1, CX: 2, DX: 3, SI: 4, DI: 5, BP: 6, AX: 7, IP: 0xffffffff8134a350, CS: 0xe030, Flags: 0x246, SP: 0xffffc90040493ab8, SS: 0xe02b,
+		R8: 8, R9: 9, R10: 10, R11: 11, R12: 12, R13: 13, R14: 14, R15: 15, FSBase: 0x7f0000000000, GSBase: 0xffff888000000000, CR3: 0x102b8000}
+	var b bytes.Buffer
+	require.NoError(t, r.Dump(&b))
+	b.WriteString(r.String() + "\n")
+	require.NoError(t, (*Regs)(nil).Dump(&b))
+	p := &Probe{DomainName: "a3guest", Symbol: "do_sys_openat2", Offset: 4}
+	require.NoError(t, p.Dump(&b))
+	b.WriteString(p.String() + "\n")
+	require.NoError(t, (&Probe{DomainID: 3, Addr: 0xffffffff8134a350}).Dump(&b))
+	require.NoError(t, (*Probe)(nil).Dump(&b))
+	for f := range Flags(17) {
+		fmt.Fprintf(&b, "%d %s\n", f, f)
+	}
+	golden(t, "dumps.golden", b.String())
+}
+
+func TestArguments(t *testing.T) {
+	for name, c := range map[string]struct {
+		p   *Probe
+		err error
+	}{
+		"nil":             {nil, ErrNilProbe},
+		"no domain":       {&Probe{Symbol: "f"}, ErrNoDomain},
+		"two domains":     {&Probe{DomainID: 1, DomainName: "g", Symbol: "f"}, ErrTwoDomains},
+		"control domain":  {&Probe{DomainName: "0", Symbol: "f"}, ErrControlDomain},
+		"by its name":     {&Probe{DomainName: "Domain-0", Symbol: "f"}, ErrControlDomain},
+		"no address":      {&Probe{DomainID: 1}, ErrNoAddress},
+		"address, symbol": {&Probe{DomainID: 1, Symbol: "f", Addr: 1}, ErrTwoAddresses},
+	} {
+		err := Register(c.p)
+		require.ErrorIs(t, err, c.err, name)
+		var e *Error
+		require.ErrorAs(t, err, &e, name)
+		assert.Equal(t, "register", e.Op)
+	}
+	p := &Probe{DomainID: 1, Symbol: "f"}
+	require.ErrorIs(t, Loop(t.Context(), p), ErrNotRegistered)
+	require.ErrorIs(t, Loop(t.Context(), nil), ErrNilProbe)
+	require.NoError(t, Unregister(p))
+	require.NoError(t, Unregister(nil))
+}
+
+// TestOpenHere checks what Open says on a machine without Xen.
+func TestOpenHere(t *testing.T) {
+	if _, err := os.Stat("/proc/xen/capabilities"); err == nil {
+		t.Skip("this machine has Xen")
+	}
+	_, err := Open(t.Context(), "a3guest", nil)
+	require.Error(t, err)
+	ok := false
+	for _, want := range []error{ErrNotRoot, ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound, ErrNotControlDomain} {
+		ok = ok || errors.Is(err, want)
+	}
+	assert.True(t, ok, "%v", err)
+	_, err = Open(t.Context(), "", nil)
+	require.ErrorIs(t, err, ErrNoDomain)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = Open(ctx, "a3guest", nil)
+	require.ErrorIs(t, err, context.Canceled)
+}
+
+func TestSyscallArg(t *testing.T) {
+	regs := make([]byte, 168)
+	for i := range regs {
+		regs[i] = byte(i)
+	}
+	r := &Regs{DI: 0x1000, mem: func(addr uint64, b []byte) error {
+		copy(b, regs[addr-0x1000:])
+		return nil
+	}}
+	for n, off := range []int{112, 104, 96, 56, 72, 64} {
+		v, err := r.SyscallArg(n)
+		require.NoError(t, err)
+		assert.Equal(t, le64(regs[off:]), v, n)
+	}
+	_, err := r.SyscallArg(6)
+	require.Error(t, err)
+	_, err = r.SyscallArg(-1)
+	require.Error(t, err)
+	_, err = (&Regs{}).SyscallArg(0)
+	require.Error(t, err)
+	q := &Regs{DI: 1, SI: 2, DX: 3, CX: 4, R8: 5, R9: 6}
+	for n := range 6 {
+		assert.EqualValues(t, n+1, q.Arg(n))
+	}
+	assert.Zero(t, q.Arg(6))
+	assert.Zero(t, q.Arg(-1))
+}
