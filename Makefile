@@ -60,7 +60,8 @@ headers:
 	$(GO) test -count=1 -tags xenheaders ./xenctrl
 
 unit:
-	$(GO) test -race ./...
+	$(GO) test -race -short ./...
+	$(GO) test ./...
 
 .PHONY: fuzz bench
 fuzz:

@@ -16,7 +16,7 @@ func TestFromImageLayouts(t *testing.T) {
 	for _, l := range layouts {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
-			for seed := range uint64(8) {
+			for seed := range placements() {
 				// Also odd numbers, and whole multiples of 256.
 				n := []int{1000, 1024, 2001, 5003, 8192, 1537, 3333, 20000}[seed]
 				seg, syms := testKernel(l, seed, n)
@@ -40,7 +40,7 @@ func TestFromImageDamaged(t *testing.T) {
 	t.Parallel()
 	for _, l := range layouts {
 		seg, syms := testKernel(l, 3, 2000)
-		for i := 0; i < len(seg.Data); i += 4999 {
+		for i := 0; i < len(seg.Data); i += 4999 * 8 / int(placements()) {
 			d := bytes.Clone(seg.Data)
 			d[i] ^= 0x55
 			m, err := FromImage([]Segment{{Addr: seg.Addr, Data: d, Size: seg.Size}})
@@ -158,4 +158,12 @@ func BenchmarkFromImage(b *testing.B) {
 			}
 		})
 	}
+}
+
+// placements is how many places each table is put in.
+func placements() uint64 {
+	if testing.Short() {
+		return 2
+	}
+	return 8
 }

@@ -123,7 +123,10 @@ func TestEveryInstruction(t *testing.T) {
 		for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.OutOfLine, breakpoint.InPlace, breakpoint.ByHypervisor} {
 			probed := 0
 			var stats breakpoint.Stats
-			for _, in := range m.Insns() {
+			for i, in := range m.Insns() {
+				if testing.Short() && (i+cfg.VCPUs)%6 != 0 {
+					continue
+				}
 				// The first instruction of the guest's int3 handler looks how it was
 				// reached, and so would notice to be executed a second time.
 				if isOwn(m, in.VA) || in.VA == m.Symbol("int3_entry") {
@@ -264,7 +267,7 @@ func interleave(t *testing.T, m *sim.Machine, cfg sim.Config, r *rand.Rand) {
 				p.Pre = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }
 			}
 			if r.IntN(2) == 0 {
-				p.Post = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Verdict(r.IntN(2) / 2) }
+				p.Post = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }
 			}
 			if e.Register(p) == nil {
 				probes = append(probes, p)
