@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/sha256"
 	"debug/elf"
 	"encoding/hex"
@@ -9,12 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"unsafe"
-
-	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,14 +58,15 @@ func addresses(names ...string) (map[string][]uint64, error) {
 	}
 	defer func() { _ = f.Close() }()
 	found := map[string][]uint64{}
+	// Nothing is allocated for the lines that do not matter: with the garbage
+	// collector off, this guest's memory would not last long.
 	for in := bufio.NewScanner(f); in.Scan(); {
-		fields := strings.Fields(in.Text())
-		if len(fields) < 3 {
-			continue
-		}
+		address, rest, _ := bytes.Cut(in.Bytes(), []byte(" "))
+		_, rest, _ = bytes.Cut(rest, []byte(" "))
+		symbol, _, _ := bytes.Cut(rest, []byte("\t"))
 		for _, name := range names {
-			if fields[2] == name {
-				a, err := strconv.ParseUint(fields[0], 16, 64)
+			if string(symbol) == name {
+				a, err := strconv.ParseUint(string(address), 16, 64)
 				if err != nil {
 					return nil, err
 				}
@@ -91,29 +92,24 @@ func kallsyms(name string) (string, error) {
 	return reply, nil
 }
 
-// kernelBuffer holds what kernelMemory read last: the garbage collector is off,
-// so nothing large may be allocated anew for each command.
-var kernelBuffer []byte
+// kernelBuffer is what textHash reads into: the garbage collector is off, so
+// nothing large may be allocated anew for each command.
+var kernelBuffer [256 << 10]byte
 
-// kernelMemory reads the kernel's own virtual memory. The result is valid until
-// the next call.
-func kernelMemory(address, size uint64) ([]byte, error) {
+// kernelMemory fills b from the kernel's own virtual memory.
+func kernelMemory(address uint64, b []byte) error {
 	f, err := elf.Open("/proc/kcore")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { _ = f.Close() }()
 	for _, p := range f.Progs {
-		if p.Type == elf.PT_LOAD && p.Vaddr <= address && address+size <= p.Vaddr+p.Memsz {
-			if uint64(cap(kernelBuffer)) < size {
-				kernelBuffer = make([]byte, size)
-			}
-			b := kernelBuffer[:size]
+		if p.Type == elf.PT_LOAD && p.Vaddr <= address && address+uint64(len(b)) <= p.Vaddr+p.Memsz {
 			_, err := p.ReadAt(b, int64(address-p.Vaddr))
-			return b, err
+			return err
 		}
 	}
-	return nil, fmt.Errorf("/proc/kcore has no %#x", address)
+	return fmt.Errorf("/proc/kcore has no %#x", address)
 }
 
 func text(symbol string, size uint64) (string, error) {
@@ -131,8 +127,8 @@ func text(symbol string, size uint64) (string, error) {
 		}
 		address = found[symbol][0]
 	}
-	b, err := kernelMemory(address, size)
-	if err != nil {
+	b := make([]byte, size)
+	if err := kernelMemory(address, b); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("text %#x %s", address, hex.EncodeToString(b)), nil
@@ -148,9 +144,9 @@ func textHash() (string, error) {
 	}
 	start, end := found["_stext"][0], found["_etext"][0]
 	sum := sha256.New()
-	for at := start; at < end; at += 1 << 20 {
-		b, err := kernelMemory(at, min(1<<20, end-at))
-		if err != nil {
+	for at := start; at < end; at += uint64(len(kernelBuffer)) {
+		b := kernelBuffer[:min(uint64(len(kernelBuffer)), end-at)]
+		if err := kernelMemory(at, b); err != nil {
 			return "", err
 		}
 		sum.Write(b)

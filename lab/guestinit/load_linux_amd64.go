@@ -59,12 +59,19 @@ func newGuest(cpus int) *guest {
 				job()
 			}
 		}()
+	}
+	return g
+}
+
+// startCheckers starts what runs beside the load. The garbage collector must
+// be off by then: it could not stop a loop that lives in assembly.
+func (g *guest) startCheckers() {
+	for i := range g.cpus {
 		if g.hasYMM {
 			go g.checkYMM(i)
 		}
 	}
 	go g.checkMemory()
-	return g
 }
 
 // bind keeps the calling goroutine on its thread and the thread on one CPU.
@@ -98,14 +105,12 @@ func pattern(seed int) *[32]byte {
 // that the load gets the rest.
 func (g *guest) checkYMM(n int) {
 	bind(n)
-	p, pause := pattern(n), [2]int64{0, 20_000_000}
+	p, pause := pattern(n), [2]int64{0, 50_000_000}
 	for {
-		if ymmLoop(p, 200_000, &pause) != 0 {
+		if ymmLoop(p, 50_000, &pause) != 0 {
 			g.ymmBad.Add(1)
 		}
 		g.rounds.Add(1)
-		// Nothing else in this loop gives the garbage collector its chance.
-		runtime.Gosched()
 	}
 }
 

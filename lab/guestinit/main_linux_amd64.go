@@ -31,6 +31,7 @@ func main() {
 	// From here on the runtime must not open anything on its own.
 	runtime.GC()
 	debug.SetGCPercent(-1)
+	g.startCheckers()
 
 	var name unix.Utsname
 	_ = unix.Uname(&name)
