@@ -120,7 +120,7 @@ lab-short: lab-build
 lab-test: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h"; \
-		VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(LAB) run $$h --timeout 40m $(FILES) -- bin/vmprobes.test -test.v -test.timeout 40m -test.run 'TestLab' || exit 1; \
+		VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(LAB) run $$h --timeout 40m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 40m -test.run 'TestLab' || exit 1; \
 	done
 
 lab-shell: deps-lab $(IN_DOM0)

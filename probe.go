@@ -50,6 +50,7 @@ type Probe struct {
 	disabled atomic.Bool
 	cr3      atomic.Uint64 // of the vCPU that hit, while a handler runs
 	past     Stats         // of earlier registrations
+	ended    *guard        // of the last registration with Register
 }
 
 // Stats counts what happened at a probe.
@@ -100,7 +101,10 @@ func (p *Probe) Flags() Flags {
 		f |= FlagDisabled
 	}
 	if p.session != nil {
-		f |= FlagPrepared | FlagArmed
+		f |= FlagPrepared
+		if p.engine != nil && p.engine.Armed() {
+			f |= FlagArmed
+		}
 	}
 	if p.restored {
 		f |= FlagRestored

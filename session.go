@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/route"
@@ -86,6 +87,9 @@ type Domain struct {
 //
 // A Session doesn't catch signals. A program that ends by one without Close
 // leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
+// Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
+// its next hit, and the guest must not be saved or migrated while probes are
+// registered: its image would hold their breakpoints.
 type Session struct {
 	domain Domain
 	drv    guestDriver
@@ -296,6 +300,9 @@ func (s *Session) unregister(probes ...*Probe) error {
 		err := s.eng.Unregister(ep)
 		if err != nil {
 			errs = errors.Join(errs, s.fail("unregister", p, err))
+			if s.eng.Registered(ep) {
+				continue // it may be tried again
+			}
 		}
 		s.probes = slices.Delete(s.probes, i, i+1)
 		p.detach(err == nil)
@@ -322,13 +329,19 @@ func (s *Session) serveIdle() {
 	s.idle = i
 	go func() {
 		defer close(i.done)
+		pause, last := time.Millisecond, ""
 		for ctx.Err() == nil {
 			_, err := s.eng.Serve(ctx, false)
-			if errors.Is(err, breakpoint.ErrGone) {
+			if errors.Is(err, breakpoint.ErrGone) || ctx.Err() != nil {
 				return
 			}
-			if err != nil && ctx.Err() == nil {
-				s.log.Error("answering a hit outside of Loop", "err", err)
+			if err != nil {
+				if msg := err.Error(); msg != last {
+					s.log.Error("answering a hit outside of Loop", "err", err)
+					last = msg
+				}
+				time.Sleep(pause)
+				pause = min(2*pause, time.Second)
 			}
 		}
 	}()
@@ -405,7 +418,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 // Events is Loop for those who prefer a range statement to handlers: it yields
 // each hit, with the vCPU stopped before the probed instruction until the body
 // is done. Pre handlers, if any, run first. Leaving the range ends the loop; an
-// error is yielded last.
+// error is yielded last. The body must not call Close before it has left.
 func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
 	return func(yield func(*Hit, error) bool) {
 		left := false
@@ -480,7 +493,8 @@ type SessionStats struct {
 
 // Close unregisters every probe, gives the guest its instructions back and
 // detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
-// for the handler that runs. It is idempotent, and joins all failures.
+// for the handler that runs; so a handler must not call it, nor the body of a
+// range over Events. It is idempotent, and joins all failures.
 func (s *Session) Close() error {
 	s.mu.Lock()
 	if s.closed {
@@ -497,7 +511,11 @@ func (s *Session) Close() error {
 	s.probes = nil
 	s.mu.Unlock()
 
+	slow := time.AfterFunc(5*time.Second, func() {
+		s.log.Error("Close has waited for 5 s; was it called in a handler?")
+	})
 	err := s.eng.Close()
+	slow.Stop()
 	for _, p := range probes {
 		p.detach(err == nil)
 	}

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -246,30 +245,6 @@ func TestUnregisterInHandler(t *testing.T) {
 		assert.EqualValues(t, 1, p.Stats().Hits)
 		assert.EqualValues(t, 1, q.Stats().Hits)
 	})
-}
-
-func TestSignalUnregisters(t *testing.T) {
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
-		t.Run(sig.String(), func(t *testing.T) {
-			_, s := simulated(t, sim.Config{Kind: sim.HVM, VCPUs: 2, Seed: 3}, nil)
-			g := guardSignals()
-			s.guard = g
-			p := &Probe{DomainName: "a3guest", Symbol: entry}
-			require.NoError(t, s.register(true, p))
-			go g.watch(s)
-			done := make(chan error, 1)
-			go func() { done <- Loop(t.Context(), p) }()
-			soon(t, "hits", func() bool { return p.Stats().Hits > 5 })
-			require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGPIPE), "not an end")
-			require.NoError(t, syscall.Kill(os.Getpid(), sig))
-			err := <-done
-			require.ErrorIs(t, err, ErrInterrupted)
-			assert.ErrorContains(t, err, sig.String())
-			assert.Equal(t, FlagRestored, p.Flags())
-			require.NoError(t, Unregister(p))
-			<-g.quit
-		})
-	}
 }
 
 func TestRegisterAllOrNothing(t *testing.T) {

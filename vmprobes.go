@@ -33,6 +33,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -129,14 +130,21 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if err != nil {
 		return nil, err
 	}
+	if dbg, ok := drv.(*route.Debugger); ok {
+		known := false
+		if syms != nil {
+			if sym, err := syms.Lookup("xen_vcpu_info"); err == nil {
+				dbg.SetVCPUInfo(sym.Addr)
+				known = true
+			}
+		}
+		if !known && opts.Logger != nil {
+			opts.Logger.Warn("xen_vcpu_info is not known: breakpoints of the guest's own are given back as if interrupts were on", "domain", d.Name)
+		}
+	}
 	s := newSession(d, drv, syms, symErr, opts, func() { h.Close() })
 	if syms != nil {
 		s.useKernelRoot()
-		if dbg, ok := drv.(*route.Debugger); ok {
-			if sym, err := syms.Lookup("xen_vcpu_info"); err == nil {
-				dbg.SetVCPUInfo(sym.Addr)
-			}
-		}
 		if err := s.checkBanner(); err != nil {
 			return nil, errors.Join(fmt.Errorf("%s: %w", file, err), s.Close())
 		}
@@ -223,12 +231,12 @@ func checkArguments(p *Probe) error {
 // Register finds p's domain and address, attaches and arms the breakpoint
 // (register_vmprobe).
 //
-// Until Unregister, SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE are caught: the
+// Until Unregister, SIGINT, SIGTERM, SIGHUP and SIGQUIT are caught: the
 // first one unregisters the probe and ends its Loop with ErrInterrupted; after
-// that, signals do again what they did before. (SIGPIPE isn't an end by itself:
-// a write to a closed pipe returns its error instead of killing the program with
-// a breakpoint in the guest.) Programs with signal handling of their own use
-// [Open].
+// that, signals do again what they did before. SIGPIPE and SIGTSTP (Ctrl+Z) are
+// ignored meanwhile: a write to a closed pipe returns its error, and the program
+// can't be stopped while a guest depends on it. Programs with signal handling of
+// their own use [Open].
 func Register(p *Probe) error {
 	if err := checkArguments(p); err != nil {
 		e := &Error{Op: "register", Err: err}
@@ -250,6 +258,9 @@ func Register(p *Probe) error {
 		return err
 	}
 	s.guard = g
+	p.mu.Lock()
+	p.ended = g
+	p.mu.Unlock()
 	if err := s.register(true, p); err != nil {
 		err = errors.Join(err, s.Close())
 		g.release()
@@ -276,8 +287,11 @@ func Loop(ctx context.Context, p *Probe) error {
 		return &Error{Op: "loop", Err: ErrNilProbe}
 	}
 	p.mu.Lock()
-	s, private := p.session, p.private
+	s, private, ended := p.session, p.private, p.ended
 	p.mu.Unlock()
+	if sig := ended.signal(); s == nil && sig != nil {
+		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: fmt.Errorf("%w (%v)", ErrInterrupted, sig)}
+	}
 	if s == nil || !private {
 		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: ErrNotRegistered}
 	}
@@ -321,7 +335,7 @@ type guard struct {
 
 func guardSignals() *guard {
 	g := &guard{ch: make(chan os.Signal, 8), quit: make(chan struct{})}
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE} {
+	for _, sig := range append(notEnds(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT) {
 		if !signal.Ignored(sig) {
 			signal.Notify(g.ch, sig)
 		}
@@ -338,7 +352,7 @@ func (g *guard) watch(s *Session) {
 		case <-g.quit:
 			return
 		case sig := <-g.ch:
-			if sig == syscall.SIGPIPE {
+			if slices.Contains(notEnds(), sig) {
 				continue
 			}
 			g.mu.Lock()

@@ -519,7 +519,7 @@ func (m *machine) failure(code int, err error) error {
 }
 
 // keep stores what came back from dom0, and shows the guests' consoles if the
-// job failed.
+// job failed or came to no end.
 func (m *machine) keep(r result, back map[string]string) {
 	dir := m.logs
 	if m.flags.out != "" {
@@ -542,7 +542,7 @@ func (m *machine) keep(r result, back map[string]string) {
 			progress("%v", err)
 			continue
 		}
-		if r.code != 0 && strings.HasPrefix(name, "guest-") {
+		if (r.code != 0 || r.err != nil) && strings.HasPrefix(name, "guest-") {
 			fmt.Fprintf(os.Stderr, "--- console of %s, the last lines (all of it: %s)\n%s\n---\n", strings.TrimSuffix(name, ".log"), to, lastLines(string(r.files[name]), 40))
 		}
 	}

@@ -27,6 +27,7 @@ type Probe struct {
 	Pre, Post func(*Context) Verdict
 
 	disabled     atomic.Bool
+	armed        atomic.Bool
 	hits, missed atomic.Uint64
 	site         *site // nil unless registered; Engine.mu
 }
@@ -36,6 +37,17 @@ func (p *Probe) SetEnabled(on bool) { p.disabled.Store(!on) }
 
 // Enabled reports whether the handlers run.
 func (p *Probe) Enabled() bool { return !p.disabled.Load() }
+
+// Registered reports whether the breakpoint of p is in the guest.
+func (e *Engine) Registered(p *Probe) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return p.site != nil
+}
+
+// Armed reports whether the breakpoint of p is in the guest, as far as the last
+// Register, Unregister or hit knows.
+func (p *Probe) Armed() bool { return p.armed.Load() }
 
 // Hits is how often the guest executed the address while the probe was enabled
 // and served; Missed is how often while nobody served it.
@@ -74,8 +86,8 @@ type Config struct {
 	Scratch func(near uint64, try func(addr, size uint64) bool)
 	// MayFault says whether the instruction at an address is one whose fault the
 	// guest's kernel expects, and finds by its address (__ex_table). Such an
-	// instruction can't be executed out of line. If MayFault is nil every
-	// memory access is taken for one.
+	// instruction isn't probed. If MayFault is nil, instructions that access memory
+	// are probed only if they can be emulated.
 	MayFault func(addr uint64) bool
 	// Method is Auto except in tests.
 	Method Method
@@ -136,7 +148,7 @@ type Engine struct {
 	scratch  []region
 	active   []*inflight // on their way: a vCPU can have several, one for each interrupt level
 	idle     []*inflight // to be used again
-	retry    []retry     // by vCPU
+	nvcpu    int
 	stats    Stats
 	closed   bool
 	closeErr error
@@ -151,24 +163,16 @@ type region struct {
 	orig       []byte
 }
 
-// retry marks a vCPU whose stepped instruction faulted: the guest handles the
-// fault and executes the instruction again, which is the same hit.
-type retry struct {
-	site *site
-	sp   uint64
-}
-
 // New returns an engine for the guest that drv is attached to.
 func New(drv Driver, cfg Config) *Engine {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	n := drv.Caps().VCPUs
 	return &Engine{
 		drv: drv, cfg: cfg, log: cfg.Logger,
 		sites:   make(map[uint64]*site),
 		slotEnd: make(map[uint64]*slot),
-		retry:   make([]retry, n),
+		nvcpu:   drv.Caps().VCPUs,
 	}
 }
 
@@ -222,17 +226,23 @@ func (e *Engine) Register(probes ...*Probe) (err error) {
 	if err := e.drv.Freeze(); err != nil {
 		return fmt.Errorf("pause the guest: %w", err)
 	}
+	undo := func(n int) (errs error) {
+		for _, q := range slices.Backward(probes[:n]) {
+			errs = errors.Join(errs, e.drop(q))
+		}
+		return errs
+	}
 	defer func() {
 		if terr := e.again(e.drv.Thaw); terr != nil {
+			if err == nil {
+				err = undo(len(probes))
+			}
 			err = errors.Join(err, fmt.Errorf("resume the guest: %w", terr))
 		}
 	}()
 	for i, p := range probes {
 		if err := e.add(p); err != nil {
-			for _, q := range slices.Backward(probes[:i]) {
-				err = errors.Join(err, e.drop(q))
-			}
-			return err
+			return errors.Join(err, undo(i))
 		}
 	}
 	return nil
@@ -280,6 +290,7 @@ func (e *Engine) add(p *Probe) error {
 	}
 	s.owners = append(s.owners, p)
 	p.site = s
+	p.armed.Store(true)
 	return nil
 }
 
@@ -289,6 +300,7 @@ func (e *Engine) drop(p *Probe) error {
 		return nil
 	}
 	p.site = nil
+	p.armed.Store(false)
 	// Handlers may be iterating over the old slice.
 	s.owners = slices.DeleteFunc(slices.Clone(s.owners), func(q *Probe) bool { return q == p })
 	if len(s.owners) > 0 {
@@ -297,20 +309,25 @@ func (e *Engine) drop(p *Probe) error {
 	return e.removeSite(s)
 }
 
+// removeSite takes the breakpoint of s out. If that fails s stays, without
+// owners: its hits are executed, and Close tries again.
 func (e *Engine) removeSite(s *site) error {
-	if e.sites[s.addr] == s {
-		delete(e.sites, s.addr)
+	if s.armed {
+		err := e.again(func() error { return e.drv.RemoveBreak(s.addr) })
+		e.log.Debug("breakpoint removed", "addr", hex(s.addr), "err", err)
+		if err != nil && !errors.Is(err, ErrTextChanged) && !errors.Is(err, ErrGone) {
+			return fmt.Errorf("remove breakpoint at %#x: %w", s.addr, err)
+		}
+		defer func() {
+			s.armed = false
+			e.freeSlot(s)
+		}()
+		if err != nil {
+			delete(e.sites, s.addr)
+			return fmt.Errorf("remove breakpoint at %#x: %w", s.addr, err)
+		}
 	}
-	if !s.armed {
-		return nil
-	}
-	err := e.again(func() error { return e.drv.RemoveBreak(s.addr) })
-	s.armed = false
-	e.freeSlot(s)
-	e.log.Debug("breakpoint removed", "addr", hex(s.addr), "err", err)
-	if err != nil {
-		return fmt.Errorf("remove breakpoint at %#x: %w", s.addr, err)
-	}
+	delete(e.sites, s.addr)
 	return nil
 }
 
@@ -337,8 +354,14 @@ func (e *Engine) newSite(addr uint64) (*site, error) {
 		}
 	}
 	s := &site{addr: addr, insn: in}
+	memory := in.MemoryOperand()
+	if memory && e.cfg.MayFault != nil && e.cfg.MayFault(addr) {
+		// The fault must happen at this address, and its handler may need every
+		// vCPU: neither a copy nor a step with the others held will do.
+		return nil, fmt.Errorf("%#x (%s): %w: it may access user memory", addr, in.String(), ErrNoWayPast)
+	}
 	// What is emulated without touching memory can't fail, and needs no other way.
-	if e.cfg.Method == Auto && in.CanEmulate() && !in.MemoryOperand() {
+	if e.cfg.Method == Auto && in.CanEmulate() && !memory {
 		return s, nil
 	}
 	var slotErr error
@@ -348,14 +371,18 @@ func (e *Engine) newSite(addr uint64) (*site, error) {
 		}
 	}
 	stepErr := in.CanStep()
-	if stepErr == nil && !e.drv.Caps().Step {
+	switch {
+	case stepErr != nil:
+	case memory && e.cfg.MayFault == nil:
+		stepErr = errors.New("without symbols, who knows whether it may fault")
+	case !e.drv.Caps().Step:
 		stepErr = errors.New("the other vCPUs can't be held")
 	}
 	if e.cfg.Method != OutOfLine && stepErr == nil {
 		return s, nil
 	}
 	if in.CanEmulate() && e.cfg.Method == Auto {
-		return s, nil // its memory operand is mapped, or the site is given up: execute
+		return s, nil // its memory operand is mapped, or else: execute
 	}
 	return nil, fmt.Errorf("%#x (%s): %w: out of line: %v; in place: %v", addr, in.String(), ErrNoWayPast, slotErr, stepErr)
 }
@@ -423,8 +450,8 @@ func (e *Engine) newSlot(s *site) (*slot, error) {
 	if s.insn.Branches() {
 		return nil, errors.New("it doesn't lead to the end of a copy")
 	}
-	if s.insn.MemoryOperand() && (e.cfg.MayFault == nil || e.cfg.MayFault(s.addr)) {
-		return nil, errors.New("the guest may expect a fault here")
+	if s.insn.MemoryOperand() && e.cfg.MayFault == nil {
+		return nil, errors.New("without symbols, who knows whether it may fault")
 	}
 	sl := e.takeSlot(s)
 	if sl == nil {
@@ -560,8 +587,8 @@ func (e *Engine) locked(s *Stop, live bool) (Verdict, error) {
 
 // handle answers one stop; e.mu is held, except while handlers run.
 func (e *Engine) handle(s *Stop, live bool) (Verdict, error) {
-	if s.VCPU < 0 || s.VCPU >= len(e.retry) {
-		return Continue, fmt.Errorf("stop of vCPU %d, of %d", s.VCPU, len(e.retry))
+	if s.VCPU < 0 || s.VCPU >= e.nvcpu {
+		return Continue, fmt.Errorf("stop of vCPU %d, of %d", s.VCPU, e.nvcpu)
 	}
 	if s.Reason == Stepped {
 		return e.stepped(s)
@@ -654,24 +681,13 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 
 func (e *Engine) hit(st *site, s *Stop, live bool) (v Verdict, err error) {
 	f := e.take(st, s)
-	if r := &e.retry[s.VCPU]; r.site == st && r.sp == s.Regs.SP {
-		// The same hit again, after a fault of its instruction.
-		r.site = nil
-		f.post = live
-		return e.execute(f, s)
-	}
-	e.retry[s.VCPU].site = nil
 	e.stats.Hits++
-	for _, p := range f.probes {
-		switch {
-		case !p.Enabled():
-		case live:
-			p.hits.Add(1)
-		default:
-			p.missed.Add(1)
-		}
-	}
 	if !live {
+		for _, p := range f.probes {
+			if p.Enabled() {
+				p.missed.Add(1)
+			}
+		}
 		return e.execute(f, s)
 	}
 	// If a handler panics the hit is still seen to its end.
@@ -700,11 +716,16 @@ func (e *Engine) run(f *inflight, s *Stop, post bool) (v Verdict) {
 	e.mu.Unlock()
 	defer e.mu.Lock()
 	for _, p := range f.probes {
+		if !p.Enabled() {
+			continue
+		}
 		h := p.Pre
 		if post {
 			h = p.Post
+		} else {
+			p.hits.Add(1)
 		}
-		if h == nil || !p.Enabled() {
+		if h == nil {
 			continue
 		}
 		e.ctx = Context{Probe: p, VCPU: s.VCPU, Regs: &s.Regs, Post: post}
@@ -774,7 +795,9 @@ func (e *Engine) giveUp(st *site, s *Stop) error {
 	err := e.removeSite(st)
 	for _, p := range st.owners {
 		p.site = nil
+		p.armed.Store(false)
 	}
+	st.owners = nil
 	return errors.Join(err, e.resume(s))
 }
 
@@ -846,13 +869,13 @@ func (e *Engine) stepped(s *Stop) (Verdict, error) {
 		return Continue, e.again(func() error { return e.drv.StepOver(s, st.addr) })
 	}
 	e.arrive(f)
-	err := e.finishStep(f, s, st.addr)
-	if errors.Is(err, x86.ErrStepLost) {
-		// It faulted, and the vCPU is at the guest's fault handler.
-		e.retry[s.VCPU] = retry{st, f.before.SP}
-		err = nil
-	}
-	if err != nil || e.retry[s.VCPU].site == st {
+	if err := e.finishStep(f, s, st.addr); err != nil {
+		// It faulted, which newSite rules out as far as that can be known: the vCPU
+		// is in the guest's fault handler. What was set for the step must not stay.
+		if s.Regs.Flags&x86.FlagTF != 0 {
+			const step = x86.FlagTF | x86.FlagIF
+			s.Regs.Flags = s.Regs.Flags&^step | f.before.Flags&step
+		}
 		e.give(f)
 		return Continue, errors.Join(err, e.resume(s))
 	}

@@ -5,8 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -36,7 +36,8 @@ type Debugger struct {
 	frozen  int
 	step    *step
 	closed  bool
-	scratch xenctrl.VCPUContext
+	scratch xenctrl.VCPUContext // for what is read only
+	want    xenctrl.VCPUContext // for what is to be set; a context is large
 	nextDB  time.Time
 
 	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
@@ -50,6 +51,8 @@ type vcpu struct {
 	reason  breakpoint.Reason
 	at      uint64 // address of the int3
 	fresh   bool   // RFLAGS.TF has to be cleared before it goes on
+	unread  bool   // ctx hasn't been read since it stopped
+	dr6     uint64 // as last seen; 0 after a debug exception was given to the guest
 }
 
 // step is a StepOver in progress.
@@ -85,6 +88,11 @@ func OpenDebugger(hv Hypervisor) (*Debugger, error) {
 	}
 	d.vcpus = make([]vcpu, d.nvcpu)
 	d.roots = d.currentRoots
+	for v := range d.vcpus {
+		if hv.VCPUContext(v, &d.scratch) == nil {
+			d.vcpus[v].dr6 = d.scratch.DebugReg[6]
+		}
+	}
 	if err := attempts(func() error { return hv.SetDebugging(true) }); err != nil {
 		return nil, fmt.Errorf("attach debugger: %w", err)
 	}
@@ -139,62 +147,11 @@ func (d *Debugger) Caps() breakpoint.Caps {
 
 // InsertBreak implements breakpoint.Driver.
 func (d *Debugger) InsertBreak(addr uint64, in *x86.Insn) error {
-	return d.insert(addr, in, true)
+	return d.insert(addr, in)
 }
 
-// RemoveBreak implements breakpoint.Driver. A vCPU that has resumed behind the
-// int3 of a NOP, and hasn't run since, would find the tail of the original there:
-// such a one is sent to the next instruction while the domain is paused.
-func (d *Debugger) RemoveBreak(addr uint64) (err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	p := d.breakAt(addr)
-	if p == nil {
-		return nil
-	}
-	if len(p.written) > 1 {
-		if err := attempts(d.hv.Pause); err != nil {
-			return fmt.Errorf("pause: %w", err)
-		}
-		defer func() {
-			if uerr := attempts(d.hv.Unpause); uerr != nil {
-				err = errors.Join(err, fmt.Errorf("unpause: %w", uerr))
-			}
-		}()
-		if err := d.leaveTail(p); err != nil {
-			return err
-		}
-	}
-	return d.remove(addr)
-}
-
-// leaveTail moves vCPUs that stand between the int3 of p and the next
-// instruction to that instruction. Those whose event hasn't been answered stay.
-func (d *Debugger) leaveTail(p *patch) error {
-	if err := d.takeAll(); err != nil {
-		return err
-	}
-	for v := range d.vcpus {
-		if d.vcpus[v].stopped {
-			continue
-		}
-		c := &d.scratch
-		err := attempts(func() error { return d.hv.VCPUContext(v, c) })
-		if errors.Is(err, syscall.ENODATA) {
-			continue // never brought up: xen/common/domctl.c, XEN_DOMCTL_getvcpucontext
-		}
-		if err != nil {
-			return fmt.Errorf("vCPU %d: read registers: %w", v, err)
-		}
-		if rip := c.User.RIP; rip > p.addr && rip < p.addr+uint64(p.insn.Len) {
-			c.User.RIP = p.addr + uint64(p.insn.Len)
-			if err := d.setContext(v, c); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
+// RemoveBreak implements breakpoint.Driver.
+func (d *Debugger) RemoveBreak(addr uint64) error { return d.remove(addr) }
 
 // setContext sets a vCPU's registers. Xen replaces the extended state (AVX and
 // so on) by its initial value when it takes the FPU image of the context, so
@@ -297,8 +254,22 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 	if len(d.queue) == 0 {
 		return false, nil
 	}
-	v := d.queue[0]
-	d.queue = d.queue[:copy(d.queue, d.queue[1:])]
+	return d.next(s, 0)
+}
+
+// next returns the stop at place i of the queue.
+func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
+	v := d.queue[i]
+	c := &d.vcpus[v]
+	if c.unread {
+		if err := attempts(func() error { return d.hv.VCPUContext(v, &c.ctx) }); err != nil {
+			return false, fmt.Errorf("vCPU %d: read registers: %w", v, err)
+		}
+		c.unread, c.reason = false, breakpoint.Hit
+		c.at = c.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
+		c.dr6 = c.ctx.DebugReg[6]
+	}
+	d.queue = slices.Delete(d.queue, i, i+1)
 	d.fill(s, v)
 	return true, nil
 }
@@ -323,17 +294,13 @@ func (d *Debugger) take() (paused bool, err error) {
 		}
 		return st.Paused, nil
 	}
-	// The event is cleared in Xen now: it must not be lost.
+	// The event is cleared in Xen now: it must not be lost, whatever fails next.
 	d.owed++
 	if st.VCPU >= d.nvcpu {
 		return true, fmt.Errorf("event on vCPU %d, of %d", st.VCPU, d.nvcpu)
 	}
 	v := &d.vcpus[st.VCPU]
-	if err := attempts(func() error { return d.hv.VCPUContext(st.VCPU, &v.ctx) }); err != nil {
-		return true, fmt.Errorf("vCPU %d: read registers: %w", st.VCPU, err)
-	}
-	v.stopped, v.reason = true, breakpoint.Hit
-	v.at = v.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
+	v.stopped, v.unread = true, true
 	d.pending++
 	d.queue = append(d.queue, st.VCPU)
 	return true, nil
@@ -358,34 +325,40 @@ const (
 	dr6B    = 0xf
 	eflagTF = x86.FlagTF
 	eflagIF = x86.FlagIF
+
+	// vgcfInKernel (VGCF_in_kernel, xen/include/public/arch-x86/xen.h).
+	vgcfInKernel = 1 << 2
 )
 
 // takeDebugException looks, while the domain is paused though no event is
-// latched, for a vCPU that met a debug exception of the guest's own (perf or
-// kgdb use the debug registers): that pauses the domain as well. It is given to
-// the guest. Otherwise somebody else paused the domain (`xl pause`).
+// latched, for a vCPU that met a debug exception of the guest's own (perf and
+// kgdb use the debug registers, old kprobes single-step): that pauses the domain
+// as well. It is given to the guest. What tells it from somebody's `xl pause` is
+// that DR6 has changed since it was last seen.
 func (d *Debugger) takeDebugException() error {
-	if now := time.Now(); now.Before(d.nextDB) {
+	now := time.Now()
+	if now.Before(d.nextDB) {
 		return nil
-	} else {
-		d.nextDB = now.Add(10 * time.Millisecond)
 	}
+	d.nextDB = now.Add(10 * time.Millisecond)
 	for v := range d.nvcpu {
-		c := &d.scratch
+		c := &d.want
 		if err := d.hv.VCPUContext(v, c); err != nil {
 			if e := mapErr(err); errors.Is(e, breakpoint.ErrGone) {
 				return e
 			}
 			continue
 		}
-		dr6, dr7 := c.DebugReg[6], c.DebugReg[7]
-		if dr6&dr6B == 0 || dr7&0xff == 0 || c.Traps[1].Address == 0 {
+		dr6 := c.DebugReg[6]
+		if dr6&(dr6B|dr6BS) == 0 || dr6 == d.vcpus[v].dr6 || c.Flags&vgcfInKernel == 0 || c.Traps[1].Address == 0 {
 			continue
 		}
 		if err := d.bounce(v, c, 1, c.User.RIP); err != nil {
 			return err
 		}
-		return mapErr(d.hv.Unpause())
+		d.vcpus[v].dr6 = 0 // the guest clears it
+		d.owed++
+		return d.release()
 	}
 	return nil
 }
@@ -446,25 +419,16 @@ func (d *Debugger) Resume(s *breakpoint.Stop) error {
 
 // putRegs gives the vCPU the registers of s, if they differ from what it has.
 func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
-	want := v.ctx
+	want := &d.want
+	*want = v.ctx
 	setRegs(&want.User, &s.Regs)
 	if !v.fresh && want.User == v.ctx.User {
 		return nil
 	}
-	if v.reason == breakpoint.Hit && !v.fresh {
-		// Behind the int3 of a NOP stands a shorter NOP: no need to set RIP.
-		if p := d.breakAt(v.at); p != nil && len(p.written) > 1 && s.Regs.IP == p.addr+uint64(p.insn.Len) {
-			same := want.User
-			same.RIP = v.ctx.User.RIP
-			if same == v.ctx.User {
-				return nil
-			}
-		}
-	}
-	if err := d.setContext(s.VCPU, &want); err != nil {
+	if err := d.setContext(s.VCPU, want); err != nil {
 		return err
 	}
-	v.ctx, v.fresh = want, false
+	v.ctx, v.fresh = *want, false
 	return nil
 }
 
@@ -510,14 +474,15 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 			return errors.Join(err, d.endStep())
 		}
 	}
-	want := v.ctx
+	want := &d.want
+	*want = v.ctx
 	setRegs(&want.User, &s.Regs)
 	want.User.RFLAGS |= eflagTF
 	want.DebugReg[6] &^= dr6BS
-	if err := d.setContext(s.VCPU, &want); err != nil {
+	if err := d.setContext(s.VCPU, want); err != nil {
 		return errors.Join(err, d.endStep())
 	}
-	v.ctx = want
+	v.ctx = *want
 	v.fresh = true
 	if err := attempts(func() error { return d.liftForStep(p) }); err != nil {
 		return errors.Join(err, d.endStep())
@@ -552,18 +517,17 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	if !st.Paused {
 		return false, nil
 	}
-	v := &d.vcpus[d.step.vcpu]
+	// An interrupt handler may have run first, and met another breakpoint.
+	if i := slices.Index(d.queue, d.step.vcpu); i >= 0 {
+		return d.next(s, i)
+	}
 	if st.VCPU >= 0 && st.VCPU < d.nvcpu {
-		// An interrupt handler ran first and met another breakpoint.
-		d.owed++
 		h := &d.vcpus[st.VCPU]
-		if err := attempts(func() error { return d.hv.VCPUContext(st.VCPU, &h.ctx) }); err != nil {
-			return false, err
-		}
-		h.stopped, h.reason, h.at = true, breakpoint.Hit, h.ctx.User.RIP-1
+		h.stopped, h.unread = true, true
+		d.owed++
 		d.pending++
-		d.fill(s, st.VCPU)
-		return true, nil
+		d.queue = append(d.queue, st.VCPU)
+		return false, nil
 	}
 	if d.frozen > 0 {
 		return false, nil
@@ -574,14 +538,16 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	if d.scratch.DebugReg[6]&dr6BS == 0 {
 		return false, nil // somebody else paused the domain
 	}
-	v.ctx = d.scratch
-	v.ctx.User.RFLAGS &^= eflagTF
-	v.stopped, v.reason = true, breakpoint.Stepped
-	d.owed++
-	d.pending++
 	if err := attempts(func() error { return d.dropAfterStep(d.step.patch) }); err != nil {
 		return false, err
 	}
+	v := &d.vcpus[d.step.vcpu]
+	v.ctx = d.scratch
+	v.ctx.User.RFLAGS &^= eflagTF
+	v.ctx.DebugReg[6] &^= dr6BS
+	v.stopped, v.reason, v.dr6 = true, breakpoint.Stepped, v.ctx.DebugReg[6]
+	d.owed++
+	d.pending++
 	d.step.done = true
 	d.fill(s, d.step.vcpu)
 	return true, nil
@@ -627,8 +593,8 @@ func (d *Debugger) Reinject(s *breakpoint.Stop) error {
 		if v.reason != breakpoint.Hit {
 			return fmt.Errorf("vCPU %d isn't at a breakpoint", s.VCPU)
 		}
-		c := v.ctx
-		if err := d.bounce(s.VCPU, &c, 3, v.at+1); err != nil {
+		d.want = v.ctx
+		if err := d.bounce(s.VCPU, &d.want, 3, v.at+1); err != nil {
 			return err
 		}
 	}
@@ -654,7 +620,7 @@ func (d *Debugger) bounce(v int, c *xenctrl.VCPUContext, vector int, rip uint64)
 		return fmt.Errorf("vCPU %d: read its interrupt flag: %w", v, err)
 	}
 	mask := uint64(maskByte)
-	flags := u.RFLAGS &^ (eflagIF | eflagTF)
+	flags := u.RFLAGS &^ eflagIF
 	if mask == 0 {
 		flags |= eflagIF
 	}
@@ -697,6 +663,9 @@ func (d *Debugger) Close(answer func(*breakpoint.Stop) error) error {
 		}
 		errs = errors.Join(errs, err)
 	} else {
+		d.mu.Lock()
+		d.frozen++
+		d.mu.Unlock()
 		defer func() { attempts(d.hv.Unpause) }()
 	}
 	// No vCPU runs: all their events are latched.

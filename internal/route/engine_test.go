@@ -47,15 +47,19 @@ func each(t *testing.T, f func(t *testing.T, cfg sim.Config)) {
 }
 
 func attach(m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
+	return attachTo(m.Hypervisor(), m, cfg)
+}
+
+func attachTo(hv route.Hypervisor, m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
 	if cfg.Kind == sim.PV {
-		d, err := route.OpenDebugger(m.Hypervisor())
+		d, err := route.OpenDebugger(hv)
 		if err != nil {
 			return nil, err
 		}
 		d.SetVCPUInfo(m.VCPUInfo())
 		return d, nil
 	}
-	d, err := route.OpenMonitor(m.Hypervisor())
+	d, err := route.OpenMonitor(hv)
 	if err != nil {
 		return nil, err
 	}

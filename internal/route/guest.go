@@ -24,8 +24,8 @@ var (
 	ErrNoMonitor = errors.New("this Xen doesn't offer vm_event software breakpoints for the guest: " +
 		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
 	// ErrBusy: somebody else debugs or monitors the guest.
-	ErrBusy = errors.New("another tool debugs or monitors this guest, or one that died did: end it; " +
-		"if there is none, `xen-access` or a second try clears a monitor that was left behind")
+	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; " +
+		"if it was killed, its breakpoints may still be there, and only a restart of the guest helps")
 )
 
 // guest is what both routes have in common: memory and patched bytes.
@@ -47,11 +47,10 @@ type guest struct {
 
 // patch is a breakpoint in the guest's text.
 type patch struct {
-	addr    uint64
-	insn    x86.Insn
-	written []byte // the breakpoint and, at a NOP, what follows it
-	lifted  bool   // the original is in place, for a step
-	gone    bool   // removed, if in the middle of a step
+	addr   uint64
+	insn   x86.Insn
+	lifted bool // the original is in place, for a step
+	gone   bool // removed, if in the middle of a step
 }
 
 func newGuest(hv Hypervisor) *guest {
@@ -124,10 +123,12 @@ func (g *guest) Store(cr3, addr uint64, b []byte) error {
 
 func (g *guest) Patch(addr uint64, b []byte) error { return g.Write(0, addr, b) }
 
-// insert plants a breakpoint: an int3, and at a NOP of two bytes or more a
-// shorter NOP behind it if nopTail, so that a vCPU which resumes after the int3
-// has executed the original.
-func (g *guest) insert(addr uint64, in *x86.Insn, nopTail bool) error {
+// int3 is the breakpoint instruction.
+const int3 = 0xcc
+
+// insert plants a breakpoint on the instruction in. One byte changes: whatever
+// stands behind it stays a boundary only where it was one.
+func (g *guest) insert(addr uint64, in *x86.Insn) error {
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	if g.breaks[addr] != nil {
@@ -140,41 +141,15 @@ func (g *guest) insert(addr uint64, in *x86.Insn, nopTail bool) error {
 	if !bytes.Equal(cur, in.Bytes()) {
 		return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, addr, cur, in.Bytes())
 	}
-	p := &patch{addr: addr, insn: *in, written: []byte{0xcc}}
-	if nopTail && in.IsNop() && in.Len >= 2 && in.Len <= len(nops) {
-		p.written = append(p.written, nops[in.Len-2]...)
-	}
-	// The int3 goes in last and comes out first.
-	if err := g.writeTail(p, p.written); err != nil {
+	p := &patch{addr: addr, insn: *in}
+	if err := g.drop(p); err != nil {
 		return err
-	}
-	if err := g.Write(0, addr, p.written[:1]); err != nil {
-		return errors.Join(err, g.writeTail(p, p.insn.Bytes()))
 	}
 	g.breaks[addr] = p
 	return nil
 }
 
-func (g *guest) writeTail(p *patch, from []byte) error {
-	if len(p.written) == 1 {
-		return nil
-	}
-	return g.Write(0, p.addr+1, from[1:len(p.written)])
-}
-
-// nops[n-1] is a NOP of n bytes (Intel SDM vol. 2, NOP).
-var nops = [][]byte{
-	{0x90},
-	{0x66, 0x90},
-	{0x0f, 0x1f, 0x00},
-	{0x0f, 0x1f, 0x40, 0x00},
-	{0x0f, 0x1f, 0x44, 0x00, 0x00},
-	{0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00},
-	{0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00},
-	{0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00},
-}
-
-// remove restores the bytes of a breakpoint and forgets it.
+// remove restores the byte of a breakpoint and forgets it.
 func (g *guest) remove(addr uint64) error {
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
@@ -225,31 +200,19 @@ func (g *guest) dropAfterStep(p *patch) error {
 	return nil
 }
 
-// lift puts the original bytes back, drop the breakpoint again.
+// lift puts the original byte back, drop the breakpoint again.
 func (g *guest) lift(p *patch) error {
-	cur := make([]byte, len(p.written))
-	if err := g.Read(0, p.addr, cur); err != nil {
+	var cur [1]byte
+	if err := g.Read(0, p.addr, cur[:]); err != nil {
 		return err
 	}
-	orig := p.insn.Bytes()[:len(p.written)]
-	if !bytes.Equal(cur, p.written) {
-		// A restore that failed halfway left the int3 in front of the original tail.
-		if cur[0] != 0xcc || !bytes.Equal(cur[1:], orig[1:]) {
-			return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, p.addr, cur, p.written)
-		}
+	if cur[0] != int3 {
+		return fmt.Errorf("%w: %#x holds %#x, not the breakpoint", breakpoint.ErrTextChanged, p.addr, cur[0])
 	}
-	if err := g.writeTail(p, orig); err != nil {
-		return err
-	}
-	return g.Write(0, p.addr, orig[:1])
+	return g.Write(0, p.addr, p.insn.Bytes()[:1])
 }
 
-func (g *guest) drop(p *patch) error {
-	if err := g.writeTail(p, p.written); err != nil {
-		return err
-	}
-	return g.Write(0, p.addr, p.written[:1])
-}
+func (g *guest) drop(p *patch) error { return g.Write(0, p.addr, []byte{int3}) }
 
 func (g *guest) breakAt(addr uint64) *patch {
 	g.breaksMu.Lock()

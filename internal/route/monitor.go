@@ -33,6 +33,13 @@ type MonitorRoute struct {
 	closed  bool
 	checked time.Time
 	online  int
+	in, out xenctrl.Event // the request and the response in hand
+	redo    bool          // in has been taken off the ring and isn't dealt with
+
+	// Of the goroutine in Wait: a context that ends when it is time to look
+	// whether the domain is alive, and the one it was made from.
+	waitCtx, waitFor context.Context
+	waitEnd          context.CancelFunc
 }
 
 // monitored is a vCPU and the request that stopped it.
@@ -40,6 +47,7 @@ type monitored struct {
 	ev        xenctrl.Event
 	stopped   bool
 	responded bool
+	injected  bool
 }
 
 // OpenMonitor attaches to an HVM or PVH guest.
@@ -135,7 +143,7 @@ func (m *MonitorRoute) Caps() breakpoint.Caps {
 
 // InsertBreak implements breakpoint.Driver.
 func (m *MonitorRoute) InsertBreak(addr uint64, in *x86.Insn) error {
-	return m.insert(addr, in, false)
+	return m.insert(addr, in)
 }
 
 // RemoveBreak implements breakpoint.Driver.
@@ -176,17 +184,18 @@ func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		// Wake up now and then to see whether the domain is alive.
-		wctx, cancel := context.WithTimeout(ctx, aliveEvery)
-		err = m.mon.Wait(wctx)
-		cancel()
-		if err != nil {
+		if m.waitFor != ctx || m.waitCtx.Err() != nil {
+			if m.waitEnd != nil {
+				m.waitEnd()
+			}
+			m.waitFor = ctx
+			m.waitCtx, m.waitEnd = context.WithTimeout(ctx, aliveEvery)
 			if err := m.checkAlive(); err != nil {
 				return err
 			}
-			if wctx.Err() == nil {
-				return mapErr(err)
-			}
+		}
+		if err := m.mon.Wait(m.waitCtx); err != nil && m.waitCtx.Err() == nil {
+			return mapErr(err)
 		}
 	}
 }
@@ -199,24 +208,33 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 		return false, err
 	}
 	for {
-		var ev xenctrl.Event
-		ok, err := m.mon.Next(&ev)
-		if err != nil || !ok {
-			return false, mapErr(err)
+		ev := &m.in
+		fresh := !m.redo
+		if fresh {
+			ok, err := m.mon.Next(ev)
+			if err != nil || !ok {
+				return false, mapErr(err)
+			}
 		}
+		// A request that can't be dealt with now is not forgotten.
+		m.redo = true
 		if ev.VCPU < 0 || ev.VCPU >= m.nvcpu {
 			// A vCPU that came up since. Nothing is known of it: let it go on.
-			if err := m.respond(&ev, 0); err != nil {
+			if err := m.respond(ev, 0); err != nil {
 				return false, err
 			}
+			m.redo = false
 			continue
 		}
 		v := &m.vcpus[ev.VCPU]
-		v.ev, v.stopped, v.responded = ev, true, false
+		if fresh {
+			v.ev, v.stopped, v.responded, v.injected = *ev, true, false, false
+		}
 		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3}
 		switch ev.Reason {
 		case xenctrl.ReasonSoftwareBreakpoint:
 			s.Reason = breakpoint.Hit
+			m.redo = false
 			return true, nil
 		case xenctrl.ReasonSingleStep, xenctrl.ReasonDebugException:
 			if st := m.step; st != nil && st.vcpu == ev.VCPU && !st.done {
@@ -225,30 +243,34 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 				}
 				st.done = true
 				s.Reason = breakpoint.Stepped
+				m.redo = false
 				return true, nil
 			}
 			if err := m.giveBack(v); err != nil {
 				return false, err
 			}
 		default:
-			if err := m.answer(v, &ev, 0); err != nil {
+			if err := m.answer(v, ev, 0); err != nil {
 				return false, err
 			}
 		}
+		m.redo = false
 	}
 }
 
 // giveBack returns a debug exception of the guest's own to it.
 func (m *MonitorRoute) giveBack(v *monitored) error {
-	ev := v.ev
-	if ev.Reason == xenctrl.ReasonDebugException {
+	m.out = v.ev
+	ev := &m.out
+	if ev.Reason == xenctrl.ReasonDebugException && !v.injected {
 		if err := attempts(func() error {
 			return m.hv.InjectEvent(ev.VCPU, xenctrl.VectorDebug, ev.Type, noErrorCode, ev.InsnLen, ev.Pending)
 		}); err != nil {
 			return err
 		}
+		v.injected = true
 	}
-	return m.answer(v, &ev, 0)
+	return m.answer(v, ev, 0)
 }
 
 // noErrorCode (X86_EVENT_NO_EC, xen/arch/x86/include/asm/x86_emulate.h).
@@ -306,17 +328,21 @@ func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 		return err
 	}
 	var flags xenctrl.EventFlags
-	if m.step != nil && m.step.vcpu == s.VCPU && m.step.done {
-		if flags, err = m.endStep(); err != nil {
-			return err
-		}
+	ended := m.step != nil && m.step.vcpu == s.VCPU && m.step.done
+	if ended && m.caps&xenctrl.MonitorSingleStep != 0 {
+		flags = xenctrl.EventToggleSingleStep // off again
 	}
-	ev := v.ev
+	m.out = v.ev
+	ev := &m.out
 	setEventRegs(&ev.Regs, &s.Regs)
 	if ev.Regs != v.ev.Regs {
 		flags |= xenctrl.EventSetRegisters
 	}
-	return m.answer(v, &ev, flags)
+	err = m.answer(v, ev, flags)
+	if ended && v.responded {
+		m.step = nil
+	}
+	return err
 }
 
 // Emulate implements breakpoint.Driver.
@@ -327,12 +353,13 @@ func (m *MonitorRoute) Emulate(s *breakpoint.Stop, in *x86.Insn) error {
 	if err != nil {
 		return err
 	}
-	ev := v.ev
+	m.out = v.ev
+	ev := &m.out
 	// Xen fetches the instruction from these 16 bytes; NOPs fill them.
 	for i := copy(ev.InsnData[:], in.Bytes()); i < len(ev.InsnData); i++ {
 		ev.InsnData[i] = 0x90
 	}
-	return m.answer(v, &ev, xenctrl.EventEmulate|xenctrl.EventSetEmulInsnData)
+	return m.answer(v, ev, xenctrl.EventEmulate|xenctrl.EventSetEmulInsnData)
 }
 
 // StepOver implements breakpoint.Driver.
@@ -352,7 +379,8 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	}
 	mtf := m.caps&xenctrl.MonitorSingleStep != 0
 	again := m.step != nil
-	ev := v.ev
+	m.out = v.ev
+	ev := &m.out
 	setEventRegs(&ev.Regs, &s.Regs)
 	var flags xenctrl.EventFlags
 	if !m.trapMon {
@@ -380,20 +408,11 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 		return err
 	}
 	m.step = &step{vcpu: s.VCPU, patch: p}
-	if err := m.answer(v, &ev, flags); err != nil && !v.responded {
+	if err := m.answer(v, ev, flags); err != nil && !v.responded {
 		m.step = nil
 		return errors.Join(err, m.dropAfterStep(p))
 	}
 	return nil
-}
-
-// endStep returns the flags of the response to the stop that ended a step.
-func (m *MonitorRoute) endStep() (xenctrl.EventFlags, error) {
-	m.step = nil
-	if m.caps&xenctrl.MonitorSingleStep != 0 {
-		return xenctrl.EventToggleSingleStep, nil
-	}
-	return 0, nil
 }
 
 // Reinject implements breakpoint.Driver.
@@ -404,16 +423,17 @@ func (m *MonitorRoute) Reinject(s *breakpoint.Stop) error {
 	if err != nil {
 		return err
 	}
-	if v.stopped && !v.responded {
+	if v.stopped && !v.responded && !v.injected {
 		ev := &v.ev
 		if err := attempts(func() error {
 			return m.hv.InjectEvent(ev.VCPU, xenctrl.VectorBreakpoint, ev.Type, noErrorCode, ev.InsnLen, 0)
 		}); err != nil {
 			return fmt.Errorf("vCPU %d: inject breakpoint: %w", s.VCPU, err)
 		}
+		v.injected = true
 	}
-	ev := v.ev
-	return m.answer(v, &ev, 0)
+	m.out = v.ev
+	return m.answer(v, &m.out, 0)
 }
 
 // Close implements breakpoint.Driver.
@@ -426,6 +446,9 @@ func (m *MonitorRoute) Close(answer func(*breakpoint.Stop) error) error {
 	m.closed = true
 	m.mu.Unlock()
 	defer m.frames.close()
+	if m.waitEnd != nil {
+		m.waitEnd()
+	}
 	var errs error
 	if err := attempts(m.hv.Pause); err != nil {
 		if errors.Is(err, breakpoint.ErrGone) {

@@ -3,9 +3,7 @@ package sim
 import (
 	"encoding/binary"
 	"math/rand/v2"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
 const (
@@ -49,7 +47,7 @@ const (
 // single frames alias it as foreign mappings do. The race detector does not
 // watch it, as is right: guest memory is shared with the tool without locks.
 type memory struct {
-	fd     int
+	ram    *ram
 	b      []byte
 	pv     bool
 	frames int
@@ -64,18 +62,8 @@ type memory struct {
 }
 
 func newMemory(pv bool, frames int, rng *rand.Rand) *memory {
-	fd, err := unix.MemfdCreate("vmprobes-sim", unix.MFD_CLOEXEC)
-	if err != nil {
-		panic("sim: memfd_create: " + err.Error())
-	}
-	if err := unix.Ftruncate(fd, int64(frames)*pageSize); err != nil {
-		panic("sim: ftruncate: " + err.Error())
-	}
-	b, err := unix.Mmap(fd, 0, frames*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		panic("sim: mmap: " + err.Error())
-	}
-	mem := &memory{fd: fd, b: b, pv: pv, frames: frames, isPT: make([]bool, frames), next: 1}
+	r := newRAM(frames * pageSize)
+	mem := &memory{ram: r, b: r.b, pv: pv, frames: frames, isPT: make([]bool, frames), next: 1}
 	if pv {
 		mem.perm = rng.Perm(frames)
 	}
@@ -83,8 +71,7 @@ func newMemory(pv bool, frames int, rng *rand.Rand) *memory {
 }
 
 func (mem *memory) free() {
-	_ = unix.Munmap(mem.b)
-	_ = unix.Close(mem.fd)
+	mem.ram.free()
 }
 
 // index is the position of a pseudo-physical frame in the memory.
@@ -302,24 +289,12 @@ type mapping struct {
 }
 
 func (m *Machine) newMapping(writable bool, idx []int) (*mapping, error) {
-	prot := unix.PROT_READ
-	if writable {
-		prot |= unix.PROT_WRITE
-	}
-	size := len(idx) * pageSize
-	base, err := unix.MmapPtr(-1, 0, nil, uintptr(size), unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	b, err := m.mem.ram.mapPages(writable, idx)
 	if err != nil {
 		return nil, err
 	}
-	for i, x := range idx {
-		if _, err := unix.MmapPtr(m.mem.fd, int64(x)*pageSize, unsafe.Add(base, i*pageSize), pageSize, prot,
-			unix.MAP_SHARED|unix.MAP_FIXED); err != nil {
-			_ = unix.MunmapPtr(base, uintptr(size))
-			return nil, err
-		}
-	}
 	m.mappings++
-	return &mapping{m, unsafe.Slice((*byte)(base), size)}, nil
+	return &mapping{m, b}, nil
 }
 
 func (p *mapping) Bytes() []byte { return p.b }
@@ -328,9 +303,9 @@ func (p *mapping) Unmap() error {
 	p.m.lock()
 	defer p.m.mu.Unlock()
 	if p.b == nil {
-		return unix.EINVAL
+		return syscall.EINVAL
 	}
-	err := unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(p.b)), uintptr(len(p.b)))
+	err := unmapPages(p.b)
 	p.b = nil
 	p.m.mappings--
 	return err

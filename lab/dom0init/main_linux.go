@@ -116,12 +116,13 @@ func serve(line *os.File, out *wire.Writer) error {
 		return shell(j, line, out)
 	}
 	_ = out.Send(wire.Message{Kind: wire.Start})
+	stopLogs := followLogs(out)
 	code := runJob(j, out)
+	stopLogs()
 	for _, pattern := range j.Collect {
 		sendFiles(out, pattern)
 	}
 	if code != 0 {
-		sendFiles(out, job.GuestLogs)
 		if b, err := exec.Command("xl", "list").CombinedOutput(); err == nil {
 			_ = out.Send(wire.Message{Kind: wire.File, Name: "xl-list.txt", Data: string(b)})
 		}
@@ -308,17 +309,53 @@ func (c *coalescer) send() error {
 	return err
 }
 
-// sendFiles sends the end of each file that matches.
+// followLogs sends what the guests write to their consoles while they do, so
+// that it is there even if dom0 comes to no end. The returned function sends
+// the rest and stops.
+func followLogs(out *wire.Writer) (stop func()) {
+	sent := map[string]int64{}
+	look := func() {
+		paths, _ := filepath.Glob(job.GuestLogs)
+		for _, path := range paths {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				continue
+			}
+			if int64(len(b)) < sent[path] { // another guest of that name
+				sent[path] = 0
+			}
+			if rest := b[sent[path]:]; len(rest) > 0 {
+				_ = out.Send(wire.Message{Kind: wire.File, Name: filepath.Base(path), Data: string(rest)})
+				sent[path] = int64(len(b))
+			}
+		}
+	}
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-quit:
+				look()
+				return
+			case <-time.After(2 * time.Second):
+				look()
+			}
+		}
+	}()
+	return func() {
+		close(quit)
+		<-done
+	}
+}
+
+// sendFiles sends each file that matches.
 func sendFiles(out *wire.Writer, pattern string) {
-	const most = 64 << 10
 	paths, _ := filepath.Glob(pattern)
 	for _, path := range paths {
 		b, err := os.ReadFile(path)
 		if err != nil {
 			continue
-		}
-		if strings.HasPrefix(path, "/var/log/") && len(b) > most {
-			b = b[len(b)-most:]
 		}
 		_ = out.Send(wire.Message{Kind: wire.File, Name: filepath.Base(path), Data: string(b)})
 	}

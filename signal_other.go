@@ -1,0 +1,10 @@
+//go:build !unix
+
+package vmprobes
+
+import (
+	"os"
+	"syscall"
+)
+
+func notEnds() []os.Signal { return []os.Signal{syscall.SIGPIPE} }
