@@ -98,10 +98,12 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	case info.Flags&xenctrl.DomainPaused != 0:
 		return nil, ErrDomainPaused
 	}
-	if bits, err := h.GuestWidth(id); err != nil {
-		return nil, err
-	} else if bits != 64 && kindOf(info.Flags) == PV {
-		return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
+	if kindOf(info.Flags) == PV {
+		if bits, err := h.GuestWidth(id); err != nil {
+			return nil, err
+		} else if bits != 64 {
+			return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
+		}
 	}
 	d := Domain{ID: DomainID(id), Kind: kindOf(info.Flags), VCPUs: info.OnlineVCPUs}
 	if d.Name, err = store.DomainName(id); err != nil || d.Name == "" {

@@ -196,7 +196,8 @@ func (h *Handle) Unpause(id DomID) error {
 	return h.do("unpause", id, -1, func(l lib) error { return l.unpause(id) })
 }
 
-// GuestWidth returns the width of a guest's words: 32 or 64 bits.
+// GuestWidth returns the width of a PV guest's words, 32 or 64 bits. Xen knows no
+// width of an HVM guest: ErrNotSupported.
 func (h *Handle) GuestWidth(id DomID) (bits int, err error) {
 	err = h.do("get guest width", id, -1, func(l lib) error {
 		bytes, err := l.guestWidth(id)
@@ -428,6 +429,10 @@ type Mapping struct {
 	mem []byte
 }
 
+// frameMax is the highest frame number: a physical address has at most 52 bits
+// (Intel SDM vol. 3, 4.1.4).
+const frameMax = 1<<40 - 1
+
 // MapForeign maps frames of a domain (machine frames of a PV guest, guest
 // frames of an HVM guest) one after the other into this process. All of them
 // are mapped, or none: then errors.As finds a *MapError that says which failed.
@@ -437,6 +442,13 @@ func (h *Handle) MapForeign(id DomID, writable bool, frames ...uint64) (*Mapping
 	err := h.do("map memory", id, -1, func(l lib) error {
 		if len(frames) == 0 || len(frames) > mapForeignMax {
 			return syscall.EINVAL
+		}
+		for _, f := range frames {
+			// A PV dom0 puts the number into a page-table entry, where larger ones
+			// would lose their upper bits and map another frame.
+			if f > frameMax {
+				return &MapError{Frames: []uint64{f}, Errs: []error{syscall.ERANGE}}
+			}
 		}
 		mem, errs, err := l.mapForeign(id, writable, frames)
 		if err != nil {
