@@ -28,8 +28,10 @@ package vmprobes
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -115,7 +117,7 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 			d.Kind = PVH
 		}
 	}
-	syms, file, symErr := loadSymbols(opts, func() string { return bootedKernel(store, id) })
+	syms, file, symErr := loadSymbols(opts, func() string { return bootedKernel(store, info) })
 	if symErr != nil && (opts.Symbols != "" || os.Getenv(symbolsEnv) != "") {
 		return nil, symErr
 	}
@@ -174,21 +176,55 @@ func findDomain(store *xenctrl.Store, name string) (xenctrl.DomID, error) {
 	return id, nil
 }
 
-// bootedKernel returns the kernel file from which the toolstack built a domain:
-// libxl notes it in xenstore for PV and PVH guests.
-func bootedKernel(store *xenctrl.Store, id xenctrl.DomID) string {
-	vm, err := store.Read(fmt.Sprintf("/local/domain/%d/vm", id))
-	if err != nil || !strings.HasPrefix(vm, "/vm/") {
+// bootedKernel returns the kernel file from which libxl built a domain, or "".
+func bootedKernel(store *xenctrl.Store, info xenctrl.DomainInfo) string {
+	// For PV guests it is in xenstore.
+	if vm, err := store.Read(fmt.Sprintf("/local/domain/%d/vm", info.ID)); err == nil && strings.HasPrefix(vm, "/vm/") {
+		if file, err := store.Read(vm + "/image/kernel"); err == nil && isKernel(file) {
+			return file
+		}
+	}
+	// For all, in the configuration that libxl keeps of a domain.
+	h := info.Handle
+	return configuredKernel(fmt.Sprintf("/var/lib/xen/userdata-d.%d.%x-%x-%x-%x-%x.libxl-json",
+		info.ID, h[:4], h[4:6], h[6:8], h[8:10], h[10:]))
+}
+
+// configuredKernel returns the kernel that a libxl-json file names.
+func configuredKernel(name string) string {
+	f, err := os.Open(name)
+	if err != nil {
 		return ""
 	}
-	file, err := store.Read(vm + "/image/kernel")
-	if err != nil || !strings.HasPrefix(file, "/") {
+	defer f.Close()
+	const limit = 1 << 20
+	var config struct {
+		Build struct {
+			Kernel string `json:"kernel"`
+			PV     struct {
+				Kernel string `json:"kernel"`
+			} `json:"type.pv"`
+		} `json:"b_info"`
+	}
+	if json.NewDecoder(io.LimitReader(f, limit)).Decode(&config) != nil {
 		return ""
 	}
-	if st, err := os.Stat(file); err != nil || !st.Mode().IsRegular() {
-		return ""
+	for _, file := range []string{config.Build.Kernel, config.Build.PV.Kernel} {
+		if isKernel(file) {
+			return file
+		}
 	}
-	return file
+	return ""
+}
+
+// isKernel rules out what can't be a kernel file of dom0's, such as the boot
+// loader of an HVM guest.
+func isKernel(file string) bool {
+	if !strings.HasPrefix(file, "/") || strings.HasSuffix(file, "/hvmloader") {
+		return false
+	}
+	st, err := os.Stat(file)
+	return err == nil && st.Mode().IsRegular()
 }
 
 // findAnchors asks Xen for addresses that the guest's kernel has given it.
