@@ -122,7 +122,6 @@ func serve(t testing.TB, s *vmprobes.Session, f func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Loop(ctx) }()
-	time.Sleep(300 * time.Millisecond) // what the guest does before Loop has begun is missed, and counted as such
 	f()
 	cancel()
 	require.ErrorIs(t, <-done, context.Canceled)

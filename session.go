@@ -82,8 +82,9 @@ type Domain struct {
 // use; one Loop or Events may run at a time. It must be closed: breakpoints
 // that nobody answers any more kill the guest.
 //
-// Between Register and Loop, and between Loops, breakpoints are in the guest and
-// the guest runs; what it executes then is counted in Stats.Missed.
+// After Register, hits wait for a Loop, up to a second. Then, and between Loops,
+// the guest runs over its breakpoints, and what it executes is counted in
+// Stats.Missed.
 //
 // A Session doesn't catch signals. A program that ends by one without Close
 // leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
@@ -122,6 +123,10 @@ type guestDriver interface {
 	Write(cr3, addr uint64, b []byte) error
 }
 
+// loopGrace is how long hits wait for a Loop after Register: a guest is stopped
+// for so long at the most because of a program that doesn't call it.
+const loopGrace = time.Second
+
 // idle serves breakpoints while no Loop runs.
 type idle struct {
 	cancel context.CancelFunc
@@ -147,7 +152,7 @@ func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts 
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.serveIdle()
+	s.serveIdle(0)
 	return s
 }
 
@@ -212,7 +217,11 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 		p.engine.SetEnabled(!p.disabled.Load())
 		p.mu.Unlock()
 	}
-	if err := s.eng.Register(eps...); err != nil {
+	// Hits from here on belong to the Loop that is to come.
+	s.endIdle()
+	err := s.eng.Register(eps...)
+	s.serveIdle(loopGrace)
+	if err != nil {
 		for _, p := range probes {
 			p.detach(false)
 		}
@@ -222,7 +231,6 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 		return s.fail("register", nil, err)
 	}
 	s.probes = append(s.probes, probes...)
-	s.serveIdle()
 	for _, p := range probes {
 		s.log.Debug("probe registered", "probe", p, "addr", p.Address().String())
 	}
@@ -319,8 +327,9 @@ func (s *Session) Probes() []*Probe {
 }
 
 // serveIdle starts to answer hits that no Loop sees, and breakpoints of the
-// guest's own, which reach us as soon as we are attached; s.mu is held.
-func (s *Session) serveIdle() {
+// guest's own, which reach us as soon as we are attached; s.mu is held. It begins
+// after the given time, unless a Loop does.
+func (s *Session) serveIdle(after time.Duration) {
 	if s.idle != nil || s.looping || s.closed {
 		return
 	}
@@ -329,6 +338,15 @@ func (s *Session) serveIdle() {
 	s.idle = i
 	go func() {
 		defer close(i.done)
+		if after > 0 {
+			t := time.NewTimer(after)
+			defer t.Stop()
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				return
+			}
+		}
 		pause, last := time.Millisecond, ""
 		for ctx.Err() == nil {
 			_, err := s.eng.Serve(ctx, false)
@@ -396,7 +414,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 		s.mu.Lock()
 		s.looping, s.stop, s.sink = false, nil, nil
 		if finished {
-			s.serveIdle()
+			s.serveIdle(0)
 		}
 		s.mu.Unlock()
 		if !finished { // a handler panics, or ended the goroutine
