@@ -294,16 +294,21 @@ func (d *Debugger) take() (paused bool, err error) {
 		}
 		return st.Paused, nil
 	}
-	// The event is cleared in Xen now: it must not be lost, whatever fails next.
+	return true, d.latch(st.VCPU)
+}
+
+// latch queues the stop of a vCPU whose event domstatus has returned. The event
+// is cleared in Xen by then: it must not be lost, whatever fails next.
+func (d *Debugger) latch(vcpu int) error {
 	d.owed++
-	if st.VCPU >= d.nvcpu {
-		return true, fmt.Errorf("event on vCPU %d, of %d", st.VCPU, d.nvcpu)
+	if vcpu >= d.nvcpu {
+		return fmt.Errorf("event on vCPU %d, of %d", vcpu, d.nvcpu)
 	}
-	v := &d.vcpus[st.VCPU]
+	v := &d.vcpus[vcpu]
 	v.stopped, v.unread = true, true
 	d.pending++
-	d.queue = append(d.queue, st.VCPU)
-	return true, nil
+	d.queue = append(d.queue, vcpu)
+	return nil
 }
 
 // takeAll moves every latched event to the queue. The domain is paused.
@@ -517,19 +522,16 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	if !st.Paused {
 		return false, nil
 	}
+	if st.VCPU >= 0 {
+		if err := d.latch(st.VCPU); err != nil {
+			return false, err
+		}
+	}
 	// An interrupt handler may have run first, and met another breakpoint.
 	if i := slices.Index(d.queue, d.step.vcpu); i >= 0 {
 		return d.next(s, i)
 	}
-	if st.VCPU >= 0 && st.VCPU < d.nvcpu {
-		h := &d.vcpus[st.VCPU]
-		h.stopped, h.unread = true, true
-		d.owed++
-		d.pending++
-		d.queue = append(d.queue, st.VCPU)
-		return false, nil
-	}
-	if d.frozen > 0 {
+	if st.VCPU >= 0 || d.frozen > 0 {
 		return false, nil
 	}
 	if err := d.hv.VCPUContext(d.step.vcpu, &d.scratch); err != nil {
