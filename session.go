@@ -15,7 +15,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/route"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/sysmap"
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
@@ -118,8 +118,8 @@ type Session struct {
 // guestDriver is a breakpoint driver with what a Session needs besides.
 type guestDriver interface {
 	breakpoint.Driver
-	Translate(addr uint64) (xenaccess.Translation, error)
-	SetKernelRoot(xenaccess.Root)
+	Translate(addr uint64) (paging.Translation, error)
+	SetKernelRoot(paging.Root)
 	Write(cr3, addr uint64, b []byte) error
 }
 
@@ -482,11 +482,11 @@ func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 // byPage does f page by page, so that it is known how far it came.
 func byPage(b []byte, addr Addr, f func(b []byte, addr uint64) error) (n int, err error) {
 	if len(b) > 0 && uint64(addr)+uint64(len(b))-1 < uint64(addr) {
-		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), xenaccess.ErrNonCanonical)
+		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), paging.ErrNonCanonical)
 	}
 	for n < len(b) {
 		at := uint64(addr) + uint64(n)
-		k := min(len(b)-n, int(xenaccess.PageSize-at%xenaccess.PageSize))
+		k := min(len(b)-n, int(paging.PageSize-at%paging.PageSize))
 		if err := f(b[n:n+k], at); err != nil {
 			return n, err
 		}
@@ -587,10 +587,10 @@ func (s *Session) scratch(near uint64, try func(addr, size uint64) bool) {
 	}
 	// Padding between functions, nearest first.
 	const pages, least = 256, 96
-	page := make([]byte, xenaccess.PageSize)
-	base := near &^ (xenaccess.PageSize - 1)
+	page := make([]byte, paging.PageSize)
+	base := near &^ (paging.PageSize - 1)
 	for i := range 2*pages + 1 {
-		d := uint64((i+1)/2) * xenaccess.PageSize
+		d := uint64((i+1)/2) * paging.PageSize
 		at := base + d
 		if i%2 == 0 {
 			at = base - d

@@ -9,7 +9,7 @@ import (
 	"strings"
 
 	"github.com/vmprobes/vmprobes/sysmap"
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 )
 
 // Lookup returns the address of a guest kernel symbol.
@@ -182,7 +182,7 @@ func (s *Session) useKernelRoot() {
 		return
 	}
 	// It must lead to where the tables in use lead.
-	root := xenaccess.Root(uint64(t.Frame) * xenaccess.PageSize)
+	root := paging.Root(uint64(t.Frame) * paging.PageSize)
 	s.drv.SetKernelRoot(root)
 	if t2, err := s.drv.Translate(sym.Addr); err != nil || t2.Frame != t.Frame {
 		s.drv.SetKernelRoot(0)

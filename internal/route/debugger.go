@@ -11,7 +11,7 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
@@ -127,7 +127,7 @@ func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (addr uint64, mask byte, o
 }
 
 // currentRoots returns the kernel page tables that vCPUs use now.
-func (d *Debugger) currentRoots() ([]xenaccess.Root, error) {
+func (d *Debugger) currentRoots() ([]paging.Root, error) {
 	var c xenctrl.VCPUContext
 	var errs error
 	for v := range d.nvcpu {
@@ -135,7 +135,7 @@ func (d *Debugger) currentRoots() ([]xenaccess.Root, error) {
 			errs = errors.Join(errs, err)
 			continue
 		}
-		return []xenaccess.Root{xenaccess.Root(c.CtrlReg[3])}, nil
+		return []paging.Root{paging.Root(c.CtrlReg[3])}, nil
 	}
 	return nil, errs
 }

@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 )
 
 // Limits of the page cache. A guest can give a frame another meaning
@@ -17,7 +17,7 @@ const (
 )
 
 // frames maps guest frames and keeps the mappings for a while. It implements
-// [xenaccess.Frames].
+// [paging.Frames].
 type frames struct {
 	hv Hypervisor
 
@@ -27,7 +27,7 @@ type frames struct {
 }
 
 type frameKey struct {
-	frame    xenaccess.Frame
+	frame    paging.Frame
 	writable bool
 }
 
@@ -44,7 +44,7 @@ func newFrames(hv Hypervisor) *frames {
 	return &frames{hv: hv, pages: make(map[frameKey]*list.Element)}
 }
 
-func (f *frames) Page(fr xenaccess.Frame, writable bool) ([]byte, func(), error) {
+func (f *frames) Page(fr paging.Frame, writable bool) ([]byte, func(), error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	k := frameKey{fr, writable}

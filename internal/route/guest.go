@@ -11,7 +11,7 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
@@ -32,14 +32,14 @@ var (
 type guest struct {
 	hv     Hypervisor
 	frames *frames
-	mem    atomic.Pointer[xenaccess.Memory]
+	mem    atomic.Pointer[paging.Memory]
 
 	rootMu sync.Mutex
-	root   xenaccess.Root // 0: ask roots each time
+	root   paging.Root // 0: ask roots each time
 	la57   bool
 
 	// roots returns page-table roots that may map the kernel, best first.
-	roots func() ([]xenaccess.Root, error)
+	roots func() ([]paging.Root, error)
 
 	breaksMu sync.Mutex
 	breaks   map[uint64]*patch
@@ -55,22 +55,22 @@ type patch struct {
 
 func newGuest(hv Hypervisor) *guest {
 	g := &guest{hv: hv, frames: newFrames(hv), breaks: make(map[uint64]*patch)}
-	g.mem.Store(xenaccess.New(g.frames))
+	g.mem.Store(paging.New(g.frames))
 	return g
 }
 
 // SetKernelRoot fixes the page-table root through which kernel memory is
 // reached outside of a hit: the kernel's init_top_pgt, which never goes away.
-func (g *guest) SetKernelRoot(r xenaccess.Root) {
+func (g *guest) SetKernelRoot(r paging.Root) {
 	g.rootMu.Lock()
 	defer g.rootMu.Unlock()
 	g.root = r
 }
 
 // Translate resolves a kernel address.
-func (g *guest) Translate(addr uint64) (t xenaccess.Translation, err error) {
-	err = g.withRoot(0, func(r xenaccess.Root) (err error) {
-		t, err = g.mem.Load().Translate(r, xenaccess.VAddr(addr))
+func (g *guest) Translate(addr uint64) (t paging.Translation, err error) {
+	err = g.withRoot(0, func(r paging.Root) (err error) {
+		t, err = g.mem.Load().Translate(r, paging.VAddr(addr))
 		return err
 	})
 	return t, err
@@ -78,9 +78,9 @@ func (g *guest) Translate(addr uint64) (t xenaccess.Translation, err error) {
 
 // withRoot calls f with cr3, or with candidates for the kernel's root until one
 // maps what f wants.
-func (g *guest) withRoot(cr3 uint64, f func(xenaccess.Root) error) error {
+func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
 	if cr3 != 0 {
-		return mapErr(f(xenaccess.Root(cr3)))
+		return mapErr(f(paging.Root(cr3)))
 	}
 	g.rootMu.Lock()
 	root := g.root
@@ -101,22 +101,22 @@ func (g *guest) withRoot(cr3 uint64, f func(xenaccess.Root) error) error {
 }
 
 func (g *guest) Read(cr3, addr uint64, b []byte) error {
-	return g.withRoot(cr3, func(r xenaccess.Root) error {
-		_, err := g.mem.Load().Read(r, xenaccess.VAddr(addr), b)
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Load().Read(r, paging.VAddr(addr), b)
 		return err
 	})
 }
 
 func (g *guest) Write(cr3, addr uint64, b []byte) error {
-	return g.withRoot(cr3, func(r xenaccess.Root) error {
-		_, err := g.mem.Load().Write(r, xenaccess.VAddr(addr), b)
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Load().Write(r, paging.VAddr(addr), b)
 		return err
 	})
 }
 
 func (g *guest) Store(cr3, addr uint64, b []byte) error {
-	return g.withRoot(cr3, func(r xenaccess.Root) error {
-		_, err := g.mem.Load().Store(r, xenaccess.VAddr(addr), b)
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Load().Store(r, paging.VAddr(addr), b)
 		return err
 	})
 }
@@ -239,7 +239,7 @@ func mapErr(err error) error {
 		return err
 	case errors.Is(err, xenctrl.ErrNoDomain), errors.Is(err, syscall.ESRCH):
 		return fmt.Errorf("%w: %w", breakpoint.ErrGone, err)
-	case errors.Is(err, xenaccess.ErrNotMapped):
+	case errors.Is(err, paging.ErrNotMapped):
 		return fmt.Errorf("%w: %w", breakpoint.ErrNotMapped, err)
 	}
 	return err

@@ -10,7 +10,7 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
-	"github.com/vmprobes/vmprobes/xenaccess"
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
@@ -98,8 +98,8 @@ const cr4LA57 = 1 << 12
 // currentRoots returns page tables that vCPUs use now. A vCPU in user mode may
 // use the tables of page-table isolation, whose kernel half is the table before
 // (arch/x86/entry/calling.h, PTI_USER_PGTABLE_MASK).
-func (m *MonitorRoute) currentRoots() ([]xenaccess.Root, error) {
-	var roots []xenaccess.Root
+func (m *MonitorRoute) currentRoots() ([]paging.Root, error) {
+	var roots []paging.Root
 	var errs error
 	for v := range m.nvcpu {
 		c, err := m.hv.HVMCPU(v)
@@ -110,7 +110,7 @@ func (m *MonitorRoute) currentRoots() ([]xenaccess.Root, error) {
 		if c.CR4&cr4LA57 != 0 {
 			m.useLA57()
 		}
-		roots = append(roots, xenaccess.Root(c.CR3), xenaccess.Root(c.CR3&^0x1000))
+		roots = append(roots, paging.Root(c.CR3), paging.Root(c.CR3&^0x1000))
 	}
 	if len(roots) == 0 {
 		return nil, errs
@@ -123,7 +123,7 @@ func (g *guest) useLA57() {
 	defer g.rootMu.Unlock()
 	if !g.la57 {
 		g.la57 = true
-		g.mem.Store(xenaccess.New5Level(g.frames))
+		g.mem.Store(paging.New5Level(g.frames))
 	}
 }
 

@@ -1,4 +1,4 @@
-package xenaccess
+package paging
 
 import (
 	"encoding/binary"

@@ -1,10 +1,10 @@
-// Package xenaccess reads and writes the memory of a running guest from
+// Package paging reads and writes the memory of a running guest from
 // outside: it walks the guest's own page tables over frames that a [Frames]
 // maps, and knows nothing of breakpoints.
 //
 // Everything it reads is the guest's, so it trusts none of it: a walk visits at
 // most five tables and every address is checked before it is used.
-package xenaccess
+package paging
 
 import (
 	"errors"
@@ -62,7 +62,7 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	s := fmt.Sprintf("xenaccess: %s %v (cr3 %#x", e.Op, e.Addr, uint64(e.Root))
+	s := fmt.Sprintf("paging: %s %v (cr3 %#x", e.Op, e.Addr, uint64(e.Root))
 	if e.Level != 0 {
 		s += fmt.Sprintf(", level-%d table", e.Level)
 	}
