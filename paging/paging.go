@@ -1,9 +1,17 @@
-// Package paging reads and writes the memory of a running guest from
-// outside: it walks the guest's own page tables over frames that a [Frames]
-// maps, and knows nothing of breakpoints.
+// Package paging reads and writes the memory of a running guest from outside:
+// it walks the guest's own page tables over frames that a [Frames] gives it,
+// and knows nothing of breakpoints. It walks as the CPU does (Intel SDM vol. 3,
+// chapter 4): 2-level 32-bit tables, PAE, 4-level and 5-level ones.
 //
-// Everything it reads is the guest's, so it trusts none of it: a walk visits at
-// most five tables and every address is checked before it is used.
+// There is no TLB here. Each access walks the guest's live tables, so it can't
+// follow a translation that the guest has changed; it costs a load for each
+// level. What may be kept for a while is where a frame is mapped into this
+// process: see [Cache].
+//
+// Everything it reads is the guest's, so it trusts none of it. A walk visits one
+// table for each level and never more than five, whatever the tables hold:
+// tables that lead back to themselves need no check. Ranges, which visits many,
+// has a budget.
 package paging
 
 import (
@@ -14,50 +22,85 @@ import (
 // PageSize is the size of a frame in bytes.
 const PageSize = 4096
 
-// A VAddr is a guest virtual address.
+// A VAddr is a guest virtual address. In the 32-bit modes it is below 1<<32.
 type VAddr uint64
 
 func (a VAddr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
 
+// A PAddr is a guest physical address; for a PV guest, whose page tables know
+// no other, a machine address.
+type PAddr uint64
+
+func (a PAddr) String() string { return fmt.Sprintf("%#x", uint64(a)) }
+
 // A Frame is the number of a page frame as the guest's page tables name it: a
-// machine frame (MFN) for a PV guest, a guest frame (GFN) for HVM and PVH.
+// machine frame (MFN) for a PV guest, a guest frame (GFN) for HVM and PVH. So a
+// walk needs no physical-to-machine map of a PV guest.
 type Frame uint64
 
-// A Root is the physical (PV: machine) address of a top-level page table: a
-// CR3 value, whose flag bits are ignored.
+// A Root is a CR3 value: the physical (PV: machine) address of the top-level
+// page table, and flags, which are ignored.
 type Root uint64
 
-// Frame returns the frame of the table. Bits 0 to 11 (PCD, PWT, PCID) and 52 to
-// 63 (no-flush) of a CR3 are not part of it: Intel SDM vol. 3, 4.5.
-func (r Root) Frame() Frame { return Frame(uint64(r) & physMask >> 12) }
+// PV32Root returns the root in a CR3 value of a 32-bit PV guest, which has the
+// frame number rotated by 12 bits so that it can hold one of 32 bits
+// (xen_cr3_to_pfn, xen/include/public/arch-x86/xen-x86_32.h).
+func PV32Root(cr3 uint32) Root { return Root(cr3>>12|cr3<<20) << pageShift }
+
+// Frame returns the frame of the top-level table. Bits 0 to 11 (PCD, PWT, PCID;
+// with PAE the place of the table in its frame) and 52 to 63 (no-flush, LAM) of a
+// CR3 are not part of it: Intel SDM vol. 3, 4.5.2.
+func (r Root) Frame() Frame { return Frame(uint64(r) & physMask >> pageShift) }
 
 // Frames gives access to the guest's page frames.
 type Frames interface {
 	// Page returns the 4096 bytes of frame f. They stay valid, and follow the
-	// guest's memory, until the caller calls release. A page that was asked for
-	// as writable may be stored to.
+	// guest's memory if it can be mapped, until the caller calls release, which
+	// it does once. A page that was asked for as writable may be stored to.
 	Page(f Frame, writable bool) (page []byte, release func(), err error)
 }
 
-// Errors of a translation.
+// A FrameWriter is a Frames, or a [Mapper], whose pages are copies, so that what
+// is stored to one doesn't reach the guest. Writes go through WriteFrame then.
+type FrameWriter interface {
+	// WriteFrame stores b at offset off of frame f. It isn't called with bytes
+	// beyond the frame's end, and doesn't keep b.
+	WriteFrame(f Frame, off int, b []byte) error
+}
+
+// Errors of an access. No error is two of them, but ErrClosed comes in an
+// ErrNoFrame.
 var (
-	// ErrNotMapped says that the guest has nothing at a virtual address.
+	// ErrNotMapped: an entry on the way is not present. Error.Level says which.
 	ErrNotMapped = errors.New("address not mapped by the guest")
-	// ErrNonCanonical says that an address isn't one the CPU accepts.
+	// ErrNonCanonical: the CPU would refuse the address: bits above the
+	// translated ones differ from the highest of them, or, in the 32-bit modes,
+	// are set.
 	ErrNonCanonical = errors.New("non-canonical address")
-	// ErrBadTable says that a page-table entry has reserved bits set or points
-	// outside the guest.
-	ErrBadTable = errors.New("malformed page table")
-	// ErrProtected says that the guest itself could not do this store.
+	// ErrReserved: a present entry has a bit set that must be zero in this mode.
+	ErrReserved = errors.New("reserved bit set in page table")
+	// ErrNoFrame: a frame, a table's or the one asked for, can't be had: it
+	// isn't the guest's, or the hypervisor refuses it, which the error says.
+	ErrNoFrame = errors.New("frame not available")
+	// ErrProtected: the guest kernel itself could not do this store.
 	ErrProtected = errors.New("page is not writable by the guest kernel")
+	// ErrBudget: Ranges has read as many tables as it may.
+	ErrBudget = errors.New("too many page tables")
+	// ErrPagingOff: the vCPU runs without paging, so it has no page tables.
+	ErrPagingOff = errors.New("paging is off (CR0.PG is clear)")
+	// ErrMode: a Mode that no CPU has.
+	ErrMode = errors.New("impossible paging mode")
+	// ErrClosed: the Cache is closed.
+	ErrClosed = errors.New("frame cache is closed")
 )
 
-// An Error is a failed access: what was done, where, and in which tables.
+// An Error is a failed access by virtual address: what was done, where, and in
+// which tables.
 type Error struct {
-	Op    string // "translate", "read", "write" or "store"
+	Op    string // "translate", "read", "write", "store" or "list"
 	Addr  VAddr
 	Root  Root
-	Level int // the level of the table that ended the walk, 0 if none
+	Level int // of the table that ended the walk, 1 the lowest; 0 if none did
 	Err   error
 }
 
@@ -74,163 +117,59 @@ func (e *Error) Unwrap() error { return e.Err }
 // Protection is what the page tables allow, combined over all levels.
 type Protection uint8
 
-// Protection bits. Dirty and Accessed are those of the last level.
+// Protection bits. Accessed, Dirty and Global are those of the last level.
 const (
 	Writable Protection = 1 << iota
 	User
 	NoExecute
 	Accessed
 	Dirty
+	Global
 )
+
+// String returns the bits in the manner of "WUXADG", a dash for each that isn't
+// there; X stands for what may be executed.
+func (p Protection) String() string {
+	const names = "WUXADG"
+	s := []byte(names)
+	for i := range s {
+		if (p^NoExecute)>>i&1 == 0 {
+			s[i] = '-'
+		}
+	}
+	return string(s)
+}
 
 // A Translation is the result of a page-table walk.
 type Translation struct {
 	Frame  Frame  // the 4 KiB frame that holds the address
 	Offset uint64 // of the address in the frame
-	Size   uint64 // of the page: 4 KiB, 2 MiB or 1 GiB
+	Size   uint64 // of the page: 4 KiB, 2 MiB, 4 MiB (2-level tables) or 1 GiB
 	Prot   Protection
 }
 
-const (
-	pteP    = 1 << 0
-	pteRW   = 1 << 1
-	pteUS   = 1 << 2
-	pteA    = 1 << 5
-	pteD    = 1 << 6
-	ptePS   = 1 << 7
-	pteNX   = 1 << 63
-	canonHi = 0xffff800000000000
-
-	// physMask selects the frame bits of an entry: MAXPHYADDR is at most 52
-	// (Intel SDM vol. 3, 4.1.4).
-	physMask = 0x000ffffffffff000
-)
+// Phys returns the physical address.
+func (t Translation) Phys() PAddr { return PAddr(uint64(t.Frame)<<pageShift | t.Offset) }
 
 // Memory is a guest's memory behind its page tables. It is safe for concurrent
 // use if its Frames is.
 type Memory struct {
 	frames Frames
-	levels int
+	cache  *Cache      // frames, if it is or embeds one
+	writer FrameWriter // frames, if it is one
+	walker
 }
 
-// New returns the memory of a guest with 4-level page tables.
-func New(f Frames) *Memory { return &Memory{frames: f, levels: 4} }
-
-// New5Level returns the memory of a guest that runs with CR4.LA57 set.
-func New5Level(f Frames) *Memory { return &Memory{frames: f, levels: 5} }
-
-func (m *Memory) canonical(va VAddr) bool {
-	shift := 64 - (12 + 9*m.levels)
-	return VAddr(int64(va)<<shift>>shift) == va
-}
-
-// Translate walks the tables below root (Intel SDM vol. 3, 4.5).
-func (m *Memory) Translate(root Root, va VAddr) (Translation, error) {
-	fail := func(level int, err error) (Translation, error) {
-		return Translation{}, &Error{Op: "translate", Addr: va, Root: root, Level: level, Err: err}
+// New returns the memory of a guest whose CPU walks its tables in the given
+// mode. If no CPU has such a mode each access fails with ErrMode.
+func New(f Frames, mode Mode) *Memory {
+	m := &Memory{frames: f, walker: newWalker(mode)}
+	if c, ok := f.(interface{ frameCache() *Cache }); ok {
+		m.cache = c.frameCache()
 	}
-	if !m.canonical(va) {
-		return fail(0, ErrNonCanonical)
-	}
-	prot := Writable | User
-	table := root.Frame()
-	for level := m.levels; ; level-- {
-		page, release, err := m.frames.Page(table, false)
-		if err != nil {
-			return fail(level, fmt.Errorf("%w: frame %#x: %w", ErrBadTable, uint64(table), err))
-		}
-		shift := 12 + 9*(level-1)
-		pte := loadUint64(page, int(uint64(va)>>shift&0x1ff)*8)
-		release()
-		if pte&pteP == 0 {
-			return fail(level, ErrNotMapped)
-		}
-		if pte&pteRW == 0 {
-			prot &^= Writable
-		}
-		if pte&pteUS == 0 {
-			prot &^= User
-		}
-		if pte&pteNX != 0 {
-			prot |= NoExecute
-		}
-		leaf := level == 1 || pte&ptePS != 0
-		if !leaf {
-			table = Frame(pte & physMask >> 12)
-			continue
-		}
-		if level > 3 {
-			return fail(level, fmt.Errorf("%w: PS set at level %d", ErrBadTable, level))
-		}
-		size := uint64(1) << shift
-		base := pte & physMask
-		if level > 1 {
-			// Bit 12 of a large entry is PAT; the others below the page size are reserved.
-			base &^= 1 << 12
-			if base&(size-1) != 0 {
-				return fail(level, fmt.Errorf("%w: reserved bits in %#x", ErrBadTable, pte))
-			}
-		}
-		if pte&pteA != 0 {
-			prot |= Accessed
-		}
-		if pte&pteD != 0 {
-			prot |= Dirty
-		}
-		phys := base + uint64(va)&(size-1)
-		return Translation{Frame: Frame(phys >> 12), Offset: phys & (PageSize - 1), Size: size, Prot: prot}, nil
-	}
+	m.writer, _ = f.(FrameWriter)
+	return m
 }
 
-// Read fills b from virtual address va. n < len(b) if and only if err is not
-// nil: the bytes before the first unmapped page are read.
-func (m *Memory) Read(root Root, va VAddr, b []byte) (n int, err error) {
-	return m.access(root, va, b, "read")
-}
-
-// Write stores b at virtual address va, whatever the guest's page protection
-// says, as a debugger does.
-func (m *Memory) Write(root Root, va VAddr, b []byte) (n int, err error) {
-	return m.access(root, va, b, "write")
-}
-
-// Store stores b as the guest kernel itself would: it fails, before it writes
-// anything to a page, unless that page is in the kernel's half, mapped writable,
-// and already marked accessed and dirty, so that no bit of the tables would
-// have to change. (The user bit tells nothing: a 64-bit PV kernel runs in ring 3.)
-func (m *Memory) Store(root Root, va VAddr, b []byte) (n int, err error) {
-	return m.access(root, va, b, "store")
-}
-
-func (m *Memory) access(root Root, va VAddr, b []byte, op string) (n int, err error) {
-	if len(b) > 0 && uint64(va)+uint64(len(b))-1 < uint64(va) {
-		return 0, &Error{Op: op, Addr: va, Root: root, Err: ErrNonCanonical}
-	}
-	for n < len(b) {
-		at := va + VAddr(n)
-		t, err := m.Translate(root, at)
-		if err != nil {
-			if e, ok := err.(*Error); ok {
-				e.Op = op
-			}
-			return n, err
-		}
-		const want = Writable | Accessed | Dirty
-		if op == "store" && (t.Prot&want != want || int64(at) >= 0) {
-			return n, &Error{Op: op, Addr: at, Root: root, Err: ErrProtected}
-		}
-		page, release, err := m.frames.Page(t.Frame, op != "read")
-		if err != nil {
-			return n, &Error{Op: op, Addr: at, Root: root, Err: err}
-		}
-		k := min(len(b)-n, int(PageSize-t.Offset))
-		if op == "read" {
-			copyFrom(b[n:n+k], page[t.Offset:])
-		} else {
-			copyTo(page[t.Offset:], b[n:n+k])
-		}
-		release()
-		n += k
-	}
-	return n, nil
-}
+// Mode returns the mode that m was made with.
+func (m *Memory) Mode() Mode { return m.mode }

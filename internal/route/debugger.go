@@ -108,6 +108,13 @@ func (d *Debugger) SetVCPUInfo(symbol uint64) {
 	d.vcpuInfo = symbol
 }
 
+// UseSymbols finds struct vcpu_info by the kernel's symbols.
+func (d *Debugger) UseSymbols(lookup func(name string) (addr uint64, ok bool)) {
+	if addr, ok := lookup("xen_vcpu_info"); ok {
+		d.SetVCPUInfo(addr)
+	}
+}
+
 // upcallMask returns the address and value of evtchn_upcall_mask, the second
 // byte of struct vcpu_info (xen/include/public/xen.h): non-zero while the guest
 // has interrupts off. The RFLAGS.IF that Xen shows is always set.
@@ -657,7 +664,7 @@ func (d *Debugger) Close(answer func(*breakpoint.Stop) error) error {
 	}
 	d.closed = true
 	d.mu.Unlock()
-	defer d.frames.close()
+	defer d.frames.Close()
 	var errs error
 	if err := attempts(d.hv.Pause); err != nil {
 		if errors.Is(err, breakpoint.ErrGone) {

@@ -31,7 +31,7 @@ var (
 // guest is what both routes have in common: memory and patched bytes.
 type guest struct {
 	hv     Hypervisor
-	frames *frames
+	frames *paging.Cache
 	mem    atomic.Pointer[paging.Memory]
 
 	rootMu sync.Mutex
@@ -54,8 +54,8 @@ type patch struct {
 }
 
 func newGuest(hv Hypervisor) *guest {
-	g := &guest{hv: hv, frames: newFrames(hv), breaks: make(map[uint64]*patch)}
-	g.mem.Store(paging.New(g.frames))
+	g := &guest{hv: hv, frames: NewFrames(hv), breaks: make(map[uint64]*patch)}
+	g.mem.Store(paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}))
 	return g
 }
 

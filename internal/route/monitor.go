@@ -123,7 +123,7 @@ func (g *guest) useLA57() {
 	defer g.rootMu.Unlock()
 	if !g.la57 {
 		g.la57 = true
-		g.mem.Store(paging.New5Level(g.frames))
+		g.mem.Store(paging.New(g.frames, paging.Mode{Kind: paging.FiveLevel, NXE: true}))
 	}
 }
 
@@ -445,7 +445,7 @@ func (m *MonitorRoute) Close(answer func(*breakpoint.Stop) error) error {
 	}
 	m.closed = true
 	m.mu.Unlock()
-	defer m.frames.close()
+	defer m.frames.Close()
 	if m.waitEnd != nil {
 		m.waitEnd()
 	}

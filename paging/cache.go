@@ -1,0 +1,339 @@
+package paging
+
+import (
+	"fmt"
+	"math/bits"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+)
+
+// A Mapper maps single frames of a guest into this process. Its methods may be
+// called concurrently.
+//
+// A Mapper whose pages are copies is a [FrameWriter] too, and calls the Cache's
+// Invalidate whenever the guest has run.
+type Mapper interface {
+	// Map returns the 4096 bytes of frame f, and what gives them up.
+	Map(f Frame, writable bool) (page []byte, unmap func() error, err error)
+}
+
+// A Cache keeps frames mapped for a while. It is a [Frames], and the one that a
+// Memory reads from fastest; a type that embeds a *Cache is read in the same way,
+// so it can't have a Page of its own. Make one with [NewCache]. It is safe for
+// concurrent use.
+//
+// A page is never unmapped while it is in use. A guest can give a frame another
+// meaning (ballooning), and a mapping then still shows the old memory; so all are
+// made anew after an age, or after Invalidate. An idle Cache has nothing mapped
+// after that age.
+type Cache struct {
+	mapper Mapper
+	writer FrameWriter // the mapper, if it is one
+	size   int
+	age    time.Duration
+	factor uint64 // of the hash: odd, and nothing that a guest can know
+	maps   atomic.Uint64
+
+	// stripes guard what follows. Readers lock one of them, writers all, so that
+	// readers on several CPUs share no cache line that they write to.
+	stripes [stripes]stripe
+	index   []*cached // by hash: chains of pages
+	ring    []*cached // the same pages, in the order of the clock
+	hand    int
+	era     uint64 // changes when what is mapped meanwhile must not be kept
+	closed  bool
+	timer   *time.Timer // ends the era, if there are pages
+
+	sweep    sync.Mutex // held while an era ends: Close waits for that
+	unmapErr atomic.Pointer[error]
+}
+
+const (
+	stripeBits = 3
+	stripes    = 1 << stripeBits
+)
+
+// A stripe is alone in two cache lines, which CPUs fetch together.
+type stripe struct {
+	sync.RWMutex
+	hits atomic.Uint64
+	_    [128 - unsafe.Sizeof(sync.RWMutex{}) - 8]byte
+}
+
+// A cached page is referred to by the cache and by each of its users.
+type cached struct {
+	frame    Frame
+	writable bool
+	bytes    []byte
+	unmap    func() error
+	release  func()
+	refs     atomic.Int64
+	used     atomic.Bool // since the clock's hand was here
+	slot     int         // in the ring
+	next     *cached     // in the chain
+}
+
+// CacheStats counts what a Cache did since it was made.
+type CacheStats struct {
+	Maps  uint64 // calls of Mapper.Map
+	Hits  uint64 // pages that were found mapped
+	Pages int    // that are kept now
+}
+
+// maxPages is 16 GiB of guest memory.
+const maxPages = 1 << 22
+
+// NewCache returns a Cache that keeps up to size pages (1 to 1<<22) mapped, and
+// each for about age at most; 0 means until Invalidate.
+func NewCache(m Mapper, size int, age time.Duration) *Cache {
+	c := &Cache{mapper: m, size: min(max(size, 1), maxPages), age: age, factor: rand.Uint64() | 1}
+	c.writer, _ = m.(FrameWriter)
+	c.index = make([]*cached, 1<<bits.Len(uint(c.size)))
+	return c
+}
+
+// Page implements [Frames].
+func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
+	s := c.stripe()
+	s.RLock()
+	if p := c.find(f, writable); p != nil {
+		p.refs.Add(1)
+		s.hits.Add(1)
+		s.RUnlock()
+		return p.bytes, p.release, nil
+	}
+	era, closed := c.era, c.closed
+	s.RUnlock()
+	if closed {
+		return nil, nil, ErrClosed
+	}
+	p, err := c.mapPage(f, writable)
+	if err != nil {
+		return nil, nil, err
+	}
+	var old *cached
+	c.lock()
+	if q := c.find(f, writable); q != nil {
+		old, p = p, q // another reader was faster
+		p.refs.Add(1)
+	} else if era == c.era { // else it is good for this use, but not to be kept
+		p.refs.Add(1)
+		old = c.insert(p)
+	}
+	c.unlock()
+	c.drop(old)
+	return p.bytes, p.release, nil
+}
+
+// mapPage returns a new page with one reference, for its user.
+func (c *Cache) mapPage(f Frame, writable bool) (*cached, error) {
+	c.maps.Add(1)
+	b, unmap, err := c.mapper.Map(f, writable)
+	if err != nil {
+		return nil, err
+	}
+	p := &cached{frame: f, writable: writable, bytes: b, unmap: unmap}
+	p.release = func() { c.drop(p) }
+	p.refs.Store(1)
+	if len(b) < PageSize {
+		c.drop(p)
+		return nil, errShort
+	}
+	return p, nil
+}
+
+// WriteFrame implements [FrameWriter]: through the mapper's, if it is one, or
+// to the mapped frame.
+func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
+	if off < 0 || off > PageSize || len(b) > PageSize-off {
+		return fmt.Errorf("%d bytes at %d leave the frame", len(b), off)
+	}
+	if c.writer == nil {
+		page, release, err := c.Page(f, true)
+		if err != nil {
+			return err
+		}
+		copyTo(page[off:], b)
+		release()
+		return nil
+	}
+	if c.isClosed() {
+		return ErrClosed
+	}
+	err := c.writer.WriteFrame(f, off, b)
+	// Copies made before or during that are old.
+	c.lock()
+	c.era++
+	ro, rw := c.remove(f, false), c.remove(f, true)
+	c.unlock()
+	c.drop(ro)
+	c.drop(rw)
+	return err
+}
+
+func (c *Cache) isClosed() bool {
+	s := c.stripe()
+	s.RLock()
+	defer s.RUnlock()
+	return c.closed
+}
+
+// Invalidate forgets all pages: what is read from now on is mapped anew.
+func (c *Cache) Invalidate() {
+	c.sweep.Lock()
+	defer c.sweep.Unlock()
+	c.lock()
+	ring := c.forget()
+	c.unlock()
+	for _, p := range ring {
+		c.drop(p)
+	}
+}
+
+// Close forgets all pages and fails all later accesses with ErrClosed. Pages in
+// use are unmapped when they are released. It returns the first error that
+// unmapping any page had.
+func (c *Cache) Close() error {
+	c.lock()
+	c.closed = true
+	c.unlock()
+	c.Invalidate()
+	if err := c.unmapErr.Load(); err != nil {
+		return fmt.Errorf("paging: unmap: %w", *err)
+	}
+	return nil
+}
+
+func (c *Cache) frameCache() *Cache { return c }
+
+// Stats returns the counters.
+func (c *Cache) Stats() CacheStats {
+	st := CacheStats{Maps: c.maps.Load()}
+	for i := range c.stripes {
+		st.Hits += c.stripes[i].hits.Load()
+	}
+	s := c.stripe()
+	s.RLock()
+	defer s.RUnlock()
+	st.Pages = len(c.ring)
+	return st
+}
+
+// stripe returns the calling goroutine's stripe. Stacks, of 2 KiB at least, are
+// what goroutines don't share, so the address of a variable tells most apart.
+func (c *Cache) stripe() *stripe {
+	var here byte
+	const golden = 0x9e3779b97f4a7c15 // Fibonacci hashing: 2^64 divided by the golden ratio
+	return &c.stripes[uint64(uintptr(unsafe.Pointer(&here)))>>11*golden>>(64-stripeBits)]
+}
+
+func (c *Cache) lock() {
+	for i := range c.stripes {
+		c.stripes[i].Lock()
+	}
+}
+
+func (c *Cache) unlock() {
+	for i := range c.stripes {
+		c.stripes[i].Unlock()
+	}
+}
+
+// chain returns where the chain of a frame's pages begins; a stripe is locked.
+func (c *Cache) chain(f Frame) **cached {
+	return &c.index[uint64(f)*c.factor>>32&uint64(len(c.index)-1)]
+}
+
+// find returns the page of a frame, or nil; a stripe is locked.
+func (c *Cache) find(f Frame, writable bool) *cached {
+	for p := *c.chain(f); p != nil; p = p.next {
+		if p.frame == f && p.writable == writable {
+			if !p.used.Load() {
+				p.used.Store(true)
+			}
+			return p
+		}
+	}
+	return nil
+}
+
+// insert keeps a page. If there are too many, it returns one that is to be
+// dropped for it: the clock's choice, one that wasn't used lately. All stripes
+// are locked here and below.
+func (c *Cache) insert(p *cached) (old *cached) {
+	if c.timer == nil && c.age > 0 {
+		c.timer = time.AfterFunc(c.age, c.Invalidate)
+	}
+	if len(c.ring) < c.size {
+		p.slot = len(c.ring)
+		c.ring = append(c.ring, p)
+	} else {
+		for c.ring[c.hand].used.Swap(false) {
+			c.hand = (c.hand + 1) % len(c.ring)
+		}
+		old = c.ring[c.hand]
+		c.unchain(old)
+		p.slot = c.hand
+		c.ring[c.hand] = p
+		c.hand = (c.hand + 1) % len(c.ring)
+	}
+	head := c.chain(p.frame)
+	p.next, *head = *head, p
+	return old
+}
+
+// remove forgets the page of a frame and returns it, or nil.
+func (c *Cache) remove(f Frame, writable bool) *cached {
+	p := c.find(f, writable)
+	if p == nil {
+		return nil
+	}
+	c.unchain(p)
+	last := c.ring[len(c.ring)-1]
+	last.slot, c.ring[p.slot] = p.slot, last
+	c.ring = c.ring[:len(c.ring)-1]
+	if c.hand >= len(c.ring) {
+		c.hand = 0
+	}
+	return p
+}
+
+func (c *Cache) unchain(p *cached) {
+	at := c.chain(p.frame)
+	for *at != p {
+		at = &(*at).next
+	}
+	*at = p.next
+}
+
+// forget begins an era without pages and returns those there were.
+func (c *Cache) forget() (ring []*cached) {
+	ring = c.ring
+	c.era++
+	c.ring, c.hand = nil, 0
+	clear(c.index)
+	if c.timer != nil {
+		c.timer.Stop()
+		c.timer = nil
+	}
+	return ring
+}
+
+// drop gives up a reference, and with the last one the mapping. Since that can
+// take its time, it isn't called with all stripes locked.
+func (c *Cache) drop(p *cached) {
+	if p == nil || p.refs.Add(-1) != 0 {
+		return
+	}
+	if err := p.unmap(); err != nil {
+		c.unmapErr.CompareAndSwap(nil, &err)
+	}
+}
+
+var _ interface {
+	Frames
+	FrameWriter
+} = (*Cache)(nil)
