@@ -19,6 +19,11 @@
 // The addresses are those the kernel was linked at. A running kernel is usually
 // moved by KASLR; Map.Slide gives a view of the same table with the slide added.
 //
+// A running kernel has the same table in its memory: FromMemory reads it there, at
+// its true addresses, through whatever reads the guest's memory. Map.With adds the
+// symbols of the modules that are loaded; Map.MarshalBinary and UnmarshalMap are for
+// a cache on disk.
+//
 // The package knows nothing of hypervisors or breakpoints, is pure Go and builds
 // everywhere. All input may come from a hostile guest: lengths, loops and
 // allocations are bounded whatever the input says. A Map is immutable and safe

@@ -145,7 +145,7 @@ func fromSymtab(f *elf.File) (*Map, error) {
 			banner = value
 		}
 	}
-	if len(b.t.addr) == 0 {
+	if b.len() == 0 {
 		return nil, nil
 	}
 	line := ""

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+
+	"github.com/vmprobes/vmprobes/internal/kimage"
 )
 
 // ParseFile reads a file of any kind the package knows, and finds out itself
@@ -39,16 +41,16 @@ func parseOpen(f *os.File) (*Map, error) {
 		return nil, err
 	}
 	br := bufio.NewReaderSize(f, readSize)
-	head, err := br.Peek(0x260)
+	head, err := br.Peek(kimage.HeaderSize)
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
 	switch {
-	case bytes.HasPrefix(head, []byte(elfMagic)):
+	case kimage.IsELF(head):
 		return FromELF(f)
-	case isBzImage(head):
+	case kimage.IsBootImage(head):
 		return FromVMLinuz(f, fi.Size())
-	case packing(head) >= 0:
+	case kimage.Packed(head):
 		return parsePacked(br)
 	case bytes.HasPrefix(head, []byte("MZ")):
 		return nil, formatErr("a PE file, but no bzImage (a unified kernel image? extract its .linux section)")
@@ -64,7 +66,7 @@ func parsePacked(r *bufio.Reader) (*Map, error) {
 			return nil, formatErr("%v", err)
 		}
 		br := bufio.NewReaderSize(z, readSize)
-		if head, _ := br.Peek(4); string(head) != elfMagic {
+		if head, _ := br.Peek(4); !kimage.IsELF(head) {
 			m, err := Parse(br)
 			var corrupt flate.CorruptInputError
 			if errors.Is(err, gzip.ErrChecksum) || errors.Is(err, gzip.ErrHeader) ||
@@ -73,22 +75,31 @@ func parsePacked(r *bufio.Reader) (*Map, error) {
 			}
 			return m, err
 		}
-		img, err := drain(br, maxUnpacked)
+		img, err := readAtMost(br, kimage.MaxKernel)
 		if err != nil {
 			return nil, fmt.Errorf("%w: gzip: %w", ErrFormat, err)
 		}
 		return FromELF(bytes.NewReader(img))
 	}
-	data, err := drain(r, maxVMLinuz)
+	data, err := readAtMost(r, kimage.MaxFile)
 	if err != nil {
 		return nil, err
 	}
-	img, err := unpack(data)
+	img, err := kimage.Unpack(data)
 	if err != nil {
-		return nil, err
+		return nil, imageErr(err)
 	}
-	if bytes.HasPrefix(img, []byte(elfMagic)) {
+	if kimage.IsELF(img) {
 		return FromELF(bytes.NewReader(img))
 	}
 	return Parse(bytes.NewReader(img))
+}
+
+// readAtMost reads r to its end.
+func readAtMost(r io.Reader, limit int64) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		err = formatErr("more than %d bytes", limit)
+	}
+	return b, err
 }

@@ -3,7 +3,7 @@ package sysmap
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
+	"fmt"
 	"math"
 )
 
@@ -46,11 +46,12 @@ func (s *Segment) size() uint64 { return max(s.Size, uint64(len(s.Data))) }
 // its ELF file, or pieces of a guest's memory, read through the kernel's page
 // tables. The tables must lie within one segment, at their true addresses, and the
 // segments together must span the kernel, for addresses outside count as wrong.
-// It takes segments above 4 GiB for those of a 64-bit kernel.
+// It takes segments above 4 GiB for those of a 64-bit kernel. FromMemory does the
+// same with few reads.
 func FromImage(segs []Segment) (*Map, error) { return fromImage(segs, maxWork) }
 
 func fromImage(segs []Segment, work int) (*Map, error) {
-	im := image{segs: segs, lo: math.MaxUint64, word: 4, work: work}
+	im := image{lo: math.MaxUint64, word: 4, work: work}
 	for i := range segs {
 		if end := segs[i].Addr + segs[i].size(); end < segs[i].Addr && end != 0 {
 			return nil, formatErr("segment at %#x of %#x bytes wraps around", segs[i].Addr, segs[i].size())
@@ -60,49 +61,72 @@ func fromImage(segs []Segment, work int) (*Map, error) {
 		}
 	}
 	for i := range segs {
-		if n := segs[i].size(); n > 0 && (im.word == 4 || segs[i].Addr >= 1<<63) {
-			im.lo = min(im.lo, segs[i].Addr)
-			im.hi = max(im.hi, segs[i].Addr+n-1)
+		if n := segs[i].size(); n > 0 {
+			im.span(segs[i].Addr, n)
 		}
 	}
-	// The kernel's end may be rounded down by who cut the segments.
-	if im.hi += slack; im.hi < slack {
-		im.hi = math.MaxUint64
-	}
+	im.finishSpan()
+	im.at = func(addr uint64, n int) []byte { return at(segs, addr, n) }
 	for i := range segs {
-		if m, err := im.search(&segs[i]); m != nil || err != nil {
-			return m, err
+		w := &window{addr: segs[i].Addr, data: segs[i].Data}
+		if m, _ := im.search(w, 0, len(w.data)); m != nil {
+			if m.t.banner == "" {
+				m.t.banner = findBanner(segs, 0)
+			}
+			return m, nil
 		}
 	}
-	if im.sawTokens {
-		return nil, formatErr("found a kallsyms token table, but no names and addresses that agree with it")
-	}
-	return nil, formatErr("no kallsyms tables in the image (CONFIG_KALLSYMS=n, older than 2.6.10, or not a Linux kernel)")
+	return nil, im.failure()
 }
 
 const (
 	maxToken   = 512 // longer than any name
-	slack      = 1 << 16
-	minMarkers = 4 // so fewer than 769 symbols are not looked for
+	minMarkers = 4   // so fewer than 769 symbols are not looked for
 	maxPad     = 256
-	maxEncoded = 520              // bytes of an encoded name
-	maxSpan    = 16 << 20         // between the first marker and the tokens
-	maxWork    = 256 * maxSymbols // see image.spend
-	maxHits    = 1 << 16          // places that look like tokens for digits
-	maxTables  = 64               // token tables
-	maxRuns    = 128              // runs that look like markers, per token table
-	tokenIndex = 256 * 2          // bytes of kallsyms_token_index
+	maxEncoded = 520      // bytes of an encoded name
+	maxSpan    = 16 << 20 // from the names to the tokens; 2.4 MB in 7.3
+	// slack is how far symbols may be beyond the kernel's last byte: its end
+	// may be rounded down by who cut the segments, and .brk and .init.scratch
+	// (2 MiB aligned) are given back at boot.
+	slack = 8 << 20
+	// maxWork bounds the elementary steps spent on one image, see image.spend.
+	// The tables of 6.12 take 2.6 million, those of 7.3 3.9.
+	maxWork    = 1 << 27
+	maxHits    = 1 << 16  // places that look like tokens for digits
+	maxTables  = 64       // token tables
+	maxRuns    = 128      // runs that look like markers, per token table
+	maxTokens  = 12 << 10 // bytes of the token table and its index; 1.5 KB in 6.12
+	tokenIndex = 256 * 2  // bytes of kallsyms_token_index
 	digits     = "0\x001\x002\x00" + "3\x004\x005\x006\x007\x008\x009\x00"
 )
 
 var errWork = formatErr("gave up: the image has too much that looks like kallsyms tables")
 
+// image is what is known of the kernel that the tables are looked for in.
 type image struct {
-	segs      []Segment
-	lo, hi    uint64 // the kernel is within, both included
-	word      int    // bytes of a long
-	work      int    // elementary steps left
-	sawTokens bool
+	lo, hi uint64 // the kernel is within, both included
+	word   int    // bytes of a long
+	work   int    // elementary steps left
+	tables int    // token tables seen
+	hits   int    // places that looked like one
+
+	// at returns up to n bytes at an address; fewer, or none, if there are
+	// no more.
+	at func(addr uint64, n int) []byte
+}
+
+// span adds a piece of the kernel.
+func (im *image) span(addr, size uint64) {
+	if im.word == 4 || addr >= 1<<63 {
+		im.lo = min(im.lo, addr)
+		im.hi = max(im.hi, addr+size-1)
+	}
+}
+
+func (im *image) finishSpan() {
+	if im.hi += slack; im.hi < slack {
+		im.hi = math.MaxUint64
+	}
 }
 
 // spend accounts for n steps. A hostile image can have any number of almost
@@ -112,56 +136,70 @@ func (im *image) spend(n int) bool {
 	return im.work >= 0
 }
 
-// search tries all token tables of a segment. No table is no error.
-func (im *image) search(seg *Segment) (*Map, error) {
-	data, tables := seg.Data, 0
-	for at, hits := 0, 0; hits < maxHits && tables < maxTables; hits++ {
-		i := bytes.Index(data[at:], []byte(digits))
+// spent says whether a bound was reached, and any search is over.
+func (im *image) spent() bool {
+	return im.work < 0 || im.hits >= maxHits || im.tables >= maxTables
+}
+
+func (im *image) failure() error {
+	switch {
+	case im.spent():
+		return errWork
+	case im.tables > 0:
+		return formatErr("found a kallsyms token table, but no names and addresses that agree with it")
+	}
+	return formatErr("no kallsyms tables in the image (CONFIG_KALLSYMS=n, older than 2.6.10, or not a Linux kernel)")
+}
+
+// search tries the token tables whose digits are at offsets from..to of a window,
+// which must be loaded there.
+func (im *image) search(w *window, from, to int) (*Map, *Tables) {
+	for !im.spent() {
+		i := bytes.Index(w.data[from:to], []byte(digits))
 		if i < 0 {
 			break
 		}
-		at += i + 1
-		var k kallsyms
-		if !im.spend(64) {
-			return nil, errWork
-		}
-		if !k.tokens(data, at-1) {
+		from += i + 1
+		im.hits++
+		k := kallsyms{im: im, w: w}
+		if !im.spend(64) || !k.tokens(from-1) {
 			continue
 		}
-		tables++
-		im.sawTokens = true
-		k.im, k.seg = im, seg
-		if m := k.decode(); m != nil {
-			return m, nil
-		}
-		if im.work < 0 {
-			return nil, errWork
+		im.tables++
+		if m, t := k.decode(); m != nil {
+			return m, t
 		}
 	}
 	return nil, nil
 }
 
-// kallsyms is one set of tables.
+// kallsyms is one set of tables. Offsets are those in w.data.
 type kallsyms struct {
-	im  *image
-	seg *Segment
+	im *image
+	w  *window
 
 	tok        [256][]byte
-	tokenTable int // offsets in seg.Data
+	badToken   [256]bool // has what no name has
+	tokenTable int
 	tokenEnd   int // after the index
 
-	markers   int // offset
-	marker    []uint64
-	numSyms   int // offset
-	names     int // offset
-	n         int // symbols
-	longNames bool
-	types     []byte // first letter of each
+	markers    int
+	markerSize int
+	marker     []uint64
+	numSyms    int
+	names      int
+	n          int // symbols
+	nameBytes  int // of all names
+	longNames  bool
+	types      []byte // first letter of each
+	banner     int    // which symbol is linux_banner, or -1
 }
 
 // tokens checks for a token table around the tokens of the digits, which are
 // always themselves, and for its index.
-func (k *kallsyms) tokens(d []byte, zero int) bool {
+func (k *kallsyms) tokens(zero int) bool {
+	k.w.need(zero-maxTokens, zero+maxTokens)
+	d := k.w.data[:min(len(k.w.data), zero+maxTokens)]
 	end := zero
 	for range 256 - '0' {
 		n := bytes.IndexByte(d[end:min(len(d), end+maxToken+1)], 0)
@@ -176,7 +214,7 @@ func (k *kallsyms) tokens(d []byte, zero int) bool {
 		}
 		index := d[end+pad:]
 		start := zero - int(binary.LittleEndian.Uint16(index[2*'0':]))
-		if start >= 0 && k.index(d[start:end], index) {
+		if start >= max(0, zero-maxTokens) && k.index(d[start:end], index) {
 			k.tokenTable, k.tokenEnd = start, end+pad+tokenIndex
 			return true
 		}
@@ -196,23 +234,24 @@ func (k *kallsyms) index(table, index []byte) bool {
 			return false
 		}
 		k.tok[i] = table[at : at+n]
+		k.badToken[i] = !printable(k.tok[i])
 		at += n + 1
 	}
 	return at == len(table)
 }
 
 func (k *kallsyms) u32(off int) uint32 {
-	if off < 0 || off+4 > len(k.seg.Data) {
+	if off < 0 || off+4 > len(k.w.data) {
 		return 0
 	}
-	return binary.LittleEndian.Uint32(k.seg.Data[off:])
+	return binary.LittleEndian.Uint32(k.w.data[off:])
 }
 
 func (k *kallsyms) u64(off int) uint64 {
-	if off < 0 || off+8 > len(k.seg.Data) {
+	if off < 0 || off+8 > len(k.w.data) {
 		return 0
 	}
-	return binary.LittleEndian.Uint64(k.seg.Data[off:])
+	return binary.LittleEndian.Uint64(k.w.data[off:])
 }
 
 // long reads a word of the kernel's size.
@@ -225,77 +264,68 @@ func (k *kallsyms) long(off int) uint64 {
 
 // align rounds an offset up so that its address is a multiple of n.
 func (k *kallsyms) align(off, n int) int {
-	return off + int(-(k.seg.Addr+uint64(off))&uint64(n-1))
+	return off + int(-(k.w.addr+uint64(off))&uint64(n-1))
 }
 
-func (k *kallsyms) decode() *Map {
-	for _, r := range k.runs() {
-		k.markers, k.marker = r.off, r.val
-		if m := k.findNames(); m != nil || k.im.work < 0 {
-			return m
+// decode looks for the markers, backwards from the token table, and for what must
+// be before them.
+func (k *kallsyms) decode() (*Map, *Tables) {
+	const chunk = 1 << 16
+	runs := 0
+	first := max(0, k.tokenTable-maxSpan)
+	for end := k.align(k.tokenTable-3, 4); end > first; end -= chunk {
+		start := max(first, end-chunk)
+		k.w.need(start, end)
+		if !k.im.spend(chunk / 4) {
+			return nil, nil
 		}
-	}
-	return nil
-}
-
-type run struct {
-	off int
-	val []uint64
-}
-
-// runs lists what may be the markers: a zero, and ascending numbers with the steps
-// that 256 names can make. The nearest to the token table come first.
-func (k *kallsyms) runs() []run {
-	first := k.align(max(0, k.tokenTable-maxSpan), 8)
-	var all []run
-	scan := func(size int) {
-		get := func(off int) uint64 {
-			if size == 8 {
-				return k.u64(off)
-			}
-			return uint64(k.u32(off))
-		}
-		for off := first; off+minMarkers*size <= k.tokenTable; off += size {
-			if get(off) != 0 || !step(0, get(off+size)) {
+		for off := end - 4; off >= start; off -= 4 {
+			if k.u32(off) != 0 {
 				continue
 			}
-			val := []uint64{0}
-			p := off + size
-			for ; p+size <= k.tokenTable && len(val) <= maxSymbols/256; p += size {
-				v := get(p)
-				if !step(val[len(val)-1], v) {
-					break
+			for size := 4; size <= k.im.word; size += 4 {
+				if !k.run(off, size) {
+					continue
 				}
-				val = append(val, v)
+				if m, t := k.findNames(); m != nil {
+					return m, t
+				}
+				if runs++; runs == maxRuns || k.im.spent() {
+					return nil, nil
+				}
 			}
-			if len(val) >= minMarkers {
-				all = append(all, run{off, val})
-			}
-			off = p - size
 		}
 	}
-	scan(4)
-	if k.im.word == 8 {
-		scan(8)
-	}
-	if !k.im.spend(maxSpan / 16) {
-		return nil
-	}
-	// Nearest first.
-	for i, j := 0, len(all)-1; i < j; i, j = i+1, j-1 {
-		all[i], all[j] = all[j], all[i]
-	}
-	return all[:min(len(all), maxRuns)]
+	return nil, nil
 }
 
-func step(from, to uint64) bool {
-	return to > from && to-from >= 256*2 && to-from <= 256*maxEncoded
+// run checks for markers of so many bytes each at off: a zero, and ascending
+// numbers with the steps that 256 names can make.
+func (k *kallsyms) run(off, size int) bool {
+	if (k.w.addr+uint64(off))&uint64(size-1) != 0 {
+		return false
+	}
+	k.marker = append(k.marker[:0], 0)
+	last := uint64(0)
+	for p := off + size; p+size <= k.tokenTable && len(k.marker) <= maxSymbols/256; p += size {
+		v := uint64(k.u32(p))
+		if size == 8 {
+			v = k.u64(p)
+		}
+		if v < last+256*2 || v > last+256*maxEncoded {
+			break
+		}
+		k.marker = append(k.marker, v)
+		last = v
+	}
+	k.markers, k.markerSize = off, size
+	return len(k.marker) >= minMarkers && k.im.spend(len(k.marker))
 }
 
 // findNames looks for the start of the names below the markers. The last marker
 // says roughly where, num_syms before it must agree with the number of markers,
 // and in the end the walk over all names must meet every marker.
-func (k *kallsyms) findNames() *Map {
+func (k *kallsyms) findNames() (*Map, *Tables) {
 	all := k.marker
 	// What follows the markers may look like one or two more of them.
 	for cut := 0; cut <= 2 && len(all)-cut >= minMarkers; cut++ {
@@ -306,12 +336,10 @@ func (k *kallsyms) findNames() *Map {
 		}
 		last := int(end)
 		lowest := max(4, k.markers-last-256*maxEncoded-maxPad)
-		for start := k.markers - last - 2; start >= lowest; start-- {
-			if (k.seg.Addr+uint64(start))&3 != 0 {
-				continue
-			}
+		for start := k.align(k.markers-last-5, 4); start >= lowest; start -= 4 {
+			k.w.need(start-maxPad, start)
 			if !k.im.spend(maxPad / 4) {
-				return nil
+				return nil, nil
 			}
 			for d := 4; d <= maxPad && d <= start; d += 4 {
 				n := k.u32(start - d)
@@ -322,23 +350,23 @@ func (k *kallsyms) findNames() *Map {
 				// Up to 6.0 a length of 128 and more was one byte.
 				for _, k.longNames = range []bool{true, false} {
 					if k.walk() {
-						if m := k.addresses(); m != nil {
-							return m
+						if m, t := k.addresses(); m != nil {
+							return m, t
 						}
 					}
-					if k.im.work < 0 {
-						return nil
+					if k.im.spent() {
+						return nil, nil
 					}
 				}
 			}
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // next splits an encoded name off at p.
 func (k *kallsyms) next(p int) (name []byte, end int) {
-	d := k.seg.Data[:k.markers]
+	d := k.w.data[:k.markers]
 	if p >= len(d) {
 		return nil, p
 	}
@@ -351,37 +379,55 @@ func (k *kallsyms) next(p int) (name []byte, end int) {
 		n = n&0x7f | int(d[p])<<7
 		p++
 	}
-	if n == 0 || n > maxEncoded || p+n > len(d) {
+	if n == 0 || n > maxEncoded || n > len(d)-p {
 		return nil, p
 	}
 	return d[p : p+n], p + n
 }
 
-// walk checks the names against the markers, and notes the types.
+// walk checks all names against the markers, notes the types, and how many bytes
+// the names have. After it no name can fail.
 func (k *kallsyms) walk() bool {
-	k.types = k.types[:0]
-	p := k.names
-	for i := range k.n {
-		if i&0xff == 0 {
-			if uint64(p-k.names) != k.marker[i>>8] || !k.im.spend(256) {
-				return false
-			}
-		}
-		name, end := k.next(p)
-		if name == nil {
-			return false
-		}
-		first := k.tok[name[0]]
-		if len(first) == 0 || !isType(first[0]) {
-			return false
-		}
-		k.types = append(k.types, first[0])
-		p = end
-	}
-	if k.markers-p >= maxPad {
+	if !k.w.need(k.names, k.markers) {
 		return false
 	}
-	for _, c := range k.seg.Data[p:k.markers] {
+	k.types = k.types[:0]
+	k.nameBytes, k.banner = 0, -1
+	p, block := k.names, k.names
+	buf := make([]byte, 0, 1+len(bannerName))
+	for i := range k.n {
+		if i&0xff == 0 {
+			if uint64(p-k.names) != k.marker[i>>8] || !k.im.spend(256+p-block) {
+				return false
+			}
+			block = p
+		}
+		enc, end := k.next(p)
+		if enc == nil {
+			return false
+		}
+		n, bad := 0, false
+		for _, c := range enc {
+			n += len(k.tok[c])
+			bad = bad || k.badToken[c]
+		}
+		first := k.tok[enc[0]]
+		if bad || n < 2 || n > maxName+1 || len(first) == 0 || !isType(first[0]) {
+			return false
+		}
+		if n == 1+len(bannerName) && k.banner < 0 {
+			if text := k.expand(buf[:0], enc); string(text[1:]) == bannerName {
+				k.banner = i
+			}
+		}
+		k.types = append(k.types, first[0])
+		k.nameBytes += n - 1
+		p = end
+	}
+	if k.markers-p >= maxPad || k.nameBytes > maxNameBytes {
+		return false
+	}
+	for _, c := range k.w.data[p:k.markers] {
 		if c != 0 {
 			return false
 		}
@@ -400,11 +446,24 @@ const (
 	place                    // own address + s32
 )
 
+func (m meaning) String() string {
+	return [...]string{"absolute addresses", "absolute addresses", "offsets from a base",
+		"offsets below a base, per-CPU absolute", "offsets from their own place"}[m]
+}
+
 // A hypothesis says where the addresses are and what they mean.
 type hypothesis struct {
 	kind meaning
 	off  int
 	base uint64
+}
+
+// size is the bytes of one entry.
+func (k *kallsyms) size(m meaning) int {
+	if m == absolute {
+		return k.im.word
+	}
+	return 4
 }
 
 func (k *kallsyms) value(h *hypothesis, i int) uint64 {
@@ -423,7 +482,7 @@ func (k *kallsyms) value(h *hypothesis, i int) uint64 {
 			v = h.base - 1 - uint64(int64(s))
 		}
 	case place:
-		v = k.seg.Addr + uint64(h.off) + 4*uint64(i) + uint64(int64(int32(k.u32(h.off+4*i))))
+		v = k.w.addr + uint64(h.off) + 4*uint64(i) + uint64(int64(int32(k.u32(h.off+4*i))))
 	}
 	if k.im.word == 4 {
 		v &= math.MaxUint32
@@ -437,22 +496,26 @@ func (k *kallsyms) outside(v uint64, i int) bool {
 	return (v < k.im.lo || v > k.im.hi) && k.types[i]|0x20 != 'a'
 }
 
-// faults counts what is wrong with a hypothesis, up to limit.
+// faults counts what is wrong with a hypothesis, up to limit. What cannot be read
+// is wrong.
 func (k *kallsyms) faults(h *hypothesis, limit int) int {
-	// A sample first, most are wrong everywhere.
-	bad := 0
-	if !k.im.spend(64) {
+	// The last ones first, which are close together: most hypotheses are wrong
+	// everywhere, and need not be read for that.
+	const few = 16
+	size := k.size(h.kind)
+	if !k.w.need(h.off+(k.n-few)*size, h.off+k.n*size) || !k.im.spend(few) {
 		return limit
 	}
-	for s := range 64 {
-		if i := s * k.n / 64; k.outside(k.value(h, i), i) {
+	bad := 0
+	for i := k.n - few; i < k.n; i++ {
+		if k.outside(k.value(h, i), i) {
 			bad++
 		}
 	}
-	if bad > 16 {
+	if bad > few/4 {
 		return limit
 	}
-	if !k.im.spend(k.n) {
+	if !k.w.need(h.off, h.off+k.n*size) || !k.im.spend(k.n) {
 		return limit
 	}
 	bad = 0
@@ -471,26 +534,29 @@ func (k *kallsyms) faults(h *hypothesis, limit int) int {
 }
 
 // addresses finds the table of addresses, and makes the map.
-func (k *kallsyms) addresses() *Map {
+func (k *kallsyms) addresses() (*Map, *Tables) {
 	var best hypothesis
 	// Up to 3.13 per-CPU symbols had small values without being absolute.
 	most := k.n / 32
 	bestFaults := most + 1
-	size := len(k.seg.Data)
-	try := func(h hypothesis, bytes int) {
-		if h.off >= 0 && h.off+k.n*bytes <= size && bestFaults > 0 && k.im.work >= 0 {
+	size := len(k.w.data)
+	try := func(h hypothesis) {
+		if h.off >= 0 && h.off+k.n*k.size(h.kind) <= size && bestFaults > 0 && k.im.work >= 0 {
 			// Strictly fewer: of equals the one with the least padding stays.
-			if f := k.faults(&h, bestFaults); f < bestFaults && k.banner(&h) {
+			if f := k.faults(&h, bestFaults); f < bestFaults && k.bannerFits(&h) {
 				best, bestFaults = h, f
 			}
 		}
 	}
 	rel := func(off, base int) {
+		if bestFaults == 0 || !k.w.need(base, base+k.im.word) {
+			return
+		}
 		b := k.long(base)
 		if b >= k.im.lo && b <= k.im.hi {
-			try(hypothesis{relative, off, b}, 4)
+			try(hypothesis{relative, off, b})
 			if k.im.word == 8 {
-				try(hypothesis{perCPU, off, b}, 4)
+				try(hypothesis{perCPU, off, b})
 			}
 		}
 	}
@@ -503,9 +569,9 @@ func (k *kallsyms) addresses() *Map {
 		for ; base-end <= pads; base += k.im.word {
 			rel(off, base)
 		}
-		try(hypothesis{kind: place, off: off}, 4)
+		try(hypothesis{kind: place, off: off})
 		if k.im.word == 4 {
-			try(hypothesis{kind: absolute4, off: off}, 4)
+			try(hypothesis{kind: absolute4, off: off})
 		}
 	}
 	// Up to 6.3, before the number of symbols.
@@ -514,88 +580,80 @@ func (k *kallsyms) addresses() *Map {
 		for gap := 0; gap <= pads; gap += 4 {
 			rel(base-gap-4*k.n, base)
 		}
-		try(hypothesis{kind: absolute, off: k.numSyms - pad - k.im.word*k.n}, k.im.word)
+		try(hypothesis{kind: absolute, off: k.numSyms - pad - k.im.word*k.n})
 	}
 	if bestFaults > most {
-		return nil
+		return nil, nil
 	}
-	m, _ := k.build(&best)
-	return m
+	return k.build(&best), k.tables(&best)
 }
 
-// banner checks the place that a hypothesis gives to linux_banner, if the kernel
-// has that symbol (not with CONFIG_KALLSYMS_ALL=n) and the image that place.
-func (k *kallsyms) banner(h *hypothesis) bool {
-	p := k.names
-	var buf []byte
-	if !k.im.spend(2 * k.n) {
-		return false
+// bannerFits checks the place that a hypothesis gives to linux_banner, if the
+// kernel has that symbol (not with CONFIG_KALLSYMS_ALL=n) and the image that place.
+func (k *kallsyms) bannerFits(h *hypothesis) bool {
+	if k.banner < 0 {
+		return true
 	}
-	for i := range k.n {
-		var enc []byte
-		enc, p = k.next(p)
-		if enc == nil {
-			return false
-		}
-		// Do not expand what cannot be it.
-		if len(enc) > len("linux_banner")+1 {
-			continue
-		}
-		if buf = k.expand(buf[:0], enc); len(buf) == 13 && string(buf[1:]) == "linux_banner" {
-			d := at(k.im.segs, k.value(h, i))
-			return len(d) < len(bannerStart) || bytes.HasPrefix(d, []byte(bannerStart))
-		}
-	}
-	return true
+	d := k.im.at(k.value(h, k.banner), len(bannerStart))
+	return len(d) < len(bannerStart) || bytes.HasPrefix(d, []byte(bannerStart))
 }
 
-// expand appends the text of an encoded name, type letter first, to buf. It stops
-// early if that gets too long.
+// expand appends the text of an encoded name, type letter first, to buf.
 func (k *kallsyms) expand(buf, enc []byte) []byte {
 	for _, c := range enc {
-		if buf = append(buf, k.tok[c]...); len(buf) > maxName+1 {
-			break
-		}
+		buf = append(buf, k.tok[c]...)
 	}
 	return buf
 }
 
-var errName = errors.New("bad name")
-
-func (k *kallsyms) build(h *hypothesis) (*Map, error) {
-	b := newBuilder(k.n, 24*k.n)
+// build makes the map, of names that walk has seen.
+func (k *kallsyms) build(h *hypothesis) *Map {
+	b := newBuilder(k.n, k.nameBytes)
 	p := k.names
 	var buf, enc []byte
-	var bannerAddr uint64
 	for i := range k.n {
 		enc, p = k.next(p)
 		buf = k.expand(buf[:0], enc)
-		if len(buf) < 2 || !isType(buf[0]) {
-			return nil, errName
-		}
-		for _, c := range buf {
-			if c <= ' ' || c >= 0x7f {
-				return nil, errName
-			}
-		}
-		v := k.value(h, i)
-		if msg := b.add(v, buf[0], buf[1:], nil); msg != "" {
-			return nil, errName
-		}
-		if string(buf[1:]) == "linux_banner" {
-			bannerAddr = v
-		}
+		b.add(k.value(h, i), buf[0], buf[1:], nil)
 	}
-	return b.finish(findBanner(k.im.segs, bannerAddr)), nil
+	line := ""
+	if k.banner >= 0 {
+		line = bannerAt(k.im.at(k.value(h, k.banner), maxBanner))
+	}
+	return b.finish(line)
 }
 
-const bannerStart = "Linux version "
+// tables describes what was found.
+func (k *kallsyms) tables(h *hypothesis) *Tables {
+	t := &Tables{
+		Names:      k.w.addr + uint64(k.names),
+		Markers:    k.w.addr + uint64(k.markers),
+		TokenTable: k.w.addr + uint64(k.tokenTable),
+		Addresses:  k.w.addr + uint64(h.off),
+		Count:      k.n,
+	}
+	if k.banner >= 0 {
+		t.Banner = k.value(h, k.banner)
+	}
+	t.Layout = h.kind.String() + ", before the names"
+	if h.off > k.tokenTable {
+		t.Layout = h.kind.String() + ", after the tokens"
+	}
+	t.Layout += fmt.Sprintf("; %d-byte markers", k.markerSize)
+	return t
+}
 
-// at returns what the segments have from an address on.
-func at(segs []Segment, addr uint64) []byte {
+const (
+	bannerName  = "linux_banner"
+	bannerStart = "Linux version "
+	maxBanner   = 1024
+)
+
+// at returns up to n bytes of what the segments have from an address on.
+func at(segs []Segment, addr uint64, n int) []byte {
 	for i := range segs {
 		if off := addr - segs[i].Addr; off < uint64(len(segs[i].Data)) {
-			return segs[i].Data[off:]
+			return segs[i].Data[off:min(off+uint64(n), uint64(len(segs[i].Data)))]
 		}
 	}
 	return nil
@@ -605,7 +663,7 @@ func at(segs []Segment, addr uint64) []byte {
 // the first in the image.
 func findBanner(segs []Segment, addr uint64) string {
 	if addr != 0 {
-		if s := bannerAt(at(segs, addr)); s != "" {
+		if s := bannerAt(at(segs, addr, maxBanner)); s != "" {
 			return s
 		}
 	}
@@ -627,19 +685,22 @@ func findBanner(segs []Segment, addr uint64) string {
 
 // bannerAt accepts "Linux version 6.1.0 (…) …\n".
 func bannerAt(d []byte) string {
-	const most = 1024
-	d = d[:min(len(d), most)]
-	if !bytes.HasPrefix(d, []byte(bannerStart)) {
-		return ""
+	d = d[:min(len(d), maxBanner)]
+	if end := bytes.IndexAny(d, "\n\x00"); end >= 0 && isBanner(d[:end]) {
+		return string(d[:end])
 	}
-	end := bytes.IndexAny(d, "\n\x00")
-	if end <= len(bannerStart) || d[len(bannerStart)] < '0' || d[len(bannerStart)] > '9' {
-		return ""
+	return ""
+}
+
+func isBanner(line []byte) bool {
+	const n = len(bannerStart)
+	if !bytes.HasPrefix(line, []byte(bannerStart)) || len(line) == n || line[n] < '0' || line[n] > '9' {
+		return false
 	}
-	for _, c := range d[:end] {
+	for _, c := range line {
 		if c < ' ' || c >= 0x7f {
-			return ""
+			return false
 		}
 	}
-	return string(d[:end])
+	return true
 }

@@ -1,8 +1,11 @@
 package sysmap
 
 import (
+	"bytes"
+	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -77,6 +80,38 @@ func TestRealKernels(t *testing.T) {
 	}
 }
 
+// The way through memory finds what the way through the file finds, with few pages:
+// with the protections of a booted kernel, and where they tell nothing.
+func TestFromMemoryRealKernels(t *testing.T) {
+	t.Parallel()
+	for _, file := range testFiles(t, "VMPROBES_TEST_VMLINUZ") {
+		img, err := vmlinux(file)
+		require.NoError(t, err)
+		want, err := FromELF(bytes.NewReader(img))
+		require.NoError(t, err)
+		syms := slices.Collect(want.All())
+		mem, ranges := vmlinuxMemory(img)
+		for _, flat := range []bool{false, true} {
+			for i := range ranges {
+				ranges[i].Writable = ranges[i].Writable || flat
+				ranges[i].Exec = ranges[i].Exec || flat
+			}
+			mem.reads = 0
+			m, tables, err := FromMemory(context.Background(), mem, ranges)
+			require.NoError(t, err, file)
+			equalSymbols(t, syms, m)
+			assert.Equal(t, want.Banner(), m.Banner())
+			assert.LessOrEqual(t, tables.Pages, 1500)
+			t.Logf("%s, flat %v: %d pages of %d, %d reads; %v", m.Release(), flat, tables.Pages, len(mem.pages), mem.reads, tables)
+			data, err := m.Slide(0x1e000000).MarshalBinary()
+			require.NoError(t, err)
+			cached, err := UnmarshalMap(data)
+			require.NoError(t, err)
+			equalSymbols(t, slices.Collect(m.Slide(0x1e000000).All()), cached)
+		}
+	}
+}
+
 // Every address, type and name, against what the running kernel says itself.
 func TestKallsymsOracle(t *testing.T) {
 	t.Parallel()
@@ -127,7 +162,7 @@ func compare(t *testing.T, truth, m *Map, all bool) {
 			}
 		}
 	}
-	t.Logf("%d symbols, slide %#x, %d wrong", m.Len(), m.slide, wrong)
+	t.Logf("%d symbols, slide %#x, %d wrong", m.Len(), m.core().slide, wrong)
 	assert.Zero(t, wrong)
 	if all {
 		assert.Equal(t, n, m.Len())

@@ -72,12 +72,12 @@ func Parse(r io.Reader) (*Map, error) {
 			return nil, err
 		}
 	}
-	if len(p.b.t.addr) == 0 {
+	if p.b.len() == 0 {
 		return nil, formatErr("no symbols in %d bytes of text", total)
 	}
 	if !p.nonzero {
 		return nil, fmt.Errorf("%w in %d symbols: kernel.kptr_restrict hides them, read /proc/kallsyms as root (with CAP_SYSLOG)",
-			ErrRestricted, len(p.b.t.addr))
+			ErrRestricted, p.b.len())
 	}
 	return p.b.finish(""), nil
 }

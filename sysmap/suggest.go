@@ -1,6 +1,9 @@
 package sysmap
 
-import "strings"
+import (
+	"hash/maphash"
+	"strings"
+)
 
 const (
 	maxSuggest  = 10
@@ -108,28 +111,30 @@ func (m *Map) Suggest(name string) []string {
 }
 
 func (m *Map) has(name string) bool {
-	t := m.tab()
-	if len(t.addr) == 0 {
-		return false
+	hash := maphash.String(seed, name)
+	for _, v := range m.views() {
+		if i, _ := v.t.first(hash, name); i != 0 {
+			return true
+		}
 	}
-	t.index()
-	return t.slots[t.slot(name)] != 0
+	return false
 }
 
 // near adds the names at an edit distance of at most d, nearest first.
 func (m *Map) near(name string, d int, add func(string)) {
-	t := m.tab()
 	var second []string
-	for i := range t.addr {
-		s := t.name(i)
-		if len(s) < len(name)-d || len(s) > len(name)+d || strings.HasPrefix(s, "__pfx_") {
-			continue
-		}
-		switch got := editDistance(name, s, d); {
-		case got <= min(d, 1):
-			add(s)
-		case got == 2 && d == 2 && len(second) < maxSuggest:
-			second = append(second, s)
+	for _, v := range m.views() {
+		for i := range v.t.ent {
+			s := v.t.name(i)
+			if len(s) < len(name)-d || len(s) > len(name)+d || strings.HasPrefix(s, "__pfx_") {
+				continue
+			}
+			switch got := editDistance(name, s, d); {
+			case got <= min(d, 1):
+				add(s)
+			case got == 2 && d == 2 && len(second) < maxSuggest:
+				second = append(second, s)
+			}
 		}
 	}
 	for _, s := range second {

@@ -2,6 +2,7 @@ package sysmap
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -18,9 +19,9 @@ import (
 // Bounds on what a map may hold. The largest kernel seen (7.3 amd64) has 210,000
 // symbols, and 5 MB of names.
 const (
-	maxSymbols   = 1 << 22
+	maxSymbols   = 1 << 20
 	maxName      = 1024 // KSYM_NAME_LEN is 128, from 6.1 on 512 (b8a94bfb3395)
-	maxNameBytes = 1 << 28
+	maxNameBytes = 1 << 26
 )
 
 // A Symbol is one named address.
@@ -31,8 +32,8 @@ type Symbol struct {
 	// longer tell code from data.
 	Type byte
 	Name string
-	// Module is the module's name for symbols from /proc/kallsyms that are
-	// not the kernel's own, else "".
+	// Module is the name of the module that has the symbol, "" for the
+	// kernel's own.
 	Module string
 }
 
@@ -45,27 +46,32 @@ func (s Symbol) String() string {
 
 // A Map is a kernel's symbol table. It is immutable and safe for concurrent use.
 // The zero Map is empty.
+//
+// The 163,205 symbols of Linux 6.12 take 6 MB, and 5 MB more for the indices that
+// the first Lookup and the first Find make.
 type Map struct {
-	t     *table
-	slide uint64
+	t     *table // the kernel's own symbols
+	slide uint64 // added to their addresses
+	mods  *table // those of modules, where they are; or nil
 }
 
 // table is what all slid views of a map share. The symbols are in address order,
 // those of equal address in the order of the input.
 type table struct {
-	addr   []uint64
 	ent    []entry
 	names  string
-	mods   []string // mods[0] is the kernel proper, ""
 	banner string
+
+	// Of a table of modules:
+	mod  []uint16 // whose a symbol is, as an index into mods
+	mods []string
 
 	wide bool   // addresses have 64 bits
 	low  uint64 // below this a value is a constant or a per-CPU offset, not a place
 	lowN int    // how many symbols are below low
 
 	nameOnce sync.Once
-	seed     maphash.Seed
-	slots    []uint32 // open hash table: 1 + first symbol of a name
+	slots    []uint32 // open hash table: see slot
 	next     []uint32 // 1 + next symbol of the same name
 
 	placeOnce sync.Once
@@ -75,150 +81,234 @@ type table struct {
 	// bytes; bucket[b] is the first place that is not below bucket b.
 	bucket      []uint32
 	bucketShift uint
-
-	coreOnce sync.Once
-	core     *table // the same without modules
 }
 
 type entry struct {
-	off uint32
-	n   uint16
-	mod uint16
-	typ byte
+	addr uint64
+	off  uint32 // of the name
+	n    uint16 // its length
+	typ  byte
 }
 
 var emptyTable table
-
-func (m *Map) tab() *table {
-	if m == nil || m.t == nil {
-		return &emptyTable
-	}
-	return m.t
-}
 
 func (t *table) name(i int) string {
 	e := &t.ent[i]
 	return t.names[e.off : e.off+uint32(e.n)]
 }
 
-// A builder collects symbols in any order.
+// module returns whose a symbol is, "" for the kernel's own.
+func (t *table) module(i int) string {
+	if t.mod == nil {
+		return ""
+	}
+	return t.mods[t.mod[i]]
+}
+
+// above returns the first symbol above an address.
+func (t *table) above(a uint64) int {
+	return sort.Search(len(t.ent), func(i int) bool { return t.ent[i].addr > a })
+}
+
+// A builder collects symbols in any order: the kernel's own, and those of modules.
 type builder struct {
+	kernel, modules tableBuilder
+	modID           map[string]uint16
+	mod             string // the latest module
+	id              uint16
+}
+
+type tableBuilder struct {
 	t     table
 	names strings.Builder
-	modID map[string]uint16
-	mod   string
-	id    uint16
 }
 
 func newBuilder(symbols, nameBytes int) *builder {
 	b := new(builder)
-	b.t.addr = make([]uint64, 0, symbols)
-	b.t.ent = make([]entry, 0, symbols)
-	b.t.mods = []string{""}
-	b.names.Grow(nameBytes)
+	b.kernel.t.ent = make([]entry, 0, symbols)
+	b.kernel.names.Grow(nameBytes)
 	return b
 }
+
+func (b *builder) len() int { return len(b.kernel.t.ent) + len(b.modules.t.ent) }
 
 // add copies name and mod. The error, if any, is a phrase without context.
 func (b *builder) add(addr uint64, typ byte, name, mod []byte) string {
 	switch {
-	case len(b.t.addr) >= maxSymbols:
+	case b.len() >= maxSymbols:
 		return "too many symbols"
 	case len(name) == 0:
 		return "empty name"
 	case len(name) > maxName:
 		return "name too long"
-	case b.names.Len()+len(name) > maxNameBytes:
+	case b.kernel.names.Len()+b.modules.names.Len()+len(name) > maxNameBytes:
 		return "too many names"
 	}
-	if string(mod) != b.mod {
-		id := uint16(0)
-		if len(mod) > 0 {
-			if len(mod) > maxName {
-				return "module name too long"
-			}
-			var ok bool
-			if id, ok = b.modID[string(mod)]; !ok {
-				if len(b.t.mods) > math.MaxUint16 {
-					return "too many modules"
-				}
-				if b.modID == nil {
-					b.modID = make(map[string]uint16)
-				}
-				id = uint16(len(b.t.mods))
-				b.t.mods = append(b.t.mods, string(mod))
-				b.modID[b.t.mods[id]] = id
-			}
-		}
-		b.mod, b.id = b.t.mods[id], id
+	if len(mod) == 0 {
+		b.kernel.add(addr, typ, name)
+		return ""
 	}
-	off := b.names.Len()
-	b.names.Write(name)
-	b.t.addr = append(b.t.addr, addr)
-	b.t.ent = append(b.t.ent, entry{off: uint32(off), n: uint16(len(name)), mod: b.id, typ: typ})
+	if string(mod) != b.mod {
+		id, ok := b.modID[string(mod)]
+		if !ok {
+			switch mods := len(b.modules.t.mods); {
+			case len(mod) > maxName:
+				return "module name too long"
+			case mods > math.MaxUint16:
+				return "too many modules"
+			case b.modID == nil:
+				b.modID = make(map[string]uint16)
+			}
+			id = uint16(len(b.modules.t.mods))
+			b.modules.t.mods = append(b.modules.t.mods, string(mod))
+			b.modID[string(mod)] = id
+		}
+		b.mod, b.id = b.modules.t.mods[id], id
+	}
+	b.modules.add(addr, typ, name)
+	b.modules.t.mod = append(b.modules.t.mod, b.id)
 	return ""
 }
 
-func (b *builder) finish(banner string) *Map {
-	t := &b.t
-	t.names = b.names.String()
-	t.banner = banner
-	if !slices.IsSorted(t.addr) {
-		type key struct {
-			addr uint64
-			i    int
-		}
-		keys := make([]key, len(t.addr))
-		for i, a := range t.addr {
-			keys[i] = key{a, i}
-		}
-		slices.SortFunc(keys, func(a, b key) int {
-			return cmp.Or(cmp.Compare(a.addr, b.addr), cmp.Compare(a.i, b.i))
-		})
-		ent := make([]entry, len(keys))
-		for i, k := range keys {
-			t.addr[i], ent[i] = k.addr, t.ent[k.i]
-		}
-		t.ent = ent
+func (b *tableBuilder) add(addr uint64, typ byte, name []byte) {
+	off := b.shared(name)
+	if off < 0 {
+		off = b.names.Len()
+		b.names.Write(name)
 	}
-	t.setRange()
-	// A copy: the builder's other fields need not stay alive.
-	return &Map{t: &table{
-		addr: t.addr, ent: t.ent, names: t.names, mods: t.mods, banner: t.banner,
-		wide: t.wide, low: t.low, lowN: t.lowN,
-	}}
+	b.t.ent = append(b.t.ent, entry{addr: addr, off: uint32(off), n: uint16(len(name)), typ: typ})
+}
+
+// shared returns the offset of name if it is the end of the name before, else -1:
+// from 6.2 on nearly every function comes after its __pfx_ symbol.
+func (b *tableBuilder) shared(name []byte) int {
+	if len(b.t.ent) == 0 {
+		return -1
+	}
+	last := b.t.ent[len(b.t.ent)-1]
+	end := int(last.off) + int(last.n)
+	if len(name) > int(last.n) || b.names.String()[end-len(name):end] != string(name) {
+		return -1
+	}
+	return end - len(name)
+}
+
+func (b *tableBuilder) finish() *table {
+	t := &table{ent: b.t.ent, mod: b.t.mod, mods: b.t.mods}
+	if t.names = b.names.String(); b.names.Cap() > len(t.names)+len(t.names)/8 {
+		t.names = strings.Clone(t.names)
+	}
+	if !slices.IsSortedFunc(t.ent, func(a, b entry) int { return cmp.Compare(a.addr, b.addr) }) {
+		order := make([]uint32, len(t.ent))
+		for i := range order {
+			order[i] = uint32(i)
+		}
+		slices.SortFunc(order, func(a, b uint32) int {
+			return cmp.Or(cmp.Compare(t.ent[a].addr, t.ent[b].addr), cmp.Compare(a, b))
+		})
+		t.ent = make([]entry, len(order))
+		for i, k := range order {
+			t.ent[i] = b.t.ent[k]
+		}
+		if t.mod != nil {
+			t.mod = make([]uint16, len(order))
+			for i, k := range order {
+				t.mod[i] = b.t.mod[k]
+			}
+		}
+	}
+	return t
+}
+
+func (b *builder) finish(banner string) *Map {
+	m := &Map{t: b.kernel.finish()}
+	m.t.banner = banner
+	m.t.setRange()
+	m.setModules(b)
+	return m
+}
+
+// setModules gives the map the modules of a builder.
+func (m *Map) setModules(b *builder) {
+	if len(b.modules.t.ent) == 0 {
+		return
+	}
+	m.mods = b.modules.finish()
+	n := len(m.mods.ent)
+	wide := m.mods.ent[n-1].addr > math.MaxUint32
+	if len(m.t.ent) > 0 {
+		wide = m.t.wide
+	}
+	m.mods.setLow(wide)
+}
+
+// printable says whether there is nothing in b that no name has: blanks, control
+// characters and bytes above 0x7e.
+func printable(b []byte) bool {
+	const low, high = 0x0101010101010101, 0x8080808080808080
+	for ; len(b) >= 8; b = b[8:] {
+		// Of each byte, the top bit is to be 0, that of the byte plus one
+		// too, and that of the byte without 0x21, its top bit set, 1.
+		v := binary.LittleEndian.Uint64(b)
+		if (v|(v+low)|^((v|high)-0x21*low))&high != 0 {
+			return false
+		}
+	}
+	for _, c := range b {
+		if c <= ' ' || c >= 0x7f {
+			return false
+		}
+	}
+	return true
 }
 
 // setRange decides below which value a symbol cannot be a kernel address: on
 // 64 bits the user half (per-CPU offsets up to 6.14, phys_startup_64, sizes),
 // on 32 bits what is below the kernel's first byte, if the map says where.
 func (t *table) setRange() {
-	n := len(t.addr)
-	t.wide = n > 0 && t.addr[n-1] > math.MaxUint32
+	n := len(t.ent)
+	t.setLow(n > 0 && t.ent[n-1].addr > math.MaxUint32)
 	if t.wide {
-		t.low = 1 << 63
-	} else {
-		for i, a := range t.addr {
-			if s := t.name(i); s == "_text" || s == "_stext" {
-				t.low = a
-				break
+		return
+	}
+	for i, e := range t.ent {
+		if s := t.name(i); s == "_text" || s == "_stext" {
+			for t.low = e.addr; i > 0 && t.ent[i-1].addr == e.addr; i-- {
 			}
+			t.lowN = i
+			break
 		}
 	}
-	t.lowN = sort.Search(n, func(i int) bool { return t.addr[i] >= t.low })
+}
+
+// setLow sets the range of a table that does not say itself where the kernel is.
+func (t *table) setLow(wide bool) {
+	t.wide, t.low = wide, 0
+	if wide {
+		t.low = 1 << 63
+	}
+	if t.lowN = 0; wide {
+		t.lowN = t.above(t.low - 1)
+	}
 }
 
 // Len returns the number of symbols.
-func (m *Map) Len() int { return len(m.tab().addr) }
+func (m *Map) Len() int {
+	n := 0
+	for _, v := range m.views() {
+		n += len(v.t.ent)
+	}
+	return n
+}
 
 // Banner returns the kernel's "Linux version …" line, without the newline, if
 // the map was read from a kernel image, else "".
-func (m *Map) Banner() string { return m.tab().banner }
+func (m *Map) Banner() string { return m.core().t.banner }
 
 // Release returns what uname -r prints on that kernel, the third word of Banner,
 // or "".
 func (m *Map) Release() string {
-	f := strings.Fields(m.tab().banner)
+	f := strings.Fields(m.Banner())
 	if len(f) < 3 {
 		return ""
 	}
@@ -236,148 +326,255 @@ func (m *Map) Slide(delta uint64) *Map {
 	if delta == 0 {
 		return m
 	}
-	return &Map{t: m.tab().withoutModules(), slide: m.slide + delta}
+	v := m.core()
+	return &Map{t: v.t, slide: v.slide + delta}
 }
 
-func (t *table) withoutModules() *table {
-	if len(t.mods) < 2 {
-		return t
-	}
-	t.coreOnce.Do(func() {
-		c := &table{names: t.names, mods: t.mods[:1], banner: t.banner, wide: t.wide, low: t.low, lowN: t.lowN}
-		c.addr = make([]uint64, 0, len(t.addr))
-		c.ent = make([]entry, 0, len(t.addr))
-		c.lowN = 0
-		for i, e := range t.ent {
-			if e.mod == 0 {
-				c.addr = append(c.addr, t.addr[i])
-				c.ent = append(c.ent, e)
-				if t.addr[i] < t.low {
-					c.lowN++
-				}
-			}
+// With returns the map with syms as the symbols of modules, instead of those it
+// has. It costs little, as the kernel's own table is shared; modules come and go,
+// so call it again, on either map, when they have. Addresses are those of the
+// running kernel, so Slide before With.
+//
+// Left out is what /proc/kallsyms could not say: symbols without a module, names
+// that are empty, too long or hold blanks or control characters.
+func (m *Map) With(syms []Symbol) *Map {
+	b := newBuilder(0, 0)
+	for _, s := range syms {
+		name, mod := []byte(s.Name), []byte(s.Module)
+		if len(mod) == 0 || !printable(name) || !printable(mod) {
+			continue
 		}
-		t.core = c
-	})
-	return t.core
+		if !isType(s.Type) {
+			s.Type = '?'
+		}
+		b.add(s.Addr, s.Type, name, mod) // leaves out what it cannot hold
+	}
+	base := m.core()
+	with := &Map{t: base.t, slide: base.slide}
+	with.setModules(b)
+	return with
+}
+
+// A view is a table, and what is added to its addresses.
+type view struct {
+	t     *table
+	slide uint64
+}
+
+// core is the view of the kernel's own symbols.
+func (m *Map) core() view {
+	if m == nil || m.t == nil {
+		return view{t: &emptyTable}
+	}
+	return view{m.t, m.slide}
+}
+
+// views are the parts of the map: the kernel's own, and the modules'.
+func (m *Map) views() [2]view {
+	v := [2]view{m.core(), {t: &emptyTable}}
+	if m != nil && m.mods != nil {
+		v[1].t = m.mods
+	}
+	return v
 }
 
 // shift turns an address of the table into one of the view.
-func (m *Map) shift(a uint64) uint64 {
-	a += m.slide
-	if !m.t.wide {
+func (v view) shift(a uint64) uint64 {
+	a += v.slide
+	if !v.t.wide {
 		a &= math.MaxUint32
 	}
 	return a
 }
 
 // unshift is the inverse of shift. It fails for what no table can hold.
-func (m *Map) unshift(a uint64) (uint64, bool) {
-	t := m.t
-	if !t.wide {
+func (v view) unshift(a uint64) (uint64, bool) {
+	if !v.t.wide {
 		if a > math.MaxUint32 {
 			return 0, false
 		}
-		return (a - m.slide) & math.MaxUint32, true
+		return (a - v.slide) & math.MaxUint32, true
 	}
-	return a - m.slide, true
+	return a - v.slide, true
 }
 
-func (m *Map) symbol(i int) Symbol {
-	t := m.t
-	a := t.addr[i]
-	if m.slide != 0 && i >= t.lowN {
-		a = m.shift(a)
+func (v view) addr(i int) uint64 {
+	a := v.t.ent[i].addr
+	if v.slide != 0 && i >= v.t.lowN {
+		a = v.shift(a)
 	}
-	return Symbol{Addr: a, Type: t.ent[i].typ, Name: t.name(i), Module: t.mods[t.ent[i].mod]}
+	return a
+}
+
+func (v view) symbol(i int) Symbol {
+	e := &v.t.ent[i]
+	return Symbol{Addr: v.addr(i), Type: e.typ, Name: v.t.name(i), Module: v.t.module(i)}
 }
 
 // All returns the symbols in address order.
 func (m *Map) All() iter.Seq[Symbol] {
 	return func(yield func(Symbol) bool) {
-		for i := range m.tab().addr {
-			if !yield(m.symbol(i)) {
+		v := m.views()
+		mod := 0
+		for i := range v[0].t.ent {
+			for ; mod < len(v[1].t.ent) && v[1].t.ent[mod].addr < v[0].addr(i); mod++ {
+				if !yield(v[1].symbol(mod)) {
+					return
+				}
+			}
+			if !yield(v[0].symbol(i)) {
+				return
+			}
+		}
+		for ; mod < len(v[1].t.ent); mod++ {
+			if !yield(v[1].symbol(mod)) {
 				return
 			}
 		}
 	}
 }
 
+// What a slot of the hash table holds: 1 + the first symbol of a name, whether there
+// are more of that name, and some bits of the hash, which tell most other names
+// without looking at them.
+const (
+	slotIndex = 1<<21 - 1 // more than maxSymbols
+	slotMore  = 1 << 21
+	slotTag   = ^uint32(slotIndex | slotMore)
+)
+
+var seed = maphash.MakeSeed()
+
 // index builds the table of names.
 func (t *table) index() {
 	t.nameOnce.Do(func() {
-		n := len(t.addr)
+		n := len(t.ent)
 		size := 16
 		for size < 2*n {
 			size *= 2
 		}
-		t.seed = maphash.MakeSeed()
 		t.slots = make([]uint32, size)
 		t.next = make([]uint32, n)
 		// Backwards, so that each chain is in address order.
 		for i := n - 1; i >= 0; i-- {
-			s := t.slot(t.name(i))
-			t.next[i] = t.slots[s]
-			t.slots[s] = uint32(i + 1)
+			h := maphash.String(seed, t.name(i))
+			s := t.slot(h, t.name(i))
+			v := uint32(i+1) | uint32(h)&slotTag
+			if first := t.slots[s] & slotIndex; first != 0 {
+				t.next[i] = first
+				v |= slotMore
+			}
+			t.slots[s] = v
 		}
 	})
 }
 
 // slot finds the place of a name: the one that has it, or a free one. There are
 // always free ones.
-func (t *table) slot(name string) int {
+func (t *table) slot(hash uint64, name string) int {
 	mask := len(t.slots) - 1
-	s := int(maphash.String(t.seed, name)) & mask
-	for t.slots[s] != 0 && t.name(int(t.slots[s]-1)) != name {
+	s := int(hash>>32) & mask
+	for {
+		v := t.slots[s]
+		if v == 0 || (v^uint32(hash))&slotTag == 0 && t.name(int(v&slotIndex)-1) == name {
+			return s
+		}
 		s = (s + 1) & mask
 	}
-	return s
+}
+
+// first returns 1 + the first symbol of a name, or 0, and whether there may be
+// more.
+func (t *table) first(hash uint64, name string) (i uint32, more bool) {
+	if len(t.ent) == 0 {
+		return 0, false
+	}
+	t.index()
+	v := t.slots[t.slot(hash, name)]
+	return v & slotIndex, v&slotMore != 0
 }
 
 // LookupAll returns every symbol of that exact name, in address order.
 func (m *Map) LookupAll(name string) []Symbol {
-	t := m.tab()
-	if len(t.addr) == 0 {
-		return nil
-	}
-	t.index()
 	var all []Symbol
-	for i := t.slots[t.slot(name)]; i != 0; i = t.next[i-1] {
-		all = append(all, m.symbol(int(i-1)))
+	hash := maphash.String(seed, name)
+	for _, v := range m.views() {
+		for i, _ := v.t.first(hash, name); i != 0; i = v.t.next[i-1] {
+			all = append(all, v.symbol(int(i-1)))
+		}
 	}
+	slices.SortStableFunc(all, byAddr)
 	return all
 }
+
+func byAddr(a, b Symbol) int { return cmp.Compare(a.Addr, b.Addr) }
 
 // Lookup finds a symbol by its exact name.
 //
 // A name that has several addresses gives an *AmbiguousError; "name@2" picks the
-// second of them, in address order. A name the map does not have gives
-// ErrNotFound: see LookupSuffixed and Suggest for what to try then.
+// second of them, in address order, and "name [ext4]" or "ext4:name" those of a
+// module. A name the map does not have gives ErrNotFound: see LookupSuffixed and
+// Suggest for what to try then.
 func (m *Map) Lookup(name string) (Symbol, error) {
-	t := m.tab()
-	if len(t.addr) == 0 {
-		return Symbol{}, fmt.Errorf("%q: %w", name, ErrNotFound)
-	}
-	t.index()
-	if i := t.slots[t.slot(name)]; i != 0 {
-		first := int(i - 1)
-		for i = t.next[first]; i != 0 && t.addr[i-1] == t.addr[first]; i = t.next[i-1] {
+	hash := maphash.String(seed, name)
+	v := m.core()
+	i, more := v.t.first(hash, name)
+	if m != nil && m.mods != nil {
+		if j, modMore := m.mods.first(hash, name); j != 0 {
+			more = more || modMore || i != 0
+			v, i = view{t: m.mods}, j
 		}
-		if i == 0 {
-			return m.symbol(first), nil
-		}
-		return Symbol{}, &AmbiguousError{Name: name, Candidates: distinct(m.LookupAll(name))}
 	}
+	switch {
+	case i == 0:
+		return m.lookupQualified(name)
+	case !more:
+		return v.symbol(int(i - 1)), nil
+	}
+	c := distinct(m.LookupAll(name))
+	if len(c) > 1 {
+		return Symbol{}, &AmbiguousError{Name: name, Candidates: c}
+	}
+	return c[0], nil
+}
+
+// lookupQualified finds "name@2", "name [mod]", "mod:name", and both together.
+func (m *Map) lookupQualified(full string) (Symbol, error) {
+	name, nth := full, uint64(0)
 	if at := strings.LastIndexByte(name, '@'); at > 0 {
-		c := distinct(m.LookupAll(name[:at]))
-		if n, err := strconv.ParseUint(name[at+1:], 10, 32); err == nil && len(c) > 0 {
-			if n < 1 || n > uint64(len(c)) {
-				return Symbol{}, fmt.Errorf("%q: %w: %s has %d address(es)", name, ErrNotFound, name[:at], len(c))
-			}
-			return c[n-1], nil
+		n, err := strconv.ParseUint(name[at+1:], 10, 32)
+		if err != nil || n == 0 {
+			return Symbol{}, fmt.Errorf("%q: %w", full, ErrNotFound)
 		}
+		name, nth = name[:at], n
 	}
-	return Symbol{}, fmt.Errorf("%q: %w", name, ErrNotFound)
+	mod, ofModule := "", true
+	if i := strings.Index(name, " ["); i > 0 && strings.HasSuffix(name, "]") {
+		name, mod = name[:i], name[i+2:len(name)-1]
+	} else if i := strings.IndexByte(name, ':'); i > 0 {
+		name, mod = name[i+1:], name[:i]
+	} else {
+		ofModule = false
+	}
+	if name == full {
+		return Symbol{}, fmt.Errorf("%q: %w", full, ErrNotFound)
+	}
+	c := m.LookupAll(name)
+	if ofModule {
+		c = slices.DeleteFunc(c, func(s Symbol) bool { return s.Module == "" || s.Module != mod })
+	}
+	c = distinct(c)
+	switch {
+	case len(c) == 0:
+		return Symbol{}, fmt.Errorf("%q: %w", full, ErrNotFound)
+	case nth > uint64(len(c)):
+		return Symbol{}, fmt.Errorf("%q: %w: %s has %d address(es)", full, ErrNotFound, name, len(c))
+	case nth > 0:
+		return c[nth-1], nil
+	case len(c) > 1:
+		return Symbol{}, &AmbiguousError{Name: full, Candidates: c}
+	}
+	return c[0], nil
 }
 
 // distinct keeps one symbol per address of a list in address order.
@@ -407,17 +604,19 @@ func (m *Map) LookupSuffixed(name string) (Symbol, error) {
 
 // suffixed returns the compiler's variants of name, in address order.
 func (m *Map) suffixed(name string) []Symbol {
-	t := m.tab()
 	var c []Symbol
 	if name == "" || len(name) >= maxName {
 		return nil
 	}
-	for i := range t.addr {
-		s := t.name(i)
-		if len(s) > len(name)+1 && s[len(name)] == '.' && s[:len(name)] == name && isCompilerSuffix(s[len(name)+1:]) {
-			c = append(c, m.symbol(i))
+	for _, v := range m.views() {
+		for i := range v.t.ent {
+			s := v.t.name(i)
+			if len(s) > len(name)+1 && s[len(name)] == '.' && s[:len(name)] == name && isCompilerSuffix(s[len(name)+1:]) {
+				c = append(c, v.symbol(i))
+			}
 		}
 	}
+	slices.SortStableFunc(c, byAddr)
 	return c
 }
 
@@ -473,12 +672,12 @@ func rank(name string, typ byte) int {
 // places builds the list of addresses that Find names.
 func (t *table) places() {
 	t.placeOnce.Do(func() {
-		n := len(t.addr)
+		n := len(t.ent)
 		t.placeAddr = make([]uint64, 0, n-t.lowN)
 		t.place = make([]uint32, 0, n-t.lowN)
 		for i := t.lowN; i < n; {
-			best, bestRank, a := 0, rankNone, t.addr[i]
-			for ; i < n && t.addr[i] == a; i++ {
+			best, bestRank, a := 0, rankNone, t.ent[i].addr
+			for ; i < n && t.ent[i].addr == a; i++ {
 				if r := rank(t.name(i), t.ent[i].typ); r > bestRank {
 					best, bestRank = i, r
 				}
@@ -551,13 +750,12 @@ func (t *table) find(a uint64) (i int, end uint64, ok bool) {
 		end++
 	}
 	if lo < len(t.placeAddr) {
-		next, mod, sameMod := t.placeAddr[lo], t.ent[i].mod, false
-		if j := int32(t.place[lo]); j < 0 {
-			sameMod = mod == 0
-		} else {
-			sameMod = mod == t.ent[j].mod
+		next := t.placeAddr[lo]
+		j := int32(t.place[lo])
+		if j < 0 {
+			j = ^j
 		}
-		if sameMod && (mod == 0 || next-start <= maxModuleGap) {
+		if t.mod == nil || t.mod[i] == t.mod[j] && next-start <= maxModuleGap {
 			end = next
 		} else {
 			end = min(end, next)
@@ -575,52 +773,61 @@ func (t *table) find(a uint64) (i int, end uint64, ok bool) {
 // before the next symbol. Where no end is known (the last symbol of a module,
 // or of a map without _end) it claims the rest of the symbol's page and no more.
 func (m *Map) Find(addr uint64) (sym Symbol, offset uint64, ok bool) {
+	v, i, _, ok := m.find(addr)
+	if !ok {
+		return Symbol{}, 0, false
+	}
+	sym = v.symbol(i)
+	return sym, addr - sym.Addr, true
+}
+
+func (m *Map) find(addr uint64) (v view, i int, end uint64, ok bool) {
 	if m == nil || m.t == nil {
-		return Symbol{}, 0, false
+		return view{}, 0, 0, false
 	}
-	a, ok := m.unshift(addr)
+	// The kernel's own table first: it claims nothing past the kernel's end.
+	v = view{m.t, m.slide}
+	if i, end, ok = v.find(addr); !ok && m.mods != nil {
+		v = view{t: m.mods}
+		i, end, ok = v.find(addr)
+	}
+	return v, i, end, ok
+}
+
+func (v view) find(addr uint64) (i int, end uint64, ok bool) {
+	a, ok := v.unshift(addr)
 	if !ok {
-		return Symbol{}, 0, false
+		return 0, 0, false
 	}
-	i, _, ok := m.t.find(a)
-	if !ok {
-		return Symbol{}, 0, false
-	}
-	return m.symbol(i), a - m.t.addr[i], true
+	i, end, ok = v.t.find(a)
+	return i, v.shift(end), ok
 }
 
 // Next returns the address of the next symbol above addr, of whatever kind.
 // No function that starts at or below addr reaches beyond it.
 func (m *Map) Next(addr uint64) (uint64, bool) {
-	if m == nil || m.t == nil {
-		return 0, false
+	next, found := uint64(0), false
+	for _, v := range m.views() {
+		a, ok := v.unshift(addr)
+		if !ok || a < v.t.low {
+			continue
+		}
+		if i := v.t.above(a); i < len(v.t.ent) {
+			if b := v.addr(i); !found || b < next {
+				next, found = b, true
+			}
+		}
 	}
-	t := m.t
-	a, ok := m.unshift(addr)
-	if !ok {
-		return 0, false
-	}
-	if i := sort.Search(len(t.addr), func(i int) bool { return t.addr[i] > a }); i < len(t.addr) && i >= t.lowN {
-		return m.shift(t.addr[i]), true
-	}
-	return 0, false
+	return next, found
 }
 
 // FuncEnd returns an upper bound for the end of the function addr is in: the next
 // symbol, or where Find stops to claim addresses. It fails where Find does.
 func (m *Map) FuncEnd(addr uint64) (uint64, bool) {
-	if m == nil || m.t == nil {
-		return 0, false
-	}
-	a, ok := m.unshift(addr)
+	_, _, end, ok := m.find(addr)
 	if !ok {
 		return 0, false
 	}
-	_, end, ok := m.t.find(a)
-	if !ok {
-		return 0, false
-	}
-	end = m.shift(end)
 	if next, ok := m.Next(addr); ok && next-addr < end-addr {
 		end = next
 	}

@@ -14,6 +14,17 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
+// Offsets into the boot image, from the Linux/x86 boot protocol.
+const (
+	offSetupSects    = 0x1f1
+	offBootMagic     = 0x1fe
+	offHeaderMagic   = 0x202
+	offVersion       = 0x206
+	offPayload       = 0x248
+	offPayloadLength = 0x24c
+	sectorSize       = 512
+)
+
 // kernel is a stand-in for an ELF kernel, larger than one lz4 legacy block.
 func kernel() []byte {
 	return append([]byte("\x7fELF"), bytes.Repeat([]byte("all work and no play "), 500_000)...)
@@ -25,6 +36,7 @@ func bootImage(compressed []byte, size int) []byte {
 	payload := binary.LittleEndian.AppendUint32(bytes.Clone(compressed), uint32(size))
 	image := make([]byte, 3*sectorSize+0x40)
 	image[offSetupSects] = 2
+	copy(image[offBootMagic:], "\x55\xaa")
 	copy(image[offHeaderMagic:], "HdrS")
 	binary.LittleEndian.PutUint16(image[offVersion:], 0x020f)
 	binary.LittleEndian.PutUint32(image[offPayload:], 0x40)

@@ -1,4 +1,4 @@
-package sysmap
+package kimage
 
 import (
 	"bytes"
@@ -133,7 +133,7 @@ func xzBlockHeader(p []byte) (x86 bool, dict uint64, size int, err error) {
 				dict = uint64(2|prop[0]&1) << (prop[0]/2 + 11)
 			}
 		default:
-			return false, 0, 0, fmt.Errorf("xz filter %#x: %w", id, errors.ErrUnsupported)
+			return false, 0, 0, fmt.Errorf("%w: xz filter %#x", errUnsupported, id)
 		}
 	}
 	return x86, dict, size, nil
