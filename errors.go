@@ -7,7 +7,9 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
@@ -19,9 +21,9 @@ var (
 	ErrTwoDomains    = errors.New("both DomainID and DomainName are set")
 	ErrNoAddress     = errors.New("neither Addr nor Symbol is set")
 	ErrTwoAddresses  = errors.New("both Addr and Symbol are set")
-	ErrControlDomain = errors.New("domain 0 can't be probed: this program runs in it")
-	ErrDomainPaused  = errors.New("the domain is paused: unpause it first (xl unpause)")
-	ErrNotRoot       = fmt.Errorf("only root may probe a guest: %w", fs.ErrPermission)
+	ErrControlDomain = target.ErrControlDomain
+	ErrDomainPaused  = target.ErrPaused
+	ErrNotRoot       = target.ErrNotRoot
 	ErrRegistered    = fmt.Errorf("the probe is registered: %w", fs.ErrExist)
 	ErrNotRegistered = errors.New("the probe is not registered")
 )
@@ -29,7 +31,7 @@ var (
 // Errors of the surroundings.
 var (
 	// ErrDomainNotFound: no domain has the name or the id.
-	ErrDomainNotFound = fmt.Errorf("no such domain: %w", fs.ErrNotExist)
+	ErrDomainNotFound = target.ErrNotFound
 	// ErrDomainGone: the domain was destroyed or has shut down.
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
@@ -56,18 +58,20 @@ var (
 // Errors of addresses and symbols.
 var (
 	// ErrNoSymbols: the Session has no symbol table.
-	ErrNoSymbols = errors.New("no symbols for this guest")
+	ErrNoSymbols = linux.ErrNoSymbols
 	// ErrSymbolNotFound and ErrAmbiguous: the table has no such symbol, or several.
 	ErrSymbolNotFound = sysmap.ErrNotFound
 	ErrAmbiguous      = sysmap.ErrAmbiguous
 	// ErrWrongSymbols: the table is of another kernel than the one that runs.
-	ErrWrongSymbols = errors.New("the symbols are not those of the running kernel")
+	ErrWrongSymbols = linux.ErrWrongSymbols
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
 	// ErrNotMapped: the guest has nothing at the address.
 	ErrNotMapped = breakpoint.ErrNotMapped
 	// ErrNoWayPast: no way is safe to execute the instruction under the probe.
 	ErrNoWayPast = breakpoint.ErrNoWayPast
+	// ErrNotProbeable: the guest's own kprobes would refuse the address.
+	ErrNotProbeable = linux.ErrNotProbeable
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
 	// ErrTextChanged: the guest changed its code at the probe while it was armed.

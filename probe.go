@@ -45,6 +45,7 @@ type Probe struct {
 	session  *Session // nil unless registered
 	private  bool     // session belongs to the package-level functions
 	engine   *breakpoint.Probe
+	sig      *signature // how the function is called, once it has been found out
 	addr     Addr
 	restored bool
 	disabled atomic.Bool

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/linux"
 )
 
 // Regs are the registers of the vCPU that hit a probe. A handler may change
@@ -23,7 +24,8 @@ type Regs struct {
 	// tables. They can't be changed.
 	FSBase, GSBase, CR3 uint64
 
-	mem func(addr uint64, b []byte) error
+	mem    func(addr uint64, b []byte) error
+	kernel *linux.Kernel // nil: not known
 }
 
 // PC returns the address of the next instruction: in a Pre handler the probe's.

@@ -12,20 +12,31 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/x86"
-	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/paging"
-	"github.com/vmprobes/vmprobes/xenctrl"
+	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means:
-	// the file named by the environment variable VMPROBES_SYMBOLS, or else the
-	// kernel that the toolstack booted the guest with, if xenstore tells.
+	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means
+	// the guest's own table, found in its memory. This and the next three are
+	// those of [xenaccess.Options].
 	Symbols string
+	// Types is a file with the kernel's types. Empty means the guest's own.
+	Types string
+	// Config is an xenaccess.conf or libvmi.conf.
+	Config string
+	// Cache is a directory for what is expensive to work out about a kernel.
+	Cache string
+	// IgnoreBlacklist has Register accept addresses that the guest's own kprobes
+	// would refuse: its blacklist, entry code, code that must not be instrumented,
+	// and instructions that the kernel rewrites while it runs. Such a probe can
+	// bring the guest down.
+	IgnoreBlacklist bool
 	// Logger receives debug records of what happens (what -D_VERBOSE printed in
 	// C). Nil discards them.
 	Logger *slog.Logger
@@ -52,9 +63,9 @@ type Kind uint8
 
 // Kinds of domains. PVH counts as HVM where Xen doesn't tell them apart.
 const (
-	PV Kind = iota + 1
-	HVM
-	PVH
+	PV  = Kind(target.PV)
+	HVM = Kind(target.HVM)
+	PVH = Kind(target.PVH)
 )
 
 // String returns the kind as in xl's configuration files.
@@ -93,13 +104,15 @@ type Domain struct {
 // registered: its image would hold their breakpoints.
 type Session struct {
 	domain Domain
-	drv    guestDriver
+	drv    target.Driver
 	eng    *breakpoint.Engine
-	syms   *sysmap.Map // nil: none
-	symErr error       // why none
+	guest  *xenaccess.Guest // nil in tests
+	syms   *sysmap.Map      // nil: none
+	symErr error            // why none
 	log    *slog.Logger
-	leave  func() // closes what Open opened
-	guard  *guard // of the package-level functions
+	leave  func() error // closes what Open opened
+	guard  *guard       // of the package-level functions
+	unsafe bool         // Options.IgnoreBlacklist
 
 	seq  atomic.Uint64
 	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
@@ -115,14 +128,6 @@ type Session struct {
 	err     error         // Close's
 }
 
-// guestDriver is a breakpoint driver with what a Session needs besides.
-type guestDriver interface {
-	breakpoint.Driver
-	Translate(addr uint64) (paging.Translation, error)
-	SetKernelRoot(paging.Root)
-	Write(cr3, addr uint64, b []byte) error
-}
-
 // loopGrace is how long hits wait for a Loop after Register: a guest is stopped
 // for so long at the most because of a program that doesn't call it.
 const loopGrace = time.Second
@@ -134,7 +139,8 @@ type idle struct {
 }
 
 // newSession builds a Session on an attached driver. It owns drv and leave.
-func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts *Options, leave func()) *Session {
+func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error, opts *Options, leave func() error) *Session {
+	d := Domain{ID: DomainID(i.ID), Name: i.Name, Kind: Kind(i.Kind), VCPUs: i.VCPUs}
 	if opts == nil {
 		opts = new(Options)
 	}
@@ -143,7 +149,8 @@ func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts 
 		log = slog.New(slog.DiscardHandler)
 	}
 	log = log.With("domain", d.Name, "domid", uint16(d.ID))
-	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave, done: make(chan struct{})}
+	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
+		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
 		Scratch:  s.scratch,
 		MayFault: s.expectedFaults(),
@@ -158,6 +165,11 @@ func newSession(d Domain, drv guestDriver, syms *sysmap.Map, symErr error, opts 
 
 // Domain describes the domain the Session is attached to.
 func (s *Session) Domain() Domain { return s.domain }
+
+// Guest returns the Session's guest for introspection: its kernel's tasks,
+// modules, types and symbols, and its memory. It must not be closed. Breakpoints
+// of the Session show in what it reads of the kernel's text.
+func (s *Session) Guest() *xenaccess.Guest { return s.guest }
 
 func (s *Session) fail(op string, p *Probe, err error) error {
 	if err == nil {
@@ -242,7 +254,7 @@ func (p *Probe) detach(restored bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.past = p.stats()
-	p.session, p.engine, p.private = nil, nil, false
+	p.session, p.engine, p.private, p.sig = nil, nil, false, nil
 	p.restored = restored
 }
 
@@ -276,6 +288,9 @@ func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action
 	p.cr3.Store(cr3)
 	defer p.cr3.Store(0)
 	s.regs.load(c.Regs, func(addr uint64, b []byte) error { return s.drv.Read(cr3, addr, b) })
+	if s.guest != nil {
+		s.regs.kernel = s.guest.Linux()
+	}
 	a := f(&s.regs)
 	s.regs.store(c.Regs)
 	return breakpoint.Verdict(a)
@@ -538,28 +553,12 @@ func (s *Session) Close() error {
 		p.detach(err == nil)
 	}
 	if s.leave != nil {
-		s.leave()
+		err = errors.Join(err, s.leave())
 	}
 	s.err = s.fail("close", nil, err)
 	s.log.Debug("session closed", "err", err)
 	close(s.done)
 	return s.err
-}
-
-// kindOf tells PV from HVM.
-func kindOf(f xenctrl.DomainFlags) Kind {
-	if f&xenctrl.DomainHVM != 0 {
-		return HVM
-	}
-	return PV
-}
-
-// attach opens the route that the guest and its hypervisor offer.
-func attach(hv route.Hypervisor, info xenctrl.DomainInfo) (guestDriver, error) {
-	if kindOf(info.Flags) == PV {
-		return route.OpenDebugger(hv)
-	}
-	return route.OpenMonitor(hv)
 }
 
 // scratch proposes dead code for out-of-line execution.
@@ -618,10 +617,7 @@ func (s *Session) scratch(near uint64, try func(addr, size uint64) bool) {
 // boundary checks that addr is the start of an instruction, by decoding from the
 // start of its function, as the kernel's can_probe does.
 func (s *Session) boundary(addr uint64) error {
-	if s.syms == nil {
-		return nil
-	}
-	sym, off, ok := s.syms.Find(addr)
+	sym, off, ok := s.find(addr)
 	if !ok || off == 0 {
 		return nil
 	}

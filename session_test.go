@@ -17,8 +17,19 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/route"
 	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
+
+// attached attaches to a simulated guest.
+func attached(t *testing.T, m *sim.Machine) (target.Guest, target.Driver) {
+	t.Helper()
+	g, err := target.Xen(m.Hypervisor())
+	require.NoError(t, err)
+	drv, err := g.Attach(t.Context())
+	require.NoError(t, err)
+	return g, drv
+}
 
 // simulated opens a Session on a simulated guest, which runs until the test ends
 // and must then be unharmed.
@@ -27,11 +38,7 @@ func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Sess
 	m := sim.New(cfg)
 	before := m.Text()
 	m.Start()
-	hv := m.Hypervisor()
-	info, err := hv.Info()
-	require.NoError(t, err)
-	drv, err := attach(hv, info)
-	require.NoError(t, err)
+	g, drv := attached(t, m)
 	if d, ok := drv.(*route.Debugger); ok {
 		d.SetVCPUInfo(m.VCPUInfo())
 	}
@@ -44,7 +51,9 @@ func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Sess
 	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(sim.TextBase+0x100), uint64(sim.TextBase+0x200))
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)
-	s := newSession(Domain{ID: 1, Name: "a3guest", Kind: kindOf(info.Flags), VCPUs: info.OnlineVCPUs}, drv, syms, nil, opts, nil)
+	info := g.Info()
+	info.Name = "a3guest"
+	s := newSession(info, drv, syms, nil, opts, g.Close)
 	t.Cleanup(func() {
 		require.NoError(t, s.Close())
 		m.Release()
@@ -387,14 +396,11 @@ func TestDomainDies(t *testing.T) {
 	for _, cfg := range []sim.Config{{Kind: sim.PV, GDBSX: true}, {Kind: sim.HVM}} {
 		m := sim.New(cfg)
 		m.Start()
-		info, err := m.Hypervisor().Info()
-		require.NoError(t, err)
-		drv, err := attach(m.Hypervisor(), info)
-		require.NoError(t, err)
+		g, drv := attached(t, m)
 		if d, ok := drv.(*route.Debugger); ok {
 			d.SetVCPUInfo(m.VCPUInfo())
 		}
-		s := newSession(Domain{Name: "doomed"}, drv, nil, ErrNoSymbols, nil, nil)
+		s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
 		p := &Probe{Addr: Addr(m.Symbol(entry))}
 		require.NoError(t, s.Register(p))
 		done := make(chan error, 1)
@@ -412,22 +418,19 @@ func TestNoRoute(t *testing.T) {
 	before := m.Text()
 	m.Start()
 	defer m.Stop()
-	info, err := m.Hypervisor().Info()
+	g, err := target.Xen(m.Hypervisor())
 	require.NoError(t, err)
-	_, err = attach(m.Hypervisor(), info)
+	_, err = g.Attach(t.Context())
 	require.ErrorIs(t, err, ErrNoGDBSX)
 	assert.ErrorContains(t, err, "CONFIG_GDBSX=y")
 	assert.False(t, m.Attached(), "setdebugging must not have been called")
 	sim.Verify(t, m, before)
 
 	h := sim.New(sim.Config{Kind: sim.HVM})
-	info, err = h.Hypervisor().Info()
-	require.NoError(t, err)
-	first, err := attach(h.Hypervisor(), info)
-	require.NoError(t, err)
-	_, err = attach(h.Hypervisor(), info)
+	g, first := attached(t, h)
+	_, err = g.Attach(t.Context())
 	require.ErrorIs(t, err, ErrBusy)
-	require.NoError(t, newSession(Domain{}, first, nil, nil, nil, nil).Close())
+	require.NoError(t, newSession(g.Info(), first, nil, nil, nil, g.Close).Close())
 }
 
 func TestLookup(t *testing.T) {
@@ -446,38 +449,6 @@ func TestLookup(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoSymbols)
 	_, _, ok = none.Symbolize(1)
 	assert.False(t, ok)
-}
-
-func TestFit(t *testing.T) {
-	parse := func(s string) *sysmap.Map {
-		m, err := sysmap.Parse(strings.NewReader(s))
-		require.NoError(t, err)
-		return m
-	}
-	m := parse("ffffffff81000000 T _text\nffffffff81e00080 T entry_SYSCALL_64\nffffffff81e01000 T xen_asm_exc_int3\n")
-	for name, c := range map[string]struct {
-		anchors []anchor
-		slide   uint64
-		err     error
-	}{
-		"where it was linked": {[]anchor{{0xffffffff81e00080, syscallEntry}}, 0, nil},
-		"slid":                {[]anchor{{0xffffffff9ea00080, syscallEntry}}, 0x1cc00000, nil},
-		"two agree":           {[]anchor{{0xffffffff81e00080, syscallEntry}, {0xffffffff81e01000, xenInt3}}, 0, nil},
-		"two disagree":        {[]anchor{{0xffffffff81e00080, syscallEntry}, {0xffffffff81e01010, xenInt3}}, 0, ErrWrongSymbols},
-		"not 2 MiB":           {[]anchor{{0xffffffff81e00180, syscallEntry}}, 0, ErrWrongSymbols},
-		"below":               {[]anchor{{0xffffffff80e00080, syscallEntry}}, 0, ErrWrongSymbols},
-		"none":                {[]anchor{{0xffffffff81e00080, []string{"other"}}}, 0, ErrWrongSymbols},
-	} {
-		got, err := fit(m, c.anchors)
-		if c.err != nil {
-			require.ErrorIs(t, err, c.err, name)
-			continue
-		}
-		require.NoError(t, err, name)
-		sym, err := got.Lookup("_text")
-		require.NoError(t, err)
-		assert.Equal(t, 0xffffffff81000000+c.slide, sym.Addr, name)
-	}
 }
 
 // golden compares with testdata/name, or writes it if VMPROBES_UPDATE is set.
@@ -582,24 +553,4 @@ func TestSyscallArg(t *testing.T) {
 	}
 	assert.Zero(t, q.Arg(6))
 	assert.Zero(t, q.Arg(-1))
-}
-
-func TestConfiguredKernel(t *testing.T) {
-	dir := t.TempDir()
-	kernel := filepath.Join(dir, "vmlinuz")
-	require.NoError(t, os.WriteFile(kernel, []byte("x"), 0o600))
-	for name, c := range map[string]struct{ json, want string }{
-		"pvh":       {`{"c_info":{"type":"pvh"},"b_info":{"kernel":"` + kernel + `","ramdisk":"/x"}}`, kernel},
-		"pv":        {`{"b_info":{"type.pv":{"kernel":"` + kernel + `"}}}`, kernel},
-		"no kernel": {`{"b_info":{"kernel":"/no/such/file"}}`, ""},
-		"folder":    {`{"b_info":{"kernel":"` + dir + `"}}`, ""},
-		"relative":  {`{"b_info":{"kernel":"vmlinuz"}}`, ""},
-		"not json":  {`{"b_info":`, ""},
-		"wrong":     {`{"b_info":{"kernel":7}}`, ""},
-	} {
-		file := filepath.Join(dir, "config")
-		require.NoError(t, os.WriteFile(file, []byte(c.json), 0o600))
-		assert.Equal(t, c.want, configuredKernel(file), name)
-	}
-	assert.Empty(t, configuredKernel(filepath.Join(dir, "none")))
 }

@@ -4,12 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
-	"github.com/vmprobes/vmprobes/paging"
 )
 
 // Lookup returns the address of a guest kernel symbol.
@@ -40,6 +39,11 @@ func (s *Session) lookup(symbol string) (Addr, error) {
 			}
 		}
 	}
+	if all := s.allSymbols(); all != s.syms {
+		if sym, merr := all.Lookup(symbol); merr == nil || !errors.Is(merr, sysmap.ErrNotFound) {
+			return Addr(sym.Addr), merr
+		}
+	}
 	if near := s.syms.Suggest(symbol); len(near) > 0 {
 		return 0, fmt.Errorf("%w; this kernel has %s", err, strings.Join(near, ", "))
 	}
@@ -48,11 +52,36 @@ func (s *Session) lookup(symbol string) (Addr, error) {
 
 // Symbolize returns the symbol that holds addr, and the offset of addr in it.
 func (s *Session) Symbolize(addr Addr) (name string, offset uint64, ok bool) {
-	if s.syms == nil {
-		return "", 0, false
-	}
-	sym, off, ok := s.syms.Find(uint64(addr))
+	sym, off, ok := s.find(uint64(addr))
 	return sym.Name, off, ok
+}
+
+// find returns the symbol of the kernel, or of a module, that holds addr.
+func (s *Session) find(addr uint64) (sysmap.Symbol, uint64, bool) {
+	if s.syms == nil {
+		return sysmap.Symbol{}, 0, false
+	}
+	sym, off, ok := s.syms.Find(addr)
+	if all := s.syms; !ok {
+		if all = s.allSymbols(); all != s.syms {
+			return all.Find(addr)
+		}
+	}
+	return sym, off, ok
+}
+
+// allSymbols returns the kernel's symbols with those of its modules, if these can
+// be read.
+func (s *Session) allSymbols() *sysmap.Map {
+	if s.guest == nil || s.guest.Linux() == nil {
+		return s.syms
+	}
+	all, err := s.guest.Linux().AllSymbols()
+	if err != nil {
+		s.log.Debug("symbols of modules", "err", err)
+		return s.syms
+	}
+	return all
 }
 
 // resolve returns the address of a probe.
@@ -68,7 +97,23 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 		}
 	}
 	addr += Addr(p.Offset)
+	if err := s.allowed(uint64(addr)); err != nil {
+		return 0, err
+	}
 	return addr, s.boundary(uint64(addr))
+}
+
+// allowed asks the guest's own lists whether a probe may be at addr.
+func (s *Session) allowed(addr uint64) error {
+	if s.guest == nil || s.guest.Linux() == nil || s.unsafe {
+		return nil
+	}
+	err := s.guest.Linux().Blacklisted(addr)
+	if err != nil && !errors.Is(err, linux.ErrNotProbeable) {
+		s.log.Warn("the guest's lists of places without probes can't be read", "err", err)
+		return nil
+	}
+	return err
 }
 
 func (p *Probe) checkPlace() error {
@@ -79,116 +124,6 @@ func (p *Probe) checkPlace() error {
 		return ErrNoAddress
 	}
 	return nil
-}
-
-// symbolsEnv names the file that Options.Symbols would.
-const symbolsEnv = "VMPROBES_SYMBOLS"
-
-// loadSymbols reads the symbols of a guest. booted returns the file of the
-// kernel the toolstack booted the guest with, or "".
-func loadSymbols(opts *Options, booted func() string) (m *sysmap.Map, file string, err error) {
-	file = opts.Symbols
-	if file == "" {
-		file = os.Getenv(symbolsEnv)
-	}
-	if file == "" {
-		file = booted()
-	}
-	if file == "" {
-		return nil, "", fmt.Errorf("%w: set Options.Symbols (or %s) to its vmlinux, vmlinuz, System.map or saved /proc/kallsyms, "+
-			"or give Probe.Addr instead of Symbol", ErrNoSymbols, symbolsEnv)
-	}
-	m, err = sysmap.ParseFile(file)
-	if err != nil {
-		return nil, file, fmt.Errorf("%w: %w", ErrNoSymbols, err)
-	}
-	return m, file, nil
-}
-
-// anchors are addresses in the guest kernel that the hypervisor knows, by the
-// names that kernels have had for what is there.
-type anchor struct {
-	addr  uint64
-	names []string
-}
-
-var (
-	// arch/x86/entry/entry_64.S.
-	syscallEntry = []string{"entry_SYSCALL_64", "system_call"}
-	// arch/x86/xen/xen-asm.S; the older names are from before 5.8 and 5.19.
-	xenInt3      = []string{"xen_asm_exc_int3", "xen_int3", "xen_xenint3"}
-	xenPageFault = []string{"xen_asm_exc_page_fault", "xen_page_fault"}
-	xenSyscall   = []string{"xen_entry_SYSCALL_64", "xen_syscall_target"}
-)
-
-// kaslrAlign and kaslrRange bound a slide: CONFIG_PHYSICAL_ALIGN is at least
-// 2 MiB, and the kernel's image stays in its 1 GiB (arch/x86/boot/compressed/kaslr.c).
-const (
-	kaslrAlign = 2 << 20
-	kaslrRange = 1 << 30
-)
-
-// fit slides m to where the running kernel is, and fails if it is another's.
-func fit(m *sysmap.Map, anchors []anchor) (*sysmap.Map, error) {
-	fitted := false
-	for _, a := range anchors {
-		for _, name := range a.names {
-			for _, sym := range m.LookupAll(name) {
-				d := a.addr - sym.Addr
-				if !fitted {
-					if d >= kaslrRange || d%kaslrAlign != 0 {
-						return nil, fmt.Errorf("%w: %s is at %#x in the file, and %#x is what Xen has", ErrWrongSymbols, name, sym.Addr, a.addr)
-					}
-					m, fitted = m.Slide(d), true
-				} else if d != 0 {
-					return nil, fmt.Errorf("%w: %s would be at %#x, and is at %#x", ErrWrongSymbols, name, sym.Addr, a.addr)
-				}
-			}
-		}
-	}
-	if !fitted {
-		return nil, fmt.Errorf("%w: none of the kernel's entry points is among them", ErrWrongSymbols)
-	}
-	return m, nil
-}
-
-// checkBanner compares the kernel's version string with the symbol file's.
-func (s *Session) checkBanner() error {
-	want := s.syms.Banner()
-	sym, err := s.syms.Lookup("linux_banner")
-	if want == "" || err != nil {
-		return nil
-	}
-	want = strings.TrimRight(want, "\n\x00")
-	b := make([]byte, len(want))
-	if _, err := s.ReadMemory(b, Addr(sym.Addr)); err != nil {
-		return err
-	}
-	if string(b) != want {
-		return fmt.Errorf("%w: they are of %q", ErrWrongSymbols, want)
-	}
-	return nil
-}
-
-// useKernelRoot has kernel memory reached through init_top_pgt, which lives as
-// long as the kernel, instead of the tables of whatever process runs.
-func (s *Session) useKernelRoot() {
-	sym, err := s.syms.Lookup("init_top_pgt")
-	if err != nil {
-		return
-	}
-	t, err := s.drv.Translate(sym.Addr)
-	if err != nil || t.Offset != 0 {
-		return
-	}
-	// It must lead to where the tables in use lead.
-	root := paging.Root(uint64(t.Frame) * paging.PageSize)
-	s.drv.SetKernelRoot(root)
-	if t2, err := s.drv.Translate(sym.Addr); err != nil || t2.Frame != t.Frame {
-		s.drv.SetKernelRoot(0)
-		return
-	}
-	s.log.Debug("kernel page tables", "root", fmt.Sprintf("%#x", uint64(root)))
 }
 
 // expectedFaults reads the kernel's exception table: the instructions whose

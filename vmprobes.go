@@ -28,21 +28,18 @@ package vmprobes
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 
-	"github.com/vmprobes/vmprobes/internal/route"
-	"github.com/vmprobes/vmprobes/xenctrl"
+	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
 // Open attaches to the domain called name, or with the numeric id that it
@@ -62,192 +59,40 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if opts == nil {
 		opts = new(Options)
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	if euid := os.Geteuid(); euid > 0 {
-		return nil, fmt.Errorf("%w (this is user %d)", ErrNotRoot, euid)
-	}
-	h, err := xenctrl.Open()
+	g, err := target.Open(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			h.Close()
+			err = errors.Join(err, g.Close())
 		}
 	}()
-	store, err := xenctrl.OpenStore()
+	guest := xenaccess.New(ctx, g, &xenaccess.Options{
+		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger,
+	})
+	if err := guest.Err(); errors.Is(err, ErrWrongSymbols) || opts.Symbols != "" && err != nil {
+		return nil, err
+	}
+	drv, err := g.Attach(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer store.Close()
-
-	id, err := findDomain(store, name)
-	if err != nil {
-		return nil, err
-	}
-	info, err := h.Domain(id)
-	if err != nil {
-		if errors.Is(err, xenctrl.ErrNoDomain) {
-			return nil, fmt.Errorf("%w (%w)", ErrDomainNotFound, err)
-		}
-		return nil, err
-	}
-	switch {
-	case info.Gone():
-		return nil, ErrDomainGone
-	case info.Flags&xenctrl.DomainPaused != 0:
-		return nil, ErrDomainPaused
-	}
-	if kindOf(info.Flags) == PV {
-		if bits, err := h.GuestWidth(id); err != nil {
-			return nil, err
-		} else if bits != 64 {
-			return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
+	var syms *sysmap.Map
+	if k := guest.Linux(); k != nil {
+		syms = k.Symbols()
+		drv.SetKernelRoot(k.Root())
+		if d, ok := drv.(target.Symbolic); ok {
+			d.UseSymbols(func(name string) (uint64, bool) {
+				sym, err := syms.Lookup(name)
+				return sym.Addr, err == nil
+			})
 		}
 	}
-	d := Domain{ID: DomainID(id), Kind: kindOf(info.Flags), VCPUs: info.OnlineVCPUs}
-	if d.Name, err = store.DomainName(id); err != nil || d.Name == "" {
-		d.Name = strconv.Itoa(int(id))
-	}
-	if d.Kind == HVM {
-		// A PVH guest has no device model.
-		if _, err := store.Read(fmt.Sprintf("/local/domain/0/device-model/%d/state", id)); err != nil {
-			d.Kind = PVH
-		}
-	}
-	syms, file, symErr := loadSymbols(opts, func() string { return bootedKernel(store, info) })
-	if symErr != nil && (opts.Symbols != "" || os.Getenv(symbolsEnv) != "") {
-		return nil, symErr
-	}
-	if syms != nil {
-		anchors, err := findAnchors(h, info)
-		if err != nil {
-			return nil, err
-		}
-		if syms, err = fit(syms, anchors); err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
-		}
-	}
-	drv, err := attach(route.Live(h, id), info)
-	if err != nil {
-		return nil, err
-	}
-	if dbg, ok := drv.(*route.Debugger); ok {
-		known := false
-		if syms != nil {
-			if sym, err := syms.Lookup("xen_vcpu_info"); err == nil {
-				dbg.SetVCPUInfo(sym.Addr)
-				known = true
-			}
-		}
-		if !known && opts.Logger != nil {
-			opts.Logger.Warn("xen_vcpu_info is not known: breakpoints of the guest's own are given back as if interrupts were on", "domain", d.Name)
-		}
-	}
-	s := newSession(d, drv, syms, symErr, opts, func() { h.Close() })
-	if syms != nil {
-		s.useKernelRoot()
-		if err := s.checkBanner(); err != nil {
-			return nil, errors.Join(fmt.Errorf("%s: %w", file, err), s.Close())
-		}
-	}
-	s.log.Debug("attached", "kind", d.Kind.String(), "vcpus", d.VCPUs, "symbols", file)
+	s := newSession(g.Info(), drv, syms, guest.Err(), opts, g.Close)
+	s.guest = guest
+	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
-}
-
-// findDomain resolves a domain's name, or the id that it spells.
-func findDomain(store *xenctrl.Store, name string) (xenctrl.DomID, error) {
-	id, err := store.DomainByName(name)
-	if errors.Is(err, xenctrl.ErrNoDomain) {
-		n, perr := strconv.ParseUint(name, 10, 16)
-		if perr != nil || xenctrl.DomID(n) >= xenctrl.DomIDFirstReserved {
-			return 0, fmt.Errorf("%w: `xl list` shows those there are", ErrDomainNotFound)
-		}
-		id, err = xenctrl.DomID(n), nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	if id == xenctrl.DomID0 {
-		return 0, ErrControlDomain
-	}
-	return id, nil
-}
-
-// bootedKernel returns the kernel file from which libxl built a domain, or "".
-func bootedKernel(store *xenctrl.Store, info xenctrl.DomainInfo) string {
-	// For PV guests it is in xenstore.
-	if vm, err := store.Read(fmt.Sprintf("/local/domain/%d/vm", info.ID)); err == nil && strings.HasPrefix(vm, "/vm/") {
-		if file, err := store.Read(vm + "/image/kernel"); err == nil && isKernel(file) {
-			return file
-		}
-	}
-	// For all, in the configuration that libxl keeps of a domain.
-	h := info.Handle
-	return configuredKernel(fmt.Sprintf("/var/lib/xen/userdata-d.%d.%x-%x-%x-%x-%x.libxl-json",
-		info.ID, h[:4], h[4:6], h[6:8], h[8:10], h[10:]))
-}
-
-// configuredKernel returns the kernel that a libxl-json file names.
-func configuredKernel(name string) string {
-	f, err := os.Open(name)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	const limit = 1 << 20
-	var config struct {
-		Build struct {
-			Kernel string `json:"kernel"`
-			PV     struct {
-				Kernel string `json:"kernel"`
-			} `json:"type.pv"`
-		} `json:"b_info"`
-	}
-	if json.NewDecoder(io.LimitReader(f, limit)).Decode(&config) != nil {
-		return ""
-	}
-	for _, file := range []string{config.Build.Kernel, config.Build.PV.Kernel} {
-		if isKernel(file) {
-			return file
-		}
-	}
-	return ""
-}
-
-// isKernel rules out what can't be a kernel file of dom0's, such as the boot
-// loader of an HVM guest.
-func isKernel(file string) bool {
-	if !strings.HasPrefix(file, "/") || strings.HasSuffix(file, "/hvmloader") {
-		return false
-	}
-	st, err := os.Stat(file)
-	return err == nil && st.Mode().IsRegular()
-}
-
-// findAnchors asks Xen for addresses that the guest's kernel has given it.
-func findAnchors(h *xenctrl.Handle, info xenctrl.DomainInfo) ([]anchor, error) {
-	if kindOf(info.Flags) == PV {
-		var c xenctrl.VCPUContext
-		if err := h.VCPUContext(info.ID, 0, &c); err != nil {
-			return nil, err
-		}
-		return []anchor{
-			{c.Traps[3].Address, xenInt3},
-			{c.Traps[14].Address, xenPageFault},
-			{c.SyscallCallbackEIP, xenSyscall},
-		}, nil
-	}
-	c, err := h.HVMCPU(info.ID, 0)
-	if err != nil {
-		return nil, err
-	}
-	if c.LSTAR == 0 {
-		return nil, errors.New("the guest's kernel hasn't set up its system calls yet: wait until it has booted")
-	}
-	return []anchor{{c.LSTAR, syscallEntry}}, nil
 }
 
 // checkArguments finds what is wrong with a probe for the package-level

@@ -1,6 +1,6 @@
 // Opens shows which files a guest opens, and which of them it couldn't: a
 // Session with two probes, one at the start of do_sys_openat2 and one at
-// do_filp_open, read as events.
+// do_filp_open, read as events, each with the task that hit.
 //
 //	opens [-for duration] [-symbols file] domain
 package main
@@ -74,14 +74,23 @@ func run(ctx context.Context, domain, symbols string, verbose bool) (err error) 
 			if err != nil {
 				name = err.Error()
 			}
-			fmt.Printf("%10.6f cpu%d open %q\n", time.Since(began).Seconds(), hit.VCPU, name)
+			fmt.Printf("%10.6f cpu%d %s open %q\n", time.Since(began).Seconds(), hit.VCPU, who(hit), name)
 		} else {
 			// do_filp_open(int dfd, struct filename *pathname, …): the name comes first.
 			p, _ := lookup.ReadUint64(vmprobes.Addr(hit.Regs.Arg(1)))
 			name, _ := lookup.ReadString(vmprobes.Addr(p), 4096)
-			fmt.Printf("%10.6f cpu%d look up %q\n", time.Since(began).Seconds(), hit.VCPU, name)
+			fmt.Printf("%10.6f cpu%d %s look up %q\n", time.Since(began).Seconds(), hit.VCPU, who(hit), name)
 		}
 	}
 	fmt.Printf("%d opened, %d looked up; %+v\n", open.Stats().Hits, lookup.Stats().Hits, s.Stats())
 	return nil
+}
+
+// who returns the task that hit.
+func who(hit *vmprobes.Hit) string {
+	t, err := hit.Regs.Task()
+	if err != nil {
+		return "?"
+	}
+	return fmt.Sprintf("%q[%d]", t.Comm, t.PID)
 }

@@ -28,6 +28,9 @@
 //	int3user N              execute N int3 in user mode:
 //	                        DONE int3user sent=N sigtraps=M
 //	kallsyms NAME           DONE kallsyms NAME 0x… (all matches)
+//	kallsymshash            SHA-256 of /proc/kallsyms: of the kernel's lines, and
+//	                        of those of loaded modules:
+//	                        DONE kallsymshash kernel=H:LINES modules=H:LINES
 //	text SYMBOL|0xADDR LEN  the guest's own view of kernel memory, in hex
 //	texthash                SHA-256 of the kernel's _stext.._etext
 //	dmesg                   "| " lines with signs of trouble, and

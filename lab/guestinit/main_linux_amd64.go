@@ -20,6 +20,7 @@ func main() {
 		os.Exit(1)
 	}
 	setup()
+	loadModules()
 	cpus := runtime.NumCPU()
 	// Enough threads for everything that spins at once. Setting it also stops
 	// the runtime from looking up the CPU limit, which opens files.
@@ -175,6 +176,8 @@ func (g *guest) command(words []string) (string, error) {
 			return "", err
 		}
 		return int3User(n)
+	case "kallsymshash":
+		return kallsymsHash()
 	case "kallsyms":
 		return kallsyms(arg(1))
 	case "text":

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/lab/internal/job"
 )
 
 // Guest is a running guest.
@@ -41,6 +43,9 @@ func start(ctx context.Context, c Config) (*Guest, error) {
 	if err := os.WriteFile(path, []byte(c.file()), 0o600); err != nil {
 		return nil, err
 	}
+	if err := c.writeRamdisk(); err != nil {
+		return nil, err
+	}
 	// The log of an earlier guest with this name is not this one's.
 	_ = os.Remove(c.log())
 	// -e: nobody waits in the background to clean up after the guest.
@@ -57,6 +62,19 @@ func start(ctx context.Context, c Config) (*Guest, error) {
 		return nil, errors.Join(err, g.Destroy())
 	}
 	return g, nil
+}
+
+// writeRamdisk puts one archive behind the other, as the kernel allows.
+func (c Config) writeRamdisk() error {
+	var all []byte
+	for _, file := range []string{job.GuestImage, c.kernelFile("modules.cpio")} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		all = append(all, b...)
+	}
+	return os.WriteFile(c.ramdisk(), all, 0o600)
 }
 
 func output(ctx context.Context, name string, args ...string) (string, error) {

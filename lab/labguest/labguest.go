@@ -108,13 +108,17 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
+// ramdisk is where the guest's archive is put together: its init, and the modules
+// of its kernel.
+func (c Config) ramdisk() string { return path.Join(os.TempDir(), "labguest-"+c.Name+".cpio") }
+
 // file returns the domain's configuration as xl reads it.
 func (c Config) file() string {
 	lines := []string{
 		"name = " + strconv.Quote(c.Name),
 		"type = " + strconv.Quote(string(c.Kind)),
 		"kernel = " + strconv.Quote(c.kernelFile("vmlinux")),
-		"ramdisk = " + strconv.Quote(job.GuestImage),
+		"ramdisk = " + strconv.Quote(c.ramdisk()),
 		"cmdline = " + strconv.Quote(strings.TrimSpace("console=hvc0 quiet "+c.Cmdline)),
 		fmt.Sprintf("memory = %d", c.MemoryMB),
 		fmt.Sprintf("vcpus = %d", c.VCPUs),

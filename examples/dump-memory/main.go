@@ -1,0 +1,55 @@
+// Dump-memory writes a guest's physical memory to a file, which process-list-file
+// and the other examples can read. Where there is no memory the file has zeros.
+//
+//	dump-memory [-file] guest file
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/vmprobes/vmprobes/examples/internal/guest"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenaccess"
+)
+
+func main() {
+	guest.Main([]string{"file"}, true, func(ctx context.Context, g *xenaccess.Guest, args []string) error {
+		size, err := g.PhysicalSize()
+		if err != nil {
+			return err
+		}
+		// All of the guest's secrets are in there.
+		f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+		if err != nil {
+			return err
+		}
+		absent, err := dump(ctx, f, g.Physical(), size)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "%d pages, %d of them not there\n", size/paging.PageSize, absent)
+		return nil
+	})
+}
+
+func dump(ctx context.Context, f *os.File, s xenaccess.Space, size uint64) (absent int, err error) {
+	w := bufio.NewWriterSize(f, 1<<20)
+	page := make([]byte, paging.PageSize)
+	for addr := uint64(0); addr < size; addr += paging.PageSize {
+		if addr%(64<<20) == 0 && ctx.Err() != nil {
+			return absent, context.Cause(ctx)
+		}
+		if _, err := s.Read(addr, page); err != nil {
+			clear(page)
+			absent++
+		}
+		if _, err := w.Write(page); err != nil {
+			return absent, err
+		}
+	}
+	return absent, w.Flush()
+}

@@ -1,0 +1,244 @@
+package target
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/linux"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// xenGuest is a domain of the Xen that this program runs on.
+type xenGuest struct {
+	*paging.Cache
+	hv    route.Hypervisor
+	dom   xenctrl.DomainInfo
+	info  Info
+	pages func() (uint64, error)
+	close func() error
+}
+
+func openXen(_ context.Context, name string) (_ Guest, err error) {
+	name = strings.TrimPrefix(name, "xen:")
+	if euid := os.Geteuid(); euid > 0 {
+		return nil, fmt.Errorf("%w (this is user %d)", ErrNotRoot, euid)
+	}
+	h, err := xenctrl.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	store, err := xenctrl.OpenStore()
+	if err != nil {
+		return nil, err
+	}
+	defer store.Close()
+
+	id, err := findDomain(store, name)
+	if err != nil {
+		return nil, err
+	}
+	dom, err := h.Domain(id)
+	if err != nil {
+		if errors.Is(err, xenctrl.ErrNoDomain) {
+			return nil, fmt.Errorf("%w (%w)", ErrNotFound, err)
+		}
+		return nil, err
+	}
+	switch {
+	case dom.Gone():
+		return nil, breakpoint.ErrGone
+	case dom.Flags&xenctrl.DomainPaused != 0:
+		return nil, ErrPaused
+	}
+	if dom.Flags&xenctrl.DomainHVM == 0 {
+		if bits, err := h.GuestWidth(id); err != nil {
+			return nil, err
+		} else if bits != 64 {
+			return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
+		}
+	}
+	g := newXen(route.Live(h, id), dom)
+	g.close = h.Close
+	g.pages = func() (uint64, error) {
+		n, err := h.MaxGPFN(id)
+		return n + 1, err
+	}
+	if g.info.Name, err = store.DomainName(id); err != nil || g.info.Name == "" {
+		g.info.Name = strconv.Itoa(int(id))
+	}
+	if g.info.Kind == HVM {
+		// A PVH guest has no device model.
+		if _, err := store.Read(fmt.Sprintf("/local/domain/0/device-model/%d/state", id)); err != nil {
+			g.info.Kind = PVH
+		}
+	}
+	g.info.Kernel = bootedKernel(store, dom)
+	return g, nil
+}
+
+// Xen returns the guest behind hv. Close leaves hv alone.
+func Xen(hv route.Hypervisor) (Guest, error) {
+	dom, err := hv.Info()
+	if err != nil {
+		return nil, err
+	}
+	return newXen(hv, dom), nil
+}
+
+func newXen(hv route.Hypervisor, dom xenctrl.DomainInfo) *xenGuest {
+	g := &xenGuest{hv: hv, dom: dom, close: func() error { return nil }}
+	g.Cache = route.NewFrames(hv)
+	g.info = Info{ID: uint16(dom.ID), Name: strconv.Itoa(int(dom.ID)), Kind: PV, VCPUs: dom.OnlineVCPUs}
+	if dom.Flags&xenctrl.DomainHVM != 0 {
+		g.info.Kind = HVM
+	}
+	return g
+}
+
+func (g *xenGuest) Info() Info { return g.info }
+
+// Close gives back what the guest's memory is reached through.
+func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()) }
+
+// Attach opens the route that the guest and its hypervisor offer.
+func (g *xenGuest) Attach(context.Context) (Driver, error) {
+	if g.info.Kind == PV {
+		return route.OpenDebugger(g.hv)
+	}
+	return route.OpenMonitor(g.hv)
+}
+
+// PhysicalPages implements [Sized].
+func (g *xenGuest) PhysicalPages() (uint64, error) {
+	if g.pages == nil {
+		return 0, errors.ErrUnsupported
+	}
+	return g.pages()
+}
+
+// CPUs implements [linux.Machine].
+func (g *xenGuest) CPUs() ([]linux.CPU, error) {
+	var cpus []linux.CPU
+	var errs error
+	for v := range min(g.dom.MaxVCPUID+1, xenctrl.MaxVCPUs) {
+		c, err := g.cpu(v)
+		if err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		cpus = append(cpus, c)
+	}
+	if len(cpus) == 0 {
+		return nil, errs
+	}
+	return cpus, nil
+}
+
+func (g *xenGuest) cpu(v int) (linux.CPU, error) {
+	if g.info.Kind != PV {
+		c, err := g.hv.HVMCPU(v)
+		if err != nil {
+			return linux.CPU{}, err
+		}
+		cpu := linux.CPU{CR0: c.CR0, CR3: c.CR3, CR4: c.CR4, EFER: c.EFER}
+		if c.LSTAR != 0 {
+			cpu.Entries = append(cpu.Entries, c.LSTAR)
+		}
+		return cpu, nil
+	}
+	var c xenctrl.VCPUContext
+	if err := g.hv.VCPUContext(v, &c); err != nil {
+		return linux.CPU{}, err
+	}
+	cpu := linux.CPU{CR3: c.CtrlReg[3], PV: true}
+	for _, e := range []uint64{c.Traps[3].Address, c.Traps[14].Address, c.SyscallCallbackEIP} {
+		if e != 0 {
+			cpu.Entries = append(cpu.Entries, e)
+		}
+	}
+	return cpu, nil
+}
+
+// findDomain resolves a domain's name, or the id that it spells.
+func findDomain(store *xenctrl.Store, name string) (xenctrl.DomID, error) {
+	id, err := store.DomainByName(name)
+	if errors.Is(err, xenctrl.ErrNoDomain) {
+		n, perr := strconv.ParseUint(name, 10, 16)
+		if perr != nil || xenctrl.DomID(n) >= xenctrl.DomIDFirstReserved {
+			return 0, fmt.Errorf("%w: `xl list` shows those there are", ErrNotFound)
+		}
+		id, err = xenctrl.DomID(n), nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	if id == xenctrl.DomID0 {
+		return 0, ErrControlDomain
+	}
+	return id, nil
+}
+
+// bootedKernel returns the kernel file from which libxl built a domain, or "".
+func bootedKernel(store *xenctrl.Store, info xenctrl.DomainInfo) string {
+	// For PV guests it is in xenstore.
+	if vm, err := store.Read(fmt.Sprintf("/local/domain/%d/vm", info.ID)); err == nil && strings.HasPrefix(vm, "/vm/") {
+		if file, err := store.Read(vm + "/image/kernel"); err == nil && isKernel(file) {
+			return file
+		}
+	}
+	// For all, in the configuration that libxl keeps of a domain.
+	h := info.Handle
+	return configuredKernel(fmt.Sprintf("/var/lib/xen/userdata-d.%d.%x-%x-%x-%x-%x.libxl-json",
+		info.ID, h[:4], h[4:6], h[6:8], h[8:10], h[10:]))
+}
+
+// configuredKernel returns the kernel that a libxl-json file names.
+func configuredKernel(name string) string {
+	f, err := os.Open(name)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	const limit = 1 << 20
+	var config struct {
+		Build struct {
+			Kernel string `json:"kernel"`
+			PV     struct {
+				Kernel string `json:"kernel"`
+			} `json:"type.pv"`
+		} `json:"b_info"`
+	}
+	if json.NewDecoder(io.LimitReader(f, limit)).Decode(&config) != nil {
+		return ""
+	}
+	for _, file := range []string{config.Build.Kernel, config.Build.PV.Kernel} {
+		if isKernel(file) {
+			return file
+		}
+	}
+	return ""
+}
+
+// isKernel rules out what can't be a kernel file of dom0's, such as the boot
+// loader of an HVM guest.
+func isKernel(file string) bool {
+	if !strings.HasPrefix(file, "/") || strings.HasSuffix(file, "/hvmloader") {
+		return false
+	}
+	st, err := os.Stat(file)
+	return err == nil && st.Mode().IsRegular()
+}

@@ -1,0 +1,485 @@
+package linux
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// Where kernels are. On x86-64 the image has the last 2 GiB but one, and modules
+// come behind it (Documentation/arch/x86/x86_64/mm.rst); on i386 it is in the
+// linear mapping of memory, which usually begins at 3 GiB.
+const (
+	window64    = 0xffffffff80000000
+	windowSize  = 1 << 30
+	linkBase64  = 0xffffffff81000000 // __START_KERNEL with the usual CONFIG_PHYSICAL_START
+	window32    = 0xc0000000
+	maxGap      = 16 << 20 // between two parts of an image: init code is freed
+	maxImage32  = 64 << 20
+	tableBudget = 1 << 11 // page tables read per root: a 1 GiB window has at most 515
+	maxBTF      = 64 << 20
+	maxNotes    = 64 << 10
+)
+
+// Discover finds the kernel that a machine runs.
+func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
+	if opts == nil {
+		opts = new(Options)
+	}
+	k := &Kernel{machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets}
+	if k.log == nil {
+		k.log = slog.New(slog.DiscardHandler)
+	}
+	cpus, err := m.CPUs()
+	if err != nil {
+		return nil, fmt.Errorf("%w (registers: %w)", ErrNoKernel, err)
+	}
+	images, err := findImages(m, cpus)
+	if scanner, ok := m.(Scanner); ok && len(images) == 0 {
+		var serr error
+		images, serr = findVMCoreInfo(ctx, scanner)
+		err = errors.Join(err, serr)
+	}
+	if len(images) == 0 {
+		return nil, err
+	}
+	// The largest image is the kernel's: the page tables that a processor has in
+	// user mode map only its entry code (page-table isolation), and a page that is
+	// no table maps garbage, if anything.
+	var errs error
+	for _, img := range images {
+		if err := done(ctx); err != nil {
+			return nil, err
+		}
+		k.mem, k.root, k.bits, k.ranges, k.rungs = img.mem, img.root, img.bits, img.ranges, nil
+		k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
+		k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
+		if err := k.findSymbols(ctx, opts); err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		if err := k.identify(cpus); err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		k.useOwnRoot()
+		return k, nil
+	}
+	return nil, errs
+}
+
+// image is what could be a kernel's image.
+type image struct {
+	mem    *paging.Memory
+	mode   paging.Mode
+	root   paging.Root
+	bits   int
+	ranges []sysmap.Range
+	size   uint64
+	why    string
+}
+
+// findImages returns what the page tables of the vCPUs map where kernels are,
+// the largest first, and of each only one.
+func findImages(m Machine, cpus []CPU) ([]image, error) {
+	var images []image
+	errs := fmt.Errorf("%w (none of %d vCPUs has page tables that map one)", ErrNoKernel, len(cpus))
+	mems := make(map[paging.Mode]*paging.Memory)
+	tried := make(map[paging.Root]bool)
+	for i, c := range cpus {
+		mode := paging.Mode{Kind: paging.FourLevel, NXE: true}
+		if !c.PV {
+			var err error
+			if mode, err = paging.ModeOf(c.CR0, c.CR4, c.EFER); err != nil {
+				errs = errors.Join(errs, fmt.Errorf("vCPU %d: %w", i, err))
+				continue
+			}
+		}
+		mem := mems[mode]
+		if mem == nil {
+			mem = paging.New(m, mode)
+			mems[mode] = mem
+		}
+		for _, r := range roots(mode, c) {
+			if tried[r.root] {
+				continue
+			}
+			tried[r.root] = true
+			img := image{mem: mem, mode: mode, root: r.root, why: fmt.Sprintf(r.why, i)}
+			if err := img.find(); err != nil {
+				errs = errors.Join(errs, err)
+				continue
+			}
+			images = append(images, img)
+		}
+	}
+	slices.SortStableFunc(images, func(a, b image) int { return cmp.Compare(b.size, a.size) })
+	// Every process maps the same kernel: one look at it is enough.
+	images = slices.CompactFunc(images, func(a, b image) bool { return slices.Equal(a.ranges, b.ranges) })
+	if len(images) == 0 {
+		return nil, errs
+	}
+	return images, nil
+}
+
+type rootWhy struct {
+	root paging.Root
+	why  string
+}
+
+// roots returns the page tables that a vCPU may have for its kernel. With
+// page-table isolation they are the first of a pair, and those for user mode the
+// second (PTI_USER_PGTABLE_BIT, arch/x86/entry/calling.h); without, any.
+func roots(mode paging.Mode, c CPU) []rootWhy {
+	switch {
+	case c.PV, mode.Kind == paging.TwoLevel:
+		return []rootWhy{{paging.Root(c.CR3 &^ 0xfff), "CR3 of vCPU %d"}}
+	case mode.Kind == paging.PAE:
+		return []rootWhy{{paging.Root(c.CR3 &^ 0x1f), "CR3 of vCPU %d"}}
+	}
+	return []rootWhy{
+		{paging.Root(c.CR3 &^ 0xfff), "CR3 of vCPU %d"},
+		{paging.Root(c.CR3 &^ 0x1fff), "the kernel's half of vCPU %d's pair (page-table isolation)"},
+	}
+}
+
+// find looks for the image through the page tables.
+func (img *image) find() error {
+	from := paging.VAddr(window64)
+	img.bits = 64
+	if img.mode.Kind == paging.PAE || img.mode.Kind == paging.TwoLevel {
+		from, img.bits = window32, 32
+	}
+	var end uint64
+	var errs error
+	for r, err := range img.mem.Ranges(img.root, from, from+windowSize-1, tableBudget) {
+		if err != nil { // of one entry, or the last
+			errs = err
+			continue
+		}
+		sr := sysmap.Range{
+			Addr: uint64(r.Addr), Size: r.Size,
+			Writable: r.Prot&paging.Writable != 0, Exec: r.Prot&paging.NoExecute == 0,
+		}
+		if img.bits == 32 {
+			// The image is in the mapping of all memory: it begins with code.
+			if len(img.ranges) == 0 && !sr.Exec {
+				continue
+			}
+			sr.Size = min(sr.Size, maxImage32-img.size)
+		}
+		if len(img.ranges) > 0 && sr.Addr-end > maxGap || sr.Size == 0 {
+			break
+		}
+		img.ranges = append(img.ranges, sr)
+		img.size += sr.Size
+		end = sr.Addr + sr.Size
+	}
+	if img.size == 0 {
+		if errs != nil {
+			return errs
+		}
+		return fmt.Errorf("page tables at %#x map nothing from %v on", uint64(img.root), from)
+	}
+	return nil
+}
+
+// findSymbols takes the symbols that were given, or finds the kernel's own.
+func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
+	if opts.Symbols != nil {
+		return k.fit(opts.Symbols)
+	}
+	if opts.Cache != "" {
+		if k.syms = k.cached(opts.Cache); k.syms != nil {
+			return nil
+		}
+	}
+	m, t, err := sysmap.FromMemory(ctx, k, k.ranges)
+	if err != nil {
+		if done(ctx) != nil {
+			return err
+		}
+		return fmt.Errorf("%w: %w", ErrNoSymbols, err)
+	}
+	k.syms = m
+	k.explain("symbols", nil, fmt.Sprintf("%s; every name and marker fits, addresses rise", t.Layout),
+		"%d, by the structure of the tables at %#x (%d pages read)", t.Count, t.Names, t.Pages)
+	if opts.Cache != "" {
+		if err := k.keep(opts.Cache, t); err != nil {
+			k.log.Debug("symbols not kept in the cache", "dir", opts.Cache, "err", err)
+		}
+	}
+	return nil
+}
+
+// fit moves symbols from where they were linked to where the kernel is.
+func (k *Kernel) fit(m *sysmap.Map) error {
+	text, err := m.Lookup("_text")
+	if err != nil {
+		return fmt.Errorf("%w: no _text among them", ErrWrongSymbols)
+	}
+	slide := k.ranges[0].Addr - text.Addr
+	// CONFIG_PHYSICAL_ALIGN is at least 2 MiB on x86-64, and 8 KiB on i386.
+	align := uint64(2 << 20)
+	if k.bits == 32 {
+		align = 8 << 10
+	}
+	if slide >= windowSize || slide%align != 0 {
+		return fmt.Errorf("%w: _text is at %#x in the file, and the kernel's image at %#x", ErrWrongSymbols, text.Addr, k.ranges[0].Addr)
+	}
+	k.syms = m
+	if slide != 0 {
+		k.syms = m.Slide(slide)
+	}
+	k.explain("symbols", nil, "moved to where the image is", "%d, as given", m.Len())
+	return nil
+}
+
+// identify reads the kernel's version string and build id, which shows as well
+// that the symbols are at the right addresses.
+func (k *Kernel) identify(cpus []CPU) error {
+	wrong := ErrNoKernel
+	if k.syms.Banner() != "" || len(k.rungs) > 0 {
+		wrong = ErrWrongSymbols
+	}
+	at, err := k.symbol("linux_banner")
+	if err != nil {
+		return fmt.Errorf("%w: %w", wrong, err)
+	}
+	s, err := k.ReadString(at, 1024)
+	if err != nil || !strings.HasPrefix(s, "Linux version ") {
+		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(wrong, err), at)
+	}
+	k.banner = strings.TrimRight(s, "\n")
+	if want := strings.TrimRight(k.syms.Banner(), "\n\x00"); want != "" && want != k.banner {
+		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
+	}
+	k.explain("banner", nil, "read at linux_banner", "%s", printable(k.banner))
+
+	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
+		notes := make([]byte, n)
+		if err := k.Read(addr, notes); err == nil {
+			k.buildID = buildID(notes)
+		}
+	}
+	if k.buildID != "" {
+		k.explain("build id", nil, "in the kernel's notes", "%s", k.buildID)
+	} else {
+		k.explain("build id", errors.New("no note of it"), "", "")
+	}
+	k.explainPlace(cpus)
+	return nil
+}
+
+// explainPlace says where the kernel is, and whether its processor agrees.
+func (k *Kernel) explainPlace(cpus []CPU) {
+	text, err := k.symbol("_text")
+	if err != nil {
+		return
+	}
+	start, n, err := k.section("_stext", "_etext", windowSize)
+	if err != nil {
+		return
+	}
+	in, all := 0, 0
+	for _, c := range cpus {
+		for _, e := range c.Entries {
+			all++
+			if e >= start && e < start+n {
+				in++
+			}
+		}
+	}
+	why := ""
+	if all > 0 {
+		why = fmt.Sprintf("%d of %d entry points that its processors know are in its text", in, all)
+	}
+	if k.bits == 64 {
+		k.explain("place", nil, why, "_text at %#x, slide %#x", text, text-linkBase64)
+		return
+	}
+	k.explain("place", nil, why, "_text at %#x", text)
+}
+
+// useOwnRoot has kernel memory reached through the kernel's own page tables,
+// which live as long as it, instead of those of whatever process ran.
+func (k *Kernel) useOwnRoot() {
+	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
+		at, err := k.symbol(name)
+		if err != nil {
+			continue
+		}
+		t, err := k.mem.Translate(k.root, paging.VAddr(at))
+		if err != nil {
+			continue
+		}
+		root := paging.Root(uint64(t.Frame)*paging.PageSize + t.Offset)
+		// They must lead to where the tables in use lead.
+		if t2, err := k.mem.Translate(root, paging.VAddr(at)); err != nil || t2.Frame != t.Frame {
+			continue
+		}
+		k.root = root
+		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
+		return
+	}
+}
+
+// ntGNUBuildID is the type of the note that holds a build id (NT_GNU_BUILD_ID).
+const ntGNUBuildID = 3
+
+// buildID finds the build id among ELF notes.
+func buildID(notes []byte) string {
+	for len(notes) >= 12 {
+		name, desc, typ := binary.LittleEndian.Uint32(notes), binary.LittleEndian.Uint32(notes[4:]), binary.LittleEndian.Uint32(notes[8:])
+		notes = notes[12:]
+		n, d := (uint64(name)+3)&^3, (uint64(desc)+3)&^3
+		if n+d > uint64(len(notes)) {
+			return ""
+		}
+		if typ == ntGNUBuildID && bytes.Equal(notes[:name], []byte("GNU\x00")) && desc > 0 && desc <= 64 {
+			return hex.EncodeToString(notes[n : n+uint64(desc)])
+		}
+		notes = notes[n+d:]
+	}
+	return ""
+}
+
+// Types returns the kernel's types: those given to Discover, else its own (BTF),
+// else what its structures let on. They are looked for at the first call.
+func (k *Kernel) Types() (*ktype.Types, error) {
+	k.typesOnce.Do(func() {
+		k.types, k.typesErr = k.findTypes()
+		if k.typesErr != nil {
+			k.explain("types", k.typesErr, "", "")
+		}
+	})
+	return k.types, k.typesErr
+}
+
+func (k *Kernel) findTypes() (*ktype.Types, error) {
+	if k.givenTypes != nil {
+		if err := k.checkTypes(k.givenTypes); err != nil {
+			return nil, err
+		}
+		k.explain("types", nil, "the idle task is called swapper by them", "%s, as given", k.givenTypes.Source())
+		return k.givenTypes, nil
+	}
+	t, err := k.ownTypes()
+	if err == nil {
+		return t, nil
+	}
+	if len(k.offsets) > 0 {
+		t, oerr := k.configuredTypes()
+		if oerr == nil {
+			return t, nil
+		}
+		err = fmt.Errorf("%w; %w", err, oerr)
+	}
+	t, ierr := k.inferTypes()
+	if ierr != nil {
+		return nil, fmt.Errorf("%w: %w; %w", ErrNoTypes, err, ierr)
+	}
+	return t, nil
+}
+
+// configuredTypes makes types of configured offsets. The ids of the process and
+// the thread stand side by side, and so do the eleven addresses of a process'
+// parts.
+func (k *Kernel) configuredTypes() (*ktype.Types, error) {
+	word := uint64(k.bits / 8)
+	task, mm := ktype.Struct{Name: "task_struct"}, ktype.Struct{Name: "mm_struct"}
+	add := func(s *ktype.Struct, key string, fields ...ktype.StructField) {
+		base, ok := k.offsets[key]
+		if !ok {
+			return
+		}
+		for _, f := range fields {
+			f.Offset += base
+			s.Fields = append(s.Fields, f)
+		}
+	}
+	add(&task, "linux_tasks", ktype.StructField{Name: "tasks", Type: "list_head"})
+	add(&task, "linux_mm", ktype.StructField{Name: "mm", Type: "mm_struct *"})
+	add(&task, "linux_pid", ktype.StructField{Name: "pid", Type: "int"}, ktype.StructField{Name: "tgid", Offset: 4, Type: "int"})
+	add(&task, "linux_name", ktype.StructField{Name: "comm", Type: "char[16]"})
+	add(&mm, "linux_pgd", ktype.StructField{Name: "pgd", Type: "void *"})
+	for i, name := range []string{"start_code", "end_code", "start_data", "end_data", "start_brk", "brk",
+		"start_stack", "arg_start", "arg_end", "env_start", "env_end"} {
+		add(&mm, "linux_addr", ktype.StructField{Name: name, Offset: uint64(i) * word, Type: "unsigned long"})
+	}
+	t, err := ktype.New("configured offsets", word, listHead(word), task, mm)
+	if err != nil {
+		return nil, err
+	}
+	if err := k.checkTypes(t); err != nil {
+		return nil, err
+	}
+	k.explain("types", nil, "the idle task is called swapper by them", "%d configured offsets", len(k.offsets))
+	return t, nil
+}
+
+// ownTypes reads the BTF in the kernel's image (CONFIG_DEBUG_INFO_BTF).
+func (k *Kernel) ownTypes() (*ktype.Types, error) {
+	at, n, err := k.section("__start_BTF", "__stop_BTF", maxBTF)
+	if err != nil {
+		return nil, fmt.Errorf("no BTF in the kernel: %w", err)
+	}
+	blob := make([]byte, n)
+	if err := k.Read(at, blob); err != nil {
+		return nil, fmt.Errorf("BTF: %w", err)
+	}
+	t, err := ktype.FromBTF(bytes.NewReader(blob), int64(n))
+	if err != nil {
+		return nil, err
+	}
+	if err := k.checkTypes(t); err != nil {
+		return nil, err
+	}
+	k.explain("types", nil, "the idle task is called swapper by them", "BTF, %s at %#x", size(n), at)
+	return t, nil
+}
+
+// checkTypes looks at the idle task, whose name is known.
+func (k *Kernel) checkTypes(t *ktype.Types) error {
+	init, err := k.initTask()
+	if err != nil {
+		return nil //nolint:nilerr // a kernel without CONFIG_KALLSYMS_ALL: nothing to check with
+	}
+	name, err := t.At(k, "task_struct", init).Field("comm").CString()
+	if err != nil || !strings.HasPrefix(name, "swapper") {
+		return fmt.Errorf("%w: the idle task would be called %q", errors.Join(ErrWrongTypes, err), name)
+	}
+	return nil
+}
+
+// size formats a number of bytes.
+func size(n uint64) string {
+	switch {
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	case n >= 1<<10:
+		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	}
+	return fmt.Sprintf("%d bytes", n)
+}
+
+// printable replaces what could do harm on a terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r > 0x7e {
+			return '?'
+		}
+		return r
+	}, s)
+}

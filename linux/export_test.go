@@ -1,0 +1,30 @@
+package linux
+
+import (
+	"strings"
+
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// InferTypes returns the kernel as one without type information, and, if so
+// asked, without symbols of data.
+func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
+	c := &Kernel{mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	if noData {
+		var b strings.Builder
+		for s := range k.syms.All() {
+			if s.Type|0x20 == 't' {
+				b.WriteString(s.String() + "\n")
+			}
+		}
+		m, err := sysmap.Parse(strings.NewReader(b.String()))
+		if err != nil {
+			return nil, err
+		}
+		c.syms = m
+	}
+	t, err := c.inferTypes()
+	c.types = t
+	c.typesOnce.Do(func() {})
+	return c, err
+}

@@ -1,0 +1,254 @@
+package linux
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// Errors.
+var (
+	// ErrNoKernel: the page tables in use map no Linux kernel.
+	ErrNoKernel = errors.New("no Linux kernel found: has the guest booted?")
+	// ErrNoSymbols: the kernel has no symbol table, or none that is understood.
+	ErrNoSymbols = errors.New("the kernel's symbols are not known")
+	// ErrWrongSymbols: a symbol file is not of the kernel that runs.
+	ErrWrongSymbols = errors.New("the symbols are not of the kernel that runs")
+	// ErrNoTypes: the kernel carries no type information, and none was given.
+	ErrNoTypes = errors.New("the kernel's types are not known")
+	// ErrWrongTypes: a type file is not of the kernel that runs.
+	ErrWrongTypes = errors.New("the types are not of the kernel that runs")
+	// ErrNoProcess: there is no such process.
+	ErrNoProcess = errors.New("no such process")
+	// ErrNoMemory: a process has no memory of its own, as kernel threads and
+	// zombies haven't.
+	ErrNoMemory = errors.New("process has no user memory")
+)
+
+// A Machine is the guest as its hypervisor, or a file, shows it.
+type Machine interface {
+	paging.Frames
+	// CPUs returns the state of the vCPUs, in order. Those that are offline are
+	// left out.
+	CPUs() ([]CPU, error)
+}
+
+// A CPU is what Discover uses of a vCPU's state.
+type CPU struct {
+	// CR0, CR3, CR4 and EFER are the control registers. For a PV guest CR3 is
+	// that of its kernel (ctrlreg[3] of struct vcpu_guest_context), and the others
+	// may be zero: Xen sets them.
+	CR0, CR3, CR4, EFER uint64
+	// PV says that page tables hold machine frames and that CR0, CR4 and EFER are
+	// the hypervisor's.
+	PV bool
+	// Entries are addresses at which the guest has told its processor to enter
+	// the kernel: handlers of traps and system calls. They confirm what was found.
+	Entries []uint64
+}
+
+// Options configures Discover. The zero value, and nil, mean defaults.
+type Options struct {
+	// Symbols, if not nil, replaces the guest's own symbol table. The addresses
+	// may be those the kernel was linked at.
+	Symbols *sysmap.Map
+	// Types, if not nil, replaces the guest's own type information.
+	Types *ktype.Types
+	// Offsets are those that XenAccess' and LibVMI's configuration files have, by
+	// their keys: linux_tasks, linux_mm, linux_pid and linux_name in struct
+	// task_struct, linux_pgd and linux_addr (start_code) in struct mm_struct.
+	// They are used if the kernel has no type information, and if they fit.
+	Offsets map[string]uint64
+	// Cache is a directory for what is expensive to work out. Empty means none.
+	Cache string
+	// Logger receives debug records. Nil discards them.
+	Logger *slog.Logger
+}
+
+// A Kernel is a running Linux kernel. Its methods are safe for concurrent use if
+// its Machine is.
+type Kernel struct {
+	machine Machine
+	mem     *paging.Memory
+	root    paging.Root
+	bits    int // 32 or 64
+	log     *slog.Logger
+	ranges  []sysmap.Range
+	syms    *sysmap.Map
+	banner  string
+	buildID string
+
+	rungMu sync.Mutex
+	rungs  []Rung
+
+	givenTypes *ktype.Types
+	offsets    map[string]uint64
+	typesOnce  sync.Once
+	types      *ktype.Types
+	typesErr   error
+
+	modMu    sync.Mutex
+	mods     []Module // whose symbols are in withMods
+	withMods *sysmap.Map
+
+	idleAddr atomic.Uint64 // of the idle task, where it isn't a symbol's
+
+	safeOnce sync.Once
+	safe     *safety
+	safeErr  error
+}
+
+// A Rung is one step of Discover.
+type Rung struct {
+	Name  string // "page tables", "symbols", …
+	Found string // what was found, or ""
+	Why   string // why it is believed
+	Err   error  // why nothing was found
+}
+
+// String returns the rung as one line.
+func (r Rung) String() string {
+	if r.Err != nil {
+		return fmt.Sprintf("%-12s not found: %v", r.Name+":", r.Err)
+	}
+	if r.Why == "" {
+		return fmt.Sprintf("%-12s %s", r.Name+":", r.Found)
+	}
+	return fmt.Sprintf("%-12s %s; %s", r.Name+":", r.Found, r.Why)
+}
+
+// Explain returns what has been found so far, and why it is believed. Types are
+// looked for when they are first needed.
+func (k *Kernel) Explain() []Rung {
+	k.rungMu.Lock()
+	defer k.rungMu.Unlock()
+	return append([]Rung(nil), k.rungs...)
+}
+
+func (k *Kernel) explain(name string, err error, why, format string, args ...any) {
+	r := Rung{Name: name, Why: why, Err: err}
+	if err == nil {
+		r.Found = fmt.Sprintf(format, args...)
+	}
+	k.rungMu.Lock()
+	k.rungs = append(k.rungs, r)
+	k.rungMu.Unlock()
+	k.log.Debug("discover", "rung", name, "found", r.Found, "why", why, "err", err)
+}
+
+// Symbols returns the kernel's symbols, at the addresses where they are now.
+// Those of modules aren't among them: see [Kernel.AllSymbols].
+func (k *Kernel) Symbols() *sysmap.Map { return k.syms }
+
+// Banner returns the kernel's version string, "Linux version …".
+func (k *Kernel) Banner() string { return k.banner }
+
+// Release returns what uname -r prints, the third word of the banner.
+func (k *Kernel) Release() string {
+	if f := strings.Fields(k.banner); len(f) > 2 {
+		return f[2]
+	}
+	return ""
+}
+
+// BuildID returns the kernel's build id in hexadecimal digits, or "" if it has
+// none.
+func (k *Kernel) BuildID() string { return k.buildID }
+
+// Bits returns the width of the kernel, 32 or 64.
+func (k *Kernel) Bits() int { return k.bits }
+
+// Root returns the page tables of the kernel itself, which live as long as it.
+func (k *Kernel) Root() paging.Root { return k.root }
+
+// Memory returns the guest's memory behind page tables.
+func (k *Kernel) Memory() *paging.Memory { return k.mem }
+
+// Read reads kernel memory. An error means that not all of it could be read.
+func (k *Kernel) Read(addr uint64, b []byte) error {
+	_, err := k.mem.Read(k.root, paging.VAddr(addr), b)
+	return err
+}
+
+// maxString bounds strings that are read from the guest.
+const maxString = 4096
+
+// ReadString reads a NUL-terminated string of at most limit bytes, and of 4096
+// at the most, from kernel memory.
+func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
+	return readString(k.Read, addr, limit)
+}
+
+func readString(read func(uint64, []byte) error, addr uint64, limit int) (string, error) {
+	limit = min(limit, maxString)
+	var s []byte
+	for len(s) < limit {
+		at := addr + uint64(len(s))
+		// Never across a page: the next one need not be there.
+		b := make([]byte, min(64, limit-len(s), int(paging.PageSize-at%paging.PageSize)))
+		if err := read(at, b); err != nil {
+			return string(s), err
+		}
+		for i, c := range b {
+			if c == 0 {
+				return string(append(s, b[:i]...)), nil
+			}
+		}
+		s = append(s, b...)
+	}
+	return string(s), nil
+}
+
+// pointer reads a pointer of the kernel's own width.
+func (k *Kernel) pointer(addr uint64) (uint64, error) {
+	var b [8]byte
+	if err := k.Read(addr, b[:k.bits/8]); err != nil {
+		return 0, err
+	}
+	return binary.LittleEndian.Uint64(b[:]), nil
+}
+
+// symbol returns the address of a symbol of the kernel's.
+func (k *Kernel) symbol(name string) (uint64, error) {
+	s, err := k.syms.Lookup(name)
+	if err != nil {
+		return 0, err
+	}
+	return s.Addr, nil
+}
+
+// section returns what lies between two symbols, in bytes at most limit.
+func (k *Kernel) section(start, stop string, limit uint64) (addr, size uint64, err error) {
+	a, err := k.symbol(start)
+	if err != nil {
+		return 0, 0, err
+	}
+	b, err := k.symbol(stop)
+	if err != nil {
+		return 0, 0, err
+	}
+	if b < a || b-a > limit {
+		return 0, 0, fmt.Errorf("%s at %#x and %s at %#x: %w", start, a, stop, b, ErrBadKernel)
+	}
+	return a, b - a, nil
+}
+
+// ErrBadKernel: something in the guest's memory is not as any kernel has it.
+var ErrBadKernel = errors.New("malformed kernel data")
+
+// done returns ctx's cause if it is done.
+func done(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}

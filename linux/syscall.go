@@ -1,0 +1,125 @@
+package linux
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/ktype"
+)
+
+// A Syscall is a system call as the kernel itself describes it.
+type Syscall struct {
+	Number int
+	Name   string // without "sys_"
+	Args   []SyscallArg
+}
+
+// A SyscallArg is one of at most six arguments.
+type SyscallArg struct{ Type, Name string }
+
+// String returns the system call as a C declaration, as in
+// "openat(int dfd, const char * filename, int flags, umode_t mode)".
+func (s Syscall) String() string {
+	args := make([]string, len(s.Args))
+	for i, a := range s.Args {
+		args[i] = a.Type + " " + a.Name
+	}
+	return s.Name + "(" + strings.Join(args, ", ") + ")"
+}
+
+// syscallMeta begins the names of the objects that CONFIG_FTRACE_SYSCALLS leaves
+// behind, one for each system call (SYSCALL_METADATA, include/linux/syscalls.h).
+const syscallMeta = "__syscall_meta__"
+
+// maxSyscallArgs is what the processor's calling convention has room for.
+const maxSyscallArgs = 6
+
+// Syscall returns the description of a system call, by its name without "sys_".
+// It fails with an error that wraps [sysmap.ErrNotFound] if the kernel has no
+// such call, or was built without CONFIG_FTRACE_SYSCALLS.
+func (k *Kernel) Syscall(name string) (Syscall, error) {
+	at, err := k.symbol(syscallMeta + name)
+	if err != nil {
+		return Syscall{}, err
+	}
+	return k.syscall(at)
+}
+
+// Syscalls returns every system call that the kernel describes, by address of the
+// description.
+func (k *Kernel) Syscalls() ([]Syscall, error) {
+	var all []Syscall
+	for sym := range k.syms.All() {
+		if !strings.HasPrefix(sym.Name, syscallMeta) {
+			continue
+		}
+		s, err := k.syscall(sym.Addr)
+		if err != nil {
+			return all, fmt.Errorf("%s: %w", sym.Name, err)
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// syscall reads struct syscall_metadata (include/trace/syscall.h).
+func (k *Kernel) syscall(at uint64) (s Syscall, err error) {
+	t, err := k.Types()
+	if err != nil {
+		return s, err
+	}
+	v := t.At(k, "syscall_metadata", at)
+	number, err := v.Field("syscall_nr").Int()
+	if err != nil {
+		return s, err
+	}
+	s.Number = int(number)
+	if s.Name, err = k.stringAt(v.Field("name"), 128); err != nil {
+		return s, err
+	}
+	s.Name = strings.TrimPrefix(s.Name, "sys_")
+	count, err := v.Field("nb_args").Uint()
+	if err != nil {
+		return s, err
+	}
+	if count > maxSyscallArgs {
+		return s, fmt.Errorf("%s with %d arguments: %w", s.Name, count, ErrBadKernel)
+	}
+	if count == 0 {
+		return s, nil
+	}
+	types, err := v.Field("types").Pointer()
+	if err != nil {
+		return s, err
+	}
+	names, err := v.Field("args").Pointer()
+	if err != nil {
+		return s, err
+	}
+	for i := range count {
+		var a SyscallArg
+		for _, f := range []struct {
+			table uint64
+			dst   *string
+		}{{types, &a.Type}, {names, &a.Name}} {
+			p, err := k.pointer(f.table + i*uint64(k.bits/8))
+			if err != nil {
+				return s, err
+			}
+			if *f.dst, err = k.ReadString(p, 128); err != nil {
+				return s, err
+			}
+		}
+		s.Args = append(s.Args, a)
+	}
+	return s, nil
+}
+
+// stringAt reads the string that a pointer leads to.
+func (k *Kernel) stringAt(v ktype.Value, limit int) (string, error) {
+	p, err := v.Pointer()
+	if err != nil {
+		return "", err
+	}
+	return k.ReadString(p, limit)
+}

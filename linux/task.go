@@ -1,0 +1,393 @@
+package linux
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// A Task is a thread of the guest.
+type Task struct {
+	Addr   uint64 // of its struct task_struct
+	PID    int    // of the thread, as gettid tells it in the initial namespace
+	TGID   int    // of the process, as getpid does
+	PPID   int    // of the process that is its parent, 0 if none
+	Comm   string // the thread's name, at most 15 bytes
+	UID    uint32 // effective: cred.euid
+	GID    uint32
+	MM     uint64 // address of its struct mm_struct, 0 for kernel threads
+	Exited bool   // a zombie: its parent hasn't waited for it yet
+}
+
+// String returns the task as "comm[tgid/pid]".
+func (t Task) String() string {
+	if t.PID == t.TGID {
+		return fmt.Sprintf("%s[%d]", t.Comm, t.TGID)
+	}
+	return fmt.Sprintf("%s[%d/%d]", t.Comm, t.TGID, t.PID)
+}
+
+// Bounds of what a guest can have: pid_max can't be more than 4 Mi on 64 bits
+// (PID_MAX_LIMIT, include/linux/threads.h).
+const (
+	maxTasks = 1 << 22
+	maxCPUs  = 8192 // CONFIG_NR_CPUS with MAXSMP
+)
+
+// listTries is how often a list is read that the running guest changes meanwhile.
+const listTries = 5
+
+// Task reads the task whose struct task_struct is at addr. What the types at hand
+// don't tell (inferred ones have only the first few fields) stays zero.
+func (k *Kernel) Task(addr uint64) (Task, error) {
+	t, err := k.Types()
+	if err != nil {
+		return Task{}, err
+	}
+	v := t.At(k, "task_struct", addr)
+	task := Task{Addr: addr}
+	pid, err := v.Field("pid").Int()
+	if err != nil {
+		return Task{}, err
+	}
+	tgid, err := v.Field("tgid").Int()
+	if err != nil {
+		return Task{}, err
+	}
+	if task.Comm, err = v.Field("comm").CString(); err != nil {
+		return Task{}, err
+	}
+	if task.MM, err = v.Field("mm").Pointer(); err != nil {
+		return Task{}, err
+	}
+	task.PID, task.TGID = int(pid), int(tgid)
+	if ppid, err := optional(v.Field("real_parent.tgid").Int()); err != nil {
+		return Task{}, err
+	} else {
+		task.PPID = int(ppid)
+	}
+	uid, err := optional(v.Field("cred.euid.val").Uint())
+	if err != nil {
+		return Task{}, err
+	}
+	gid, err := optional(v.Field("cred.egid.val").Uint())
+	if err != nil {
+		return Task{}, err
+	}
+	task.UID, task.GID = uint32(uid), uint32(gid)
+	state, err := optional(v.Field("exit_state").Uint())
+	if err != nil {
+		return Task{}, err
+	}
+	task.Exited = state != 0
+	return task, nil
+}
+
+// optional is zero where the types don't have a field.
+func optional[T any](v T, err error) (T, error) {
+	if errors.Is(err, ktype.ErrNoField) || errors.Is(err, ktype.ErrNoType) {
+		var zero T
+		return zero, nil
+	}
+	return v, err
+}
+
+// Processes returns the guest's processes, each as the thread that leads it, in
+// the order of their creation. The first is the idle task, PID 0, if idle.
+func (k *Kernel) Processes(idle bool) ([]Task, error) {
+	t, err := k.Types()
+	if err != nil {
+		return nil, err
+	}
+	first, err := k.initTask()
+	if err != nil {
+		return nil, err
+	}
+	member, err := t.Offset("task_struct.tasks")
+	if err != nil {
+		return nil, err
+	}
+	return again(func() ([]Task, error) {
+		var tasks []Task
+		if idle {
+			task, err := k.Task(first)
+			if err != nil {
+				return nil, err
+			}
+			tasks = append(tasks, task)
+		}
+		for at, err := range t.List(k, first+member.Offset, "task_struct", "tasks", maxTasks) {
+			if err != nil {
+				return tasks, err
+			}
+			task, err := k.Task(at)
+			if err != nil {
+				return tasks, err
+			}
+			tasks = append(tasks, task)
+		}
+		return tasks, nil
+	})
+}
+
+// initTask returns the address of the first task, the idle one: that of a symbol,
+// or, in a kernel without, where it was found by its structure.
+func (k *Kernel) initTask() (uint64, error) {
+	if a := k.idleAddr.Load(); a != 0 {
+		return a, nil
+	}
+	return k.symbol("init_task")
+}
+
+// again reads a list once more if it was changed under the reader.
+func again[T any](read func() ([]T, error)) (list []T, err error) {
+	for range listTries {
+		if list, err = read(); !errors.Is(err, ktype.ErrListBroken) {
+			return list, err
+		}
+	}
+	return list, fmt.Errorf("tried %d times: %w", listTries, err)
+}
+
+// Threads returns the threads of the process whose leader is given.
+func (k *Kernel) Threads(leader Task) ([]Task, error) {
+	t, err := k.Types()
+	if err != nil {
+		return nil, err
+	}
+	signal, err := t.At(k, "task_struct", leader.Addr).Field("signal").Pointer()
+	if err != nil {
+		return nil, err
+	}
+	head, err := t.Offset("signal_struct.thread_head")
+	if err != nil {
+		return nil, err
+	}
+	return again(func() ([]Task, error) {
+		var tasks []Task
+		for at, err := range t.List(k, signal+head.Offset, "task_struct", "thread_node", maxTasks) {
+			if err != nil {
+				return tasks, err
+			}
+			task, err := k.Task(at)
+			if err != nil {
+				return tasks, err
+			}
+			tasks = append(tasks, task)
+		}
+		return tasks, nil
+	})
+}
+
+// Process returns the process with the given id, or ErrNoProcess. Id 0 is the
+// idle task.
+func (k *Kernel) Process(pid int) (Task, error) {
+	tasks, err := k.Processes(pid == 0)
+	for _, t := range tasks {
+		if t.TGID == pid {
+			return t, nil
+		}
+	}
+	if err == nil {
+		err = fmt.Errorf("%d: %w", pid, ErrNoProcess)
+	}
+	return Task{}, err
+}
+
+// Current returns the task that a vCPU runs, given the base of its per-CPU
+// variables: its GS base while it is in the kernel, or [Kernel.PerCPU].
+func (k *Kernel) Current(base uint64) (Task, error) {
+	addr, err := k.currentTask(base)
+	if err != nil {
+		return Task{}, err
+	}
+	return k.Task(addr)
+}
+
+// currentTask finds what the kernel calls current: the per-CPU variable
+// current_task, which was part of struct pcpu_hot from 6.2 to 6.14.
+func (k *Kernel) currentTask(base uint64) (uint64, error) {
+	at, err := k.symbol("current_task")
+	if err != nil {
+		hot, herr := k.symbol("pcpu_hot")
+		if herr != nil {
+			return 0, err
+		}
+		t, err := k.Types()
+		if err != nil {
+			return 0, err
+		}
+		f, err := t.Offset("pcpu_hot.current_task")
+		if err != nil {
+			return 0, err
+		}
+		at = hot + f.Offset
+	}
+	return k.pointer(base + at)
+}
+
+// PerCPU returns the base of the per-CPU variables of a CPU, by the kernel's own
+// number: what is added to the address of a per-CPU symbol.
+func (k *Kernel) PerCPU(cpu int) (uint64, error) {
+	if cpu < 0 || cpu >= maxCPUs {
+		return 0, fmt.Errorf("CPU %d: %w", cpu, ErrBadKernel)
+	}
+	table, err := k.symbol("__per_cpu_offset")
+	if err != nil {
+		return 0, err
+	}
+	return k.pointer(table + uint64(cpu)*uint64(k.bits/8))
+}
+
+// UserRoot returns the page tables of a task's own memory, through which its
+// kernel side can be reached as well. For a task without memory of its own it
+// returns ErrNoMemory.
+func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
+	if t.MM == 0 {
+		return 0, fmt.Errorf("%v: %w", t, ErrNoMemory)
+	}
+	types, err := k.Types()
+	if err != nil {
+		return 0, err
+	}
+	pgd, err := types.At(k, "mm_struct", t.MM).Field("pgd").Pointer()
+	if err != nil {
+		return 0, err
+	}
+	// mm->pgd is where the kernel sees the table; the frame behind it is a machine
+	// frame for a PV guest, as a root must be.
+	tr, err := k.mem.Translate(k.root, paging.VAddr(pgd))
+	if err != nil {
+		return 0, err
+	}
+	return paging.Root(uint64(tr.Frame)*paging.PageSize + tr.Offset), nil
+}
+
+// ReadUser reads memory of a process as it sees it. An error means that not all
+// of it could be read: pages may be absent, or swapped out.
+func (k *Kernel) ReadUser(t Task, addr uint64, b []byte) error {
+	root, err := k.UserRoot(t)
+	if err != nil {
+		return err
+	}
+	_, err = k.mem.Read(root, paging.VAddr(addr), b)
+	return err
+}
+
+// A Layout is where the parts of a process' memory are, from struct mm_struct:
+// XenAccess' xa_linux_taskaddr_t.
+type Layout struct {
+	StartCode, EndCode uint64
+	StartData, EndData uint64
+	StartBrk, Brk      uint64
+	StartStack         uint64
+	ArgStart, ArgEnd   uint64
+	EnvStart, EnvEnd   uint64
+}
+
+// Layout returns where the parts of a task's memory are.
+func (k *Kernel) Layout(t Task) (Layout, error) {
+	if t.MM == 0 {
+		return Layout{}, fmt.Errorf("%v: %w", t, ErrNoMemory)
+	}
+	types, err := k.Types()
+	if err != nil {
+		return Layout{}, err
+	}
+	v := types.At(k, "mm_struct", t.MM)
+	var l Layout
+	for _, f := range []struct {
+		name string
+		dst  *uint64
+	}{
+		{"start_code", &l.StartCode}, {"end_code", &l.EndCode},
+		{"start_data", &l.StartData}, {"end_data", &l.EndData},
+		{"start_brk", &l.StartBrk}, {"brk", &l.Brk},
+		{"start_stack", &l.StartStack},
+		{"arg_start", &l.ArgStart}, {"arg_end", &l.ArgEnd},
+		{"env_start", &l.EnvStart}, {"env_end", &l.EnvEnd},
+	} {
+		if *f.dst, err = v.Field(f.name).Uint(); err != nil {
+			return Layout{}, err
+		}
+	}
+	return l, nil
+}
+
+// maxCmdline bounds a command line, as ps does.
+const maxCmdline = 128 << 10
+
+// Cmdline returns the arguments of a task's process, or nil if it has no memory
+// of its own.
+func (k *Kernel) Cmdline(t Task) ([]string, error) {
+	l, err := k.Layout(t)
+	if errors.Is(err, ErrNoMemory) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if l.ArgEnd < l.ArgStart {
+		return nil, fmt.Errorf("%v: arguments from %#x to %#x: %w", t, l.ArgStart, l.ArgEnd, ErrBadKernel)
+	}
+	b := make([]byte, min(l.ArgEnd-l.ArgStart, maxCmdline))
+	if err := k.ReadUser(t, l.ArgStart, b); err != nil {
+		return nil, err
+	}
+	s := strings.TrimSuffix(string(b), "\x00")
+	if s == "" {
+		return nil, nil
+	}
+	return strings.Split(s, "\x00"), nil
+}
+
+// maxCgroups bounds the depth of a cgroup.
+const maxCgroups = 64
+
+// Cgroup returns the path of a task's cgroup in the unified hierarchy
+// (cgroup v2), as /proc/PID/cgroup shows it after "0::".
+func (k *Kernel) Cgroup(t Task) (string, error) {
+	types, err := k.Types()
+	if err != nil {
+		return "", err
+	}
+	kn, err := types.At(k, "task_struct", t.Addr).Field("cgroups.dfl_cgrp.kn").Pointer()
+	if err != nil {
+		return "", err
+	}
+	parent := "parent"
+	if _, err := types.Offset("kernfs_node.parent"); err != nil {
+		parent = "__parent" // since 6.15
+	}
+	var names []string
+	for range maxCgroups {
+		v := types.At(k, "kernfs_node", kn)
+		up, err := v.Field(parent).Pointer()
+		if err != nil {
+			return "", err
+		}
+		if up == 0 {
+			slices.Reverse(names)
+			return "/" + strings.Join(names, "/"), nil
+		}
+		at, err := v.Field("name").Pointer()
+		if err != nil {
+			return "", err
+		}
+		name, err := k.ReadString(at, 256)
+		if err != nil {
+			return "", err
+		}
+		names = append(names, name)
+		kn = up
+	}
+	return "", fmt.Errorf("%v: more than %d cgroups in one another: %w", t, maxCgroups, ErrBadKernel)
+}
+
+func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }
+func le32(b []byte) uint32 { return binary.LittleEndian.Uint32(b) }

@@ -1,0 +1,125 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"strconv"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// A Scanner is a Machine whose physical memory can be searched from end to end.
+// Without registers, as in a flat image, that is how the kernel is found.
+type Scanner interface {
+	Machine
+	// Ranges yields runs of frames, in order: the first, and how many.
+	Ranges() iter.Seq2[paging.Frame, uint64]
+	// VMCoreInfo returns the crash dump information that comes with an image, or
+	// nil: it need not be searched for then.
+	VMCoreInfo() []byte
+}
+
+// vmcoreinfo is what a kernel leaves in memory for tools that read its crash dumps
+// (kernel/vmcore_info.c, CONFIG_VMCORE_INFO, CONFIG_CRASH_CORE before 6.9): a
+// page of lines, the first of which is OSRELEASE=.
+type vmcoreinfo map[string]string
+
+// vmcoreMagic begins the page: in all of a guest's memory nothing else is so.
+const vmcoreMagic = "OSRELEASE="
+
+// maxVMCoreInfo bounds the candidates that a guest can put into memory: an old
+// kernel's may be left there by kexec.
+const maxVMCoreInfo = 16
+
+// findVMCoreInfo searches memory for page tables, where no register tells them.
+func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
+	var images []image
+	var errs error
+	if info := parseVMCoreInfo(m.VMCoreInfo()); len(info) > 0 {
+		img, err := info.image(m)
+		if err == nil {
+			img.why = "named in the image's crash dump information"
+			return []image{img}, nil
+		}
+		errs = err
+	}
+	found := 0
+	for first, count := range m.Ranges() {
+		for f := first; f < first+paging.Frame(count); f++ {
+			if f%1024 == 0 && ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			page, release, err := m.Page(f, false)
+			if err != nil {
+				continue // a hole in the image
+			}
+			var info vmcoreinfo
+			if bytes.HasPrefix(page, []byte(vmcoreMagic)) {
+				info = parseVMCoreInfo(page)
+			}
+			release()
+			if info == nil {
+				continue
+			}
+			if found++; found > maxVMCoreInfo {
+				return images, fmt.Errorf("more than %d pages with crash dump information: %w", maxVMCoreInfo, ErrBadKernel)
+			}
+			img, err := info.image(m)
+			if err != nil {
+				errs = errors.Join(errs, err)
+				continue
+			}
+			img.why = fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f))
+			images = append(images, img)
+		}
+	}
+	if len(images) == 0 && errs == nil {
+		errs = errors.New("no registers, and no crash dump information (vmcoreinfo) in memory")
+	}
+	return images, errs
+}
+
+func parseVMCoreInfo(page []byte) vmcoreinfo {
+	text, _, _ := bytes.Cut(page, []byte{0})
+	v := make(vmcoreinfo)
+	for line := range strings.Lines(string(text)) {
+		if key, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "="); ok {
+			v[key] = value
+		}
+	}
+	return v
+}
+
+// image follows the page tables that the information names. It has the address of
+// swapper_pg_dir in the kernel's mapping of itself, and where that is in physical
+// memory (phys_base, arch/x86/kernel/head64.c), which may be below zero.
+func (v vmcoreinfo) image(m Machine) (image, error) {
+	pgd, err := strconv.ParseUint(v["SYMBOL(swapper_pg_dir)"], 16, 64)
+	if err != nil {
+		return image{}, fmt.Errorf("vmcoreinfo without SYMBOL(swapper_pg_dir): %w", err)
+	}
+	mode := paging.Mode{Kind: paging.FourLevel, NXE: true}
+	var phys int64
+	switch {
+	case pgd < 1<<32: // a kernel of 32 bits
+		mode.Kind = paging.PAE
+		if v["CONFIG_X86_PAE"] != "y" {
+			mode = paging.Mode{Kind: paging.TwoLevel, PSE: true}
+		}
+		pgd -= window32
+	default:
+		if phys, err = strconv.ParseInt(v["NUMBER(phys_base)"], 10, 64); err != nil {
+			return image{}, fmt.Errorf("vmcoreinfo without NUMBER(phys_base): %w", err)
+		}
+		if v["NUMBER(pgtable_l5_enabled)"] == "1" {
+			mode.Kind = paging.FiveLevel
+		}
+		pgd -= window64
+	}
+	img := image{mode: mode, mem: paging.New(m, mode), root: paging.Root(pgd + uint64(phys))}
+	return img, img.find()
+}

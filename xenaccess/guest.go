@@ -1,0 +1,212 @@
+package xenaccess
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+
+	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/linux"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// Options configures Open. The zero value, and nil, mean defaults.
+type Options struct {
+	// Symbols is a file with the kernel's symbols: its vmlinux or vmlinuz, its
+	// System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
+	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// configuration says, else the guest's own table, found in its memory.
+	Symbols string
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF,
+	// or a Volatility 3 symbol file. Empty means: the guest's own, if it has any.
+	Types string
+	// Config is a file in the form of /etc/xenaccess.conf or of LibVMI's
+	// /etc/libvmi.conf. Empty means /etc/xenaccess.conf, if it exists and names
+	// the guest; "-" means none.
+	Config string
+	// Cache is a directory for what is expensive to work out about a kernel.
+	// Empty means /var/cache/vmprobes; "-" means none.
+	Cache string
+	// Lax has Open succeed where no Linux kernel is found, so that physical and
+	// machine memory can be read (XA_FAILSOFT). Guest.Err says what was missing.
+	Lax bool
+	// Logger receives debug records. Nil discards them.
+	Logger *slog.Logger
+}
+
+// Places of files.
+const (
+	defaultConfig = "/etc/xenaccess.conf"
+	defaultCache  = "/var/cache/vmprobes"
+	symbolsEnv    = "VMPROBES_SYMBOLS"
+	none          = "-"
+)
+
+// A Guest is a running or saved guest. Its methods are safe for concurrent use.
+type Guest struct {
+	target target.Guest
+	kernel *linux.Kernel
+	err    error
+	raw    *paging.Memory // for physical and machine memory
+}
+
+// Open opens the domain called name, or with the numeric id that it spells, or
+// with a scheme before it another kind of guest: "file:PATH" is a saved image.
+// The Guest must be closed.
+func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
+	t, err := target.Open(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
+	}
+	g := New(ctx, t, opts)
+	if g.err != nil && (opts == nil || !opts.Lax) {
+		err := g.err
+		if cerr := g.Close(); cerr != nil {
+			err = errors.Join(err, cerr)
+		}
+		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
+	}
+	return g, nil
+}
+
+// New is Open for a guest that has been found already: it takes t over, and
+// succeeds always, as if Lax were set.
+func New(ctx context.Context, t target.Guest, opts *Options) *Guest {
+	if opts == nil {
+		opts = new(Options)
+	}
+	g := &Guest{target: t, raw: paging.New(t, paging.Mode{Kind: paging.FourLevel, NXE: true})}
+	if f, ok := t.(target.Freezer); ok {
+		if g.err = f.Freeze(); g.err != nil {
+			return g
+		}
+		defer func() { g.err = errors.Join(g.err, f.Thaw()) }()
+	}
+	g.kernel, g.err = discover(ctx, t, opts)
+	return g
+}
+
+// discover finds the guest's kernel, with the files that the user has named.
+func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel, error) {
+	lo := &linux.Options{Cache: opts.Cache, Logger: opts.Logger}
+	switch opts.Cache {
+	case "":
+		lo.Cache = defaultCache
+	case none:
+		lo.Cache = ""
+	}
+	symbols, types := opts.Symbols, opts.Types
+	if symbols == "" {
+		symbols = os.Getenv(symbolsEnv)
+	}
+	conf, err := configured(t.Info().Name, opts)
+	if err != nil {
+		return nil, err
+	}
+	if symbols == "" {
+		symbols = conf.Sysmap
+	}
+	if types == "" {
+		types = conf.Types
+	}
+	lo.Offsets = conf.Offsets
+	if types != "" {
+		if lo.Types, err = ktype.ParseFile(types); err != nil {
+			return nil, err
+		}
+	}
+	if symbols == "" {
+		k, err := linux.Discover(ctx, t, lo)
+		if err == nil {
+			return k, nil
+		}
+		// A kernel built without a table: take the file that it was booted from.
+		if symbols = t.Info().Kernel; symbols == "" || !errors.Is(err, linux.ErrNoSymbols) {
+			return nil, fmt.Errorf("%w: name the kernel's vmlinux, vmlinuz, System.map or saved /proc/kallsyms "+
+				"in Options.Symbols or %s", err, symbolsEnv)
+		}
+	}
+	if lo.Symbols, err = sysmap.ParseFile(symbols); err != nil {
+		return nil, fmt.Errorf("%w: %w", linux.ErrNoSymbols, err)
+	}
+	k, err := linux.Discover(ctx, t, lo)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", symbols, err)
+	}
+	return k, nil
+}
+
+// configured returns what the configuration says of the guest called name.
+func configured(name string, opts *Options) (DomainConfig, error) {
+	path := opts.Config
+	switch path {
+	case none:
+		return DomainConfig{}, nil
+	case "":
+		path = defaultConfig
+	}
+	c, err := LoadConfig(path)
+	if errors.Is(err, fs.ErrNotExist) && opts.Config == "" {
+		return DomainConfig{}, nil
+	}
+	if err != nil {
+		return DomainConfig{}, err
+	}
+	if opts.Logger != nil {
+		for _, w := range c.Warnings() {
+			opts.Logger.Warn("configuration", "warning", w)
+		}
+	}
+	d, _ := c.Domain(name)
+	if d.OSType != "" && d.OSType != "Linux" {
+		return d, fmt.Errorf("%s:%d: ostype %s: only Linux guests are understood: %w", d.File, d.Line, d.OSType, errors.ErrUnsupported)
+	}
+	return d, nil
+}
+
+// Close gives back what the guest's memory is reached through. What came from
+// the Guest must not be used any more.
+func (g *Guest) Close() error { return g.target.Close() }
+
+// Name returns the guest's name.
+func (g *Guest) Name() string { return g.target.Info().Name }
+
+// Err returns why no kernel was found, or nil.
+func (g *Guest) Err() error { return g.err }
+
+// Linux returns the guest's kernel, or nil if none was found: see Err.
+func (g *Guest) Linux() *linux.Kernel { return g.kernel }
+
+// Symbol returns the address of a symbol of the guest's kernel.
+func (g *Guest) Symbol(name string) (uint64, error) {
+	if g.kernel == nil {
+		return 0, g.err
+	}
+	s, err := g.kernel.Symbols().Lookup(name)
+	return s.Addr, err
+}
+
+// PhysicalSize returns where the guest's physical memory ends, in bytes. There may
+// be holes in it, as below 4 GiB.
+func (g *Guest) PhysicalSize() (uint64, error) {
+	s, ok := g.target.(target.Sized)
+	if !ok {
+		return 0, fmt.Errorf("size of the guest's memory: %w", errors.ErrUnsupported)
+	}
+	n, err := s.PhysicalPages()
+	return n * paging.PageSize, err
+}
+
+// Translate returns the physical address behind a kernel virtual one; for a PV
+// guest it is a machine address.
+func (g *Guest) Translate(addr uint64) (paging.Translation, error) {
+	if g.kernel == nil {
+		return paging.Translation{}, g.err
+	}
+	return g.kernel.Memory().Translate(g.kernel.Root(), paging.VAddr(addr))
+}

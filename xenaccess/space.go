@@ -1,0 +1,203 @@
+package xenaccess
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// ErrNoPhysical: the guest is a PV one, and where its physical memory is isn't
+// known.
+var ErrNoPhysical = errors.New("the guest's physical-to-machine map is not known")
+
+// A Space is a way to address a guest's memory. The addresses are virtual ones of
+// the kernel or of a process, or physical, or machine addresses.
+type Space struct {
+	frames paging.Frames
+	mem    *paging.Memory
+	root   paging.Root
+	// phys, if not nil, is what makes a page's address a frame: there are no
+	// page tables to walk.
+	phys func(page uint64) (paging.Frame, error)
+	err  error
+}
+
+// Kernel returns the kernel's virtual memory.
+func (g *Guest) Kernel() Space {
+	if g.kernel == nil {
+		return Space{err: g.err}
+	}
+	return Space{frames: g.target, mem: g.kernel.Memory(), root: g.kernel.Root()}
+}
+
+// User returns the virtual memory of the process with the given id. It can fail
+// at each access where pages are absent or swapped out.
+func (g *Guest) User(pid int) (Space, error) {
+	if g.kernel == nil {
+		return Space{}, g.err
+	}
+	t, err := g.kernel.Process(pid)
+	if err != nil {
+		return Space{}, err
+	}
+	root, err := g.kernel.UserRoot(t)
+	if err != nil {
+		return Space{}, err
+	}
+	return Space{frames: g.target, mem: g.kernel.Memory(), root: root}, nil
+}
+
+// Machine returns machine memory: that which the guest's page tables name. For
+// an HVM or PVH guest it is its physical memory.
+func (g *Guest) Machine() Space {
+	return Space{frames: g.target, mem: g.raw, phys: func(page uint64) (paging.Frame, error) { return paging.Frame(page), nil }}
+}
+
+// Physical returns the guest's physical memory. For a running PV guest it is
+// found by the guest's own map of it.
+func (g *Guest) Physical() Space {
+	if m, ok := g.target.(interface {
+		PhysToMachine(page uint64) (paging.Frame, error)
+	}); ok {
+		return Space{frames: g.target, mem: g.raw, phys: m.PhysToMachine}
+	}
+	if g.target.Info().Kind != target.PV {
+		return g.Machine()
+	}
+	if g.kernel == nil {
+		return Space{err: fmt.Errorf("%w: %w", ErrNoPhysical, g.err)}
+	}
+	return Space{frames: g.target, mem: g.raw, phys: g.kernel.PhysToMachine}
+}
+
+// Read fills b from addr on. n < len(b) if and only if err is not nil: what is
+// before the first page that can't be read is in b.
+func (s Space) Read(addr uint64, b []byte) (n int, err error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if s.phys == nil {
+		return s.mem.Read(s.root, paging.VAddr(addr), b)
+	}
+	return s.byPage(addr, b, s.mem.ReadPhys)
+}
+
+// Write stores b at addr, whatever the guest's page protection says.
+func (s Space) Write(addr uint64, b []byte) (n int, err error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if s.phys == nil {
+		return s.mem.Write(s.root, paging.VAddr(addr), b)
+	}
+	return s.byPage(addr, b, s.mem.WritePhys)
+}
+
+func (s Space) byPage(addr uint64, b []byte, do func(paging.PAddr, []byte) (int, error)) (n int, err error) {
+	for n < len(b) {
+		at := addr + uint64(n)
+		if at < addr {
+			return n, fmt.Errorf("%#x+%#x: %w", addr, len(b), paging.ErrNoFrame)
+		}
+		f, err := s.phys(at / paging.PageSize)
+		if err != nil {
+			return n, err
+		}
+		off := at % paging.PageSize
+		part := b[n:min(len(b), n+int(paging.PageSize-off))]
+		k, err := do(paging.PAddr(uint64(f)*paging.PageSize+off), part)
+		if n += k; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// Uint8 reads a byte.
+func (s Space) Uint8(addr uint64) (uint8, error) {
+	var b [1]byte
+	_, err := s.Read(addr, b[:])
+	return b[0], err
+}
+
+// Uint16 reads a little-endian word of 16 bits.
+func (s Space) Uint16(addr uint64) (uint16, error) {
+	var b [2]byte
+	_, err := s.Read(addr, b[:])
+	return binary.LittleEndian.Uint16(b[:]), err
+}
+
+// Uint32 reads a little-endian word of 32 bits.
+func (s Space) Uint32(addr uint64) (uint32, error) {
+	var b [4]byte
+	_, err := s.Read(addr, b[:])
+	return binary.LittleEndian.Uint32(b[:]), err
+}
+
+// Uint64 reads a little-endian word of 64 bits.
+func (s Space) Uint64(addr uint64) (uint64, error) {
+	var b [8]byte
+	_, err := s.Read(addr, b[:])
+	return binary.LittleEndian.Uint64(b[:]), err
+}
+
+// String reads a NUL-terminated string of at most limit bytes. What could be read
+// is returned with an error, too.
+func (s Space) String(addr uint64, limit int) (string, error) {
+	var out []byte
+	var chunk [128]byte
+	for len(out) < limit {
+		at := addr + uint64(len(out))
+		b := chunk[:min(len(chunk), limit-len(out), int(paging.PageSize-at%paging.PageSize))]
+		n, err := s.Read(at, b)
+		if i := bytes.IndexByte(b[:n], 0); i >= 0 {
+			return string(append(out, b[:i]...)), nil
+		}
+		if out = append(out, b[:n]...); err != nil {
+			return string(out), err
+		}
+	}
+	return string(out), nil
+}
+
+// Decode reads a value of fixed size, or a slice of such, as [binary.Read] does:
+// integers of a stated width, and arrays and structs of them, little-endian and
+// without padding.
+func (s Space) Decode(addr uint64, v any) error {
+	n := binary.Size(v)
+	if n < 0 {
+		return fmt.Errorf("%T has no fixed size", v)
+	}
+	b := make([]byte, n)
+	if _, err := s.Read(addr, b); err != nil {
+		return err
+	}
+	_, err := binary.Decode(b, binary.LittleEndian, v)
+	return err
+}
+
+// Page returns the page that holds addr, and where addr is in it. The bytes stay
+// valid, and follow the guest's memory where it can be mapped, until release is
+// called, which must be done once.
+func (s Space) Page(addr uint64) (page []byte, offset int, release func(), err error) {
+	if s.err != nil {
+		return nil, 0, nil, s.err
+	}
+	var f paging.Frame
+	if s.phys != nil {
+		f, err = s.phys(addr / paging.PageSize)
+	} else {
+		var t paging.Translation
+		t, err = s.mem.Translate(s.root, paging.VAddr(addr))
+		f = t.Frame
+	}
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	page, release, err = s.frames.Page(f, false)
+	return page, int(addr % paging.PageSize), release, err
+}
