@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
+
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -27,13 +27,11 @@ import (
 type Debugger struct {
 	*guest
 
-	mu      sync.Mutex
 	nvcpu   int
 	vcpus   []vcpu
 	queue   []int // vCPUs whose stop waits to be returned by Wait
 	owed    int
 	pending int
-	frozen  int
 	step    *step
 	closed  bool
 	scratch xenctrl.VCPUContext // for what is read only
@@ -152,14 +150,6 @@ func (d *Debugger) Caps() breakpoint.Caps {
 	return breakpoint.Caps{VCPUs: d.nvcpu, Step: true}
 }
 
-// InsertBreak implements breakpoint.Driver.
-func (d *Debugger) InsertBreak(addr uint64, in *x86.Insn) error {
-	return d.insert(addr, in)
-}
-
-// RemoveBreak implements breakpoint.Driver.
-func (d *Debugger) RemoveBreak(addr uint64) error { return d.remove(addr) }
-
 // setContext sets a vCPU's registers. Xen replaces the extended state (AVX and
 // so on) by its initial value when it takes the FPU image of the context, so
 // that state is saved before and restored after, unless there is none.
@@ -177,31 +167,6 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
 		}
 	}
-	return nil
-}
-
-// Freeze implements breakpoint.Driver.
-func (d *Debugger) Freeze() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.hv.Pause(); err != nil {
-		return mapErr(err)
-	}
-	d.frozen++
-	return nil
-}
-
-// Thaw implements breakpoint.Driver.
-func (d *Debugger) Thaw() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.frozen == 0 {
-		return nil
-	}
-	if err := d.hv.Unpause(); err != nil {
-		return mapErr(err)
-	}
-	d.frozen--
 	return nil
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,17 +31,19 @@ var (
 type guest struct {
 	hv     Hypervisor
 	frames *paging.Cache
-	mem    atomic.Pointer[paging.Memory]
+	mem    *paging.Memory
 
 	rootMu sync.Mutex
 	root   paging.Root // 0: ask roots each time
-	la57   bool
 
 	// roots returns page-table roots that may map the kernel, best first.
 	roots func() ([]paging.Root, error)
 
 	breaksMu sync.Mutex
 	breaks   map[uint64]*patch
+
+	mu     sync.Mutex // the route's own
+	frozen int        // Freezes without their Thaw
 }
 
 // patch is a breakpoint in the guest's text.
@@ -55,7 +56,7 @@ type patch struct {
 
 func newGuest(hv Hypervisor) *guest {
 	g := &guest{hv: hv, frames: NewFrames(hv), breaks: make(map[uint64]*patch)}
-	g.mem.Store(paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}))
+	g.mem = paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}) // a 64-bit PV guest's
 	return g
 }
 
@@ -67,10 +68,35 @@ func (g *guest) SetKernelRoot(r paging.Root) {
 	g.root = r
 }
 
+// Freeze implements breakpoint.Driver.
+func (g *guest) Freeze() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.hv.Pause(); err != nil {
+		return mapErr(err)
+	}
+	g.frozen++
+	return nil
+}
+
+// Thaw implements breakpoint.Driver.
+func (g *guest) Thaw() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.frozen == 0 {
+		return nil
+	}
+	if err := g.hv.Unpause(); err != nil {
+		return mapErr(err)
+	}
+	g.frozen--
+	return nil
+}
+
 // Translate resolves a kernel address.
 func (g *guest) Translate(addr uint64) (t paging.Translation, err error) {
 	err = g.withRoot(0, func(r paging.Root) (err error) {
-		t, err = g.mem.Load().Translate(r, paging.VAddr(addr))
+		t, err = g.mem.Translate(r, paging.VAddr(addr))
 		return err
 	})
 	return t, err
@@ -102,21 +128,21 @@ func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
 
 func (g *guest) Read(cr3, addr uint64, b []byte) error {
 	return g.withRoot(cr3, func(r paging.Root) error {
-		_, err := g.mem.Load().Read(r, paging.VAddr(addr), b)
+		_, err := g.mem.Read(r, paging.VAddr(addr), b)
 		return err
 	})
 }
 
 func (g *guest) Write(cr3, addr uint64, b []byte) error {
 	return g.withRoot(cr3, func(r paging.Root) error {
-		_, err := g.mem.Load().Write(r, paging.VAddr(addr), b)
+		_, err := g.mem.Write(r, paging.VAddr(addr), b)
 		return err
 	})
 }
 
 func (g *guest) Store(cr3, addr uint64, b []byte) error {
 	return g.withRoot(cr3, func(r paging.Root) error {
-		_, err := g.mem.Load().Store(r, paging.VAddr(addr), b)
+		_, err := g.mem.Store(r, paging.VAddr(addr), b)
 		return err
 	})
 }
@@ -126,9 +152,9 @@ func (g *guest) Patch(addr uint64, b []byte) error { return g.Write(0, addr, b) 
 // int3 is the breakpoint instruction.
 const int3 = 0xcc
 
-// insert plants a breakpoint on the instruction in. One byte changes: whatever
-// stands behind it stays a boundary only where it was one.
-func (g *guest) insert(addr uint64, in *x86.Insn) error {
+// InsertBreak implements breakpoint.Driver. One byte changes: whatever stands
+// behind it stays a boundary only where it was one.
+func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	if g.breaks[addr] != nil {
@@ -149,8 +175,8 @@ func (g *guest) insert(addr uint64, in *x86.Insn) error {
 	return nil
 }
 
-// remove restores the byte of a breakpoint and forgets it.
-func (g *guest) remove(addr uint64) error {
+// RemoveBreak implements breakpoint.Driver.
+func (g *guest) RemoveBreak(addr uint64) error {
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	p := g.breaks[addr]

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
+
 	"syscall"
 	"time"
 
@@ -21,12 +21,10 @@ type MonitorRoute struct {
 	*guest
 	caps xenctrl.MonitorCaps
 
-	// mu guards the ring and what follows it.
-	mu      sync.Mutex
+	// guest.mu guards the ring and what follows it.
 	mon     Monitor
 	nvcpu   int
 	vcpus   []monitored
-	frozen  int
 	notify  bool // responses are on the ring that Xen hasn't been told of
 	step    *step
 	trapMon bool // debug-exception events are on
@@ -72,6 +70,9 @@ func OpenMonitor(hv Hypervisor) (_ *MonitorRoute, err error) {
 	}
 	m.vcpus = make([]monitored, m.nvcpu)
 	m.roots = m.currentRoots
+	if err := m.findMode(); err != nil {
+		return nil, err
+	}
 	if m.mon, err = hv.OpenMonitor(); err != nil {
 		if errors.Is(err, xenctrl.ErrBusy) {
 			return nil, fmt.Errorf("%w (%w)", ErrBusy, err)
@@ -93,8 +94,6 @@ func already(err error) error {
 	return err
 }
 
-const cr4LA57 = 1 << 12
-
 // currentRoots returns page tables that vCPUs use now. A vCPU in user mode may
 // use the tables of page-table isolation, whose kernel half is the table before
 // (arch/x86/entry/calling.h, PTI_USER_PGTABLE_MASK).
@@ -107,9 +106,6 @@ func (m *MonitorRoute) currentRoots() ([]paging.Root, error) {
 			errs = errors.Join(errs, err)
 			continue
 		}
-		if c.CR4&cr4LA57 != 0 {
-			m.useLA57()
-		}
 		roots = append(roots, paging.Root(c.CR3), paging.Root(c.CR3&^0x1000))
 	}
 	if len(roots) == 0 {
@@ -118,13 +114,22 @@ func (m *MonitorRoute) currentRoots() ([]paging.Root, error) {
 	return roots, nil
 }
 
-func (g *guest) useLA57() {
-	g.rootMu.Lock()
-	defer g.rootMu.Unlock()
-	if !g.la57 {
-		g.la57 = true
-		g.mem.Store(paging.New(g.frames, paging.Mode{Kind: paging.FiveLevel, NXE: true}))
+// findMode finds out how the guest's page tables are to be walked. A guest that
+// hasn't turned paging on yet has no kernel to probe.
+func (m *MonitorRoute) findMode() error {
+	var errs error
+	for v := range m.nvcpu {
+		c, err := m.hv.HVMCPU(v)
+		if err == nil {
+			var mode paging.Mode
+			if mode, err = paging.ModeOf(c.CR0, c.CR4, c.EFER); err == nil {
+				m.mem = paging.New(m.frames, mode)
+				return nil
+			}
+		}
+		errs = errors.Join(errs, fmt.Errorf("vCPU %d: %w", v, mapErr(err)))
 	}
+	return errs
 }
 
 // Caps implements breakpoint.Driver. Without a hypercall that holds single
@@ -139,39 +144,6 @@ func (m *MonitorRoute) Caps() breakpoint.Caps {
 	}
 	canTrap := m.caps&(xenctrl.MonitorSingleStep|xenctrl.MonitorDebugException) != 0
 	return breakpoint.Caps{VCPUs: m.nvcpu, Emulate: true, Step: m.online == 1 && canTrap}
-}
-
-// InsertBreak implements breakpoint.Driver.
-func (m *MonitorRoute) InsertBreak(addr uint64, in *x86.Insn) error {
-	return m.insert(addr, in)
-}
-
-// RemoveBreak implements breakpoint.Driver.
-func (m *MonitorRoute) RemoveBreak(addr uint64) error { return m.remove(addr) }
-
-// Freeze implements breakpoint.Driver.
-func (m *MonitorRoute) Freeze() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if err := m.hv.Pause(); err != nil {
-		return mapErr(err)
-	}
-	m.frozen++
-	return nil
-}
-
-// Thaw implements breakpoint.Driver.
-func (m *MonitorRoute) Thaw() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.frozen == 0 {
-		return nil
-	}
-	if err := m.hv.Unpause(); err != nil {
-		return mapErr(err)
-	}
-	m.frozen--
-	return nil
 }
 
 // Wait implements breakpoint.Driver.
