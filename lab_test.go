@@ -65,18 +65,30 @@ func (t labTest) rounds() int {
 	if testing.Short() && labguest.Host() == "hvm" {
 		return 2 // an Open alone takes half a minute there
 	}
-	if testing.Short() || t.cfg.VCPUs != 2 || t.cfg.Kernel != labguest.Kernels()[0] {
+	if testing.Short() || !t.patched() || t.cfg.VCPUs != 2 || t.cfg.Kernel != "6.1" {
 		return 5
 	}
 	return 50
 }
 
+// labGuest is a guest with the lab's init in it.
+type labGuest interface {
+	Name() string // for Open
+	Command(ctx context.Context, command string) (reply string, err error)
+	Output(ctx context.Context, command string) (reply string, lines []string, err error)
+	Console() string
+	KernelPath() string
+}
+
 type labTest struct {
 	*testing.T
-	g    *labguest.Guest
+	g    labGuest
 	cfg  labguest.Config
 	hash string // the guest's own of its text, before anything was done to it
 }
+
+// patched tells whether breakpoints show in the guest's memory. QEMU's don't.
+func (t labTest) patched() bool { return labguest.Host() != "" }
 
 func (t labTest) ask(format string, args ...any) string {
 	t.Helper()
@@ -250,7 +262,9 @@ func testSymbols(t labTest) {
 		assert.Contains(t, t.hash, hashOf(t, s), "all of the text")
 	}
 	require.NoError(t, s.Unregister(p))
-	assert.NotEqual(t, view, t.ask("text %#x 8", uint64(p.Address())), "the breakpoint was in the guest's text, and isn't any more")
+	if t.patched() {
+		assert.NotEqual(t, view, t.ask("text %#x 8", uint64(p.Address())), "the breakpoint was in the guest's text, and isn't any more")
+	}
 
 	// Another kernel's symbols are refused before anything is touched.
 	for _, k := range labguest.Kernels() {
@@ -392,6 +406,9 @@ func hashOf(t testing.TB, s *vmprobes.Session) string {
 func testHits(t labTest) {
 	s := t.open(nil)
 	per := 10000 / t.cfg.VCPUs
+	if !t.patched() {
+		per /= 20 // QEMU before 10.2 throws all it has translated away at each stop
+	}
 	var pre, post, wrong atomic.Uint64
 	p := &vmprobes.Probe{
 		Symbol: probed,
@@ -632,10 +649,13 @@ func testUnserved(t labTest) {
 	assert.Zero(t, p.Stats().Hits)
 }
 
+// programsEnv names a folder with the examples.
+const programsEnv = "VMPROBES_TEST_PROGRAMS"
+
 // binary returns the path of a program that was brought into dom0.
 func binary(t testing.TB, name string) string {
 	t.Helper()
-	for _, dir := range []string{"/", "/bin", "/lab", "/tmp", filepath.Dir(os.Args[0])} {
+	for _, dir := range []string{os.Getenv(programsEnv), "/", "/bin", "/lab", "/tmp", filepath.Dir(os.Args[0])} {
 		if st, err := os.Stat(filepath.Join(dir, name)); err == nil && st.Mode()&0o111 != 0 && !st.IsDir() {
 			return filepath.Join(dir, name)
 		}
@@ -671,7 +691,7 @@ func testExamples(t labTest) {
 	})
 	t.Run("opens", func(tt *testing.T) {
 		cmd := exec.Command(binary(tt, "opens"), t.g.Name())
-		out := start(tt, cmd, "watching a3guest")
+		out := start(tt, cmd, "watching ")
 		t.ask("open 7 all")
 		require.NoError(tt, cmd.Process.Signal(syscall.SIGINT))
 		require.NoError(tt, <-out.done, "%s", out)
@@ -694,7 +714,9 @@ func testExamples(t labTest) {
 		if err := cmd.Wait(); err != nil {
 			require.ErrorContains(tt, err, "broken pipe")
 		}
-		assert.NotEqual(tt, armed, t.ask("text %#x 8", uint64(addr)), "it lived on, and took its breakpoint out")
+		if t.patched() {
+			assert.NotEqual(tt, armed, t.ask("text %#x 8", uint64(addr)), "it lived on, and took its breakpoint out")
+		}
 	})
 }
 

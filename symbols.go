@@ -97,10 +97,10 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 		}
 	}
 	addr += Addr(p.Offset)
-	if err := s.allowed(uint64(addr)); err != nil {
+	if err := s.boundary(uint64(addr)); err != nil {
 		return 0, err
 	}
-	return addr, s.boundary(uint64(addr))
+	return addr, s.allowed(uint64(addr))
 }
 
 // allowed asks the guest's own lists whether a probe may be at addr.

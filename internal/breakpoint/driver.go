@@ -17,7 +17,8 @@
 //  4. in place, under a single step, while every other vCPU is held.
 //
 // In the first three the breakpoint stays armed throughout, so that no other
-// vCPU can slip past it.
+// vCPU can slip past it. Under a driver with [Caps].CheapStep it does so always,
+// and the order is another one: see there.
 //
 // # Later
 //
@@ -60,6 +61,12 @@ type Caps struct {
 	VCPUs   int  // vCPU numbers are below this
 	Emulate bool // Emulate works
 	Step    bool // StepOver works now: every other vCPU can be held
+	// CheapStep says that a step leaves every breakpoint armed, that a fault in it
+	// is the guest's as any other, and that it costs less than to write a register.
+	// So instructions are emulated here only if nothing but IP changes, none is
+	// copied out of line, and Emulate is a step without a Stepped stop: it
+	// takes any instruction that can be stepped, and registers that were changed.
+	CheapStep bool
 }
 
 // A Driver is one guest under one hypervisor.

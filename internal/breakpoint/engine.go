@@ -149,6 +149,7 @@ type Engine struct {
 	active   []*inflight // on their way: a vCPU can have several, one for each interrupt level
 	idle     []*inflight // to be used again
 	nvcpu    int
+	cheap    bool // Caps.CheapStep
 	stats    Stats
 	closed   bool
 	closeErr error
@@ -173,6 +174,7 @@ func New(drv Driver, cfg Config) *Engine {
 		sites:   make(map[uint64]*site),
 		slotEnd: make(map[uint64]*slot),
 		nvcpu:   drv.Caps().VCPUs,
+		cheap:   drv.Caps().CheapStep,
 	}
 }
 
@@ -354,6 +356,15 @@ func (e *Engine) newSite(addr uint64) (*site, error) {
 		}
 	}
 	s := &site{addr: addr, insn: in}
+	if e.cheap {
+		if e.cfg.Method == OutOfLine {
+			return nil, fmt.Errorf("%#x (%s): %w: this hypervisor steps in place", addr, in.String(), ErrNoWayPast)
+		}
+		if err := in.CanStep(); err != nil {
+			return nil, fmt.Errorf("%#x: %w: %w", addr, ErrNoWayPast, err)
+		}
+		return s, nil
+	}
 	memory := in.MemoryOperand()
 	if memory && e.cfg.MayFault != nil && e.cfg.MayFault(addr) {
 		// The fault must happen at this address, and its handler may need every
@@ -748,17 +759,16 @@ func (e *Engine) execute(f *inflight, s *Stop) (Verdict, error) {
 		return Continue, e.resume(s)
 	}
 	in := &st.insn
-	if e.cfg.Method == Auto && in.CanEmulate() {
+	if e.cfg.Method == Auto && e.emulates(in) {
 		before := s.Regs
-		if err := in.Emulate(&s.Regs, memory{e.drv, s.Regs.CR3}); err == nil {
+		if err := in.Emulate(&s.Regs, memory{e.drv, s.Regs.CR3}); err == nil && (!e.cheap || onlyIP(&before, &s.Regs)) {
 			e.stats.Emulated++
 			return e.finish(f, s)
 		}
 		s.Regs = before
 	}
 	caps := e.drv.Caps()
-	if caps.Emulate && in.XenEmulatable() && !f.wantsPost() && s.Regs == f.before &&
-		(e.cfg.Method == ByHypervisor || e.cfg.Method == Auto && !in.MemoryOperand()) {
+	if caps.Emulate && !f.wantsPost() && e.byHypervisor(in, s.Regs == f.before) {
 		e.give(f)
 		e.stats.Hypervisor++
 		return Continue, e.again(func() error { return e.drv.Emulate(s, in) })
@@ -787,6 +797,31 @@ func (e *Engine) execute(f *inflight, s *Stop) (Verdict, error) {
 	}
 	e.give(f)
 	return Continue, errors.Join(fmt.Errorf("%#x (%s): %w", st.addr, in.String(), ErrNoWayPast), e.giveUp(st, s))
+}
+
+// emulates reports whether an attempt is made to emulate in here.
+func (e *Engine) emulates(in *x86.Insn) bool {
+	return in.CanEmulate() && (!e.cheap || !in.MemoryOperand())
+}
+
+// byHypervisor reports whether the hypervisor may be asked to emulate in. It
+// takes the registers as the vCPU has them, so they must be the same still,
+// unless the driver says otherwise.
+func (e *Engine) byHypervisor(in *x86.Insn, same bool) bool {
+	switch {
+	case e.cfg.Method != Auto && e.cfg.Method != ByHypervisor:
+		return false
+	case e.cheap:
+		return true
+	}
+	return same && in.XenEmulatable() && (e.cfg.Method == ByHypervisor || !in.MemoryOperand())
+}
+
+// onlyIP reports whether a and b differ in IP at the most.
+func onlyIP(a, b *x86.Regs) bool {
+	c := *a
+	c.IP = b.IP
+	return c == *b
 }
 
 // giveUp takes a breakpoint out so that the vCPU at it can go on.
@@ -870,6 +905,11 @@ func (e *Engine) stepped(s *Stop) (Verdict, error) {
 	}
 	e.arrive(f)
 	if err := e.finishStep(f, s, st.addr); err != nil {
+		if e.cheap && errors.Is(err, x86.ErrStepLost) {
+			// It faulted. The guest's handler runs, and may come back for another hit.
+			e.give(f)
+			return Continue, e.resume(s)
+		}
 		// It faulted, which newSite rules out as far as that can be known: the vCPU
 		// is in the guest's fault handler. What was set for the step must not stay.
 		if s.Regs.Flags&x86.FlagTF != 0 {

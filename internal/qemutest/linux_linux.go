@@ -1,0 +1,212 @@
+package qemutest
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
+)
+
+// Linux is a VM that runs a Debian kernel with the lab's init
+// (lab/guestinit, whose documentation has the commands).
+type Linux struct {
+	*VM
+	Ready string // what the init said: the kernel's release and its number of CPUs
+
+	c     net.Conn
+	lines chan string
+
+	mu  sync.Mutex
+	tag int
+}
+
+// readyTimeout is for an emulated boot on a busy machine; it takes four seconds
+// on an idle one.
+const readyTimeout = 90 * time.Second
+
+// StartLinux boots the kernel of a series that the lab has fetched ("6.1",
+// "6.12"), and waits until its init is ready. Without such a kernel the test is
+// skipped, or fails under VMPROBES_REQUIRE_QEMU=1.
+func StartLinux(tb testing.TB, series string, c Config) *Linux {
+	tb.Helper()
+	Binary(tb)
+	dir := tb.TempDir()
+	c.Kernel = filepath.Join(dir, "vmlinuz")
+	if err := os.WriteFile(c.Kernel, kerneltest.File(tb, series, "vmlinuz"), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	init := filepath.Join(dir, "init")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", init, "github.com/vmprobes/vmprobes/lab/guestinit")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := build.CombinedOutput(); err != nil {
+		kerneltest.Skip(tb, "can't build the guest's init: %v: %s", err, out)
+	}
+	program, err := os.ReadFile(init)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	c.Initrd = filepath.Join(dir, "initrd")
+	initrd := append(archive("init", program), kerneltest.File(tb, series, "modules.cpio")...)
+	if err := os.WriteFile(c.Initrd, initrd, 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	// What the emulated CPU spends most of its boot time on is left out.
+	c.Append = strings.TrimSpace("console=ttyS0 quiet mitigations=off panic=-1 " + c.Append)
+	if c.MB == 0 {
+		c.MB = 256
+	}
+	v := Start(tb, c)
+	g := &Linux{VM: v, lines: make(chan string, 1024)}
+	if g.c, err = net.Dial("unix", v.serial); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { g.c.Close() })
+	go g.read()
+	timeout := time.After(readyTimeout)
+	for {
+		select {
+		case line, ok := <-g.lines:
+			if !ok {
+				tb.Fatalf("the guest's console is gone: %s", v.out.String())
+			}
+			if strings.Contains(line, "Kernel panic") {
+				tb.Fatalf("the guest: %s", line)
+			}
+			if _, ready, ok := strings.Cut(line, "GUEST READY "); ok {
+				g.Ready = ready
+				return g
+			}
+		case <-timeout:
+			tb.Fatal("the guest isn't ready")
+		}
+	}
+}
+
+func (g *Linux) read() {
+	defer close(g.lines)
+	for in := bufio.NewReader(g.c); ; {
+		line, err := in.ReadString('\n')
+		if line = strings.TrimRight(line, "\r\n"); line != "" {
+			g.lines <- line
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// Do sends a command and returns the answer.
+func (g *Linux) Do(command string) (string, error) {
+	reply, _, err := g.DoLines(command)
+	return reply, err
+}
+
+// DoLines is like Do and returns the lines before the answer, too.
+func (g *Linux) DoLines(command string) (reply string, lines []string, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.tag++
+	tag := fmt.Sprintf("@%d ", g.tag)
+	if _, err := io.WriteString(g.c, tag+command+"\n"); err != nil {
+		return "", nil, err
+	}
+	timeout := time.After(readyTimeout)
+	for {
+		select {
+		case line, ok := <-g.lines:
+			if !ok {
+				return "", lines, errors.New("the guest's console is gone")
+			}
+			if extra, ok := strings.CutPrefix(line, "| "); ok {
+				lines = append(lines, extra)
+				continue
+			}
+			_, answer, ok := strings.Cut(line, tag)
+			if !ok {
+				continue
+			}
+			if reply, ok := strings.CutPrefix(answer, "DONE "); ok {
+				return reply, lines, nil
+			}
+			return "", lines, fmt.Errorf("guest command %q: %s", command, answer)
+		case <-timeout:
+			return "", lines, fmt.Errorf("guest command %q: no answer", command)
+		}
+	}
+}
+
+// Must is Do for commands that work.
+func (g *Linux) Must(command string) string {
+	g.tb.Helper()
+	reply, err := g.Do(command)
+	if err != nil {
+		g.tb.Fatal(err)
+	}
+	return reply
+}
+
+// Symbol asks the guest for the address of a symbol.
+func (g *Linux) Symbol(name string) uint64 {
+	g.tb.Helper()
+	f := strings.Fields(g.Must("kallsyms " + name))
+	if len(f) < 3 {
+		g.tb.Fatalf("kallsyms %s: %v", name, f)
+	}
+	addr, err := strconv.ParseUint(f[2], 0, 64)
+	if err != nil {
+		g.tb.Fatal(err)
+	}
+	return addr
+}
+
+// Counts returns the numbers of an answer such as "open total=10 cpu0=5 cpu1=5".
+func Counts(reply string) map[string]int {
+	m := map[string]int{}
+	for _, f := range strings.Fields(reply) {
+		if k, v, ok := strings.Cut(f, "="); ok {
+			if n, err := strconv.Atoi(v); err == nil {
+				m[k] = n
+			}
+		}
+	}
+	return m
+}
+
+// The "newc" format of archives (initramfs-buffer-format.txt of Linux): headers
+// of 13 numbers of eight hexadecimal digits after a magic number.
+const (
+	newcMagic  = "070701"
+	newcHeader = 6 + 13*8
+)
+
+// archive returns an archive with one executable file.
+func archive(name string, content []byte) []byte {
+	var b bytes.Buffer
+	add := func(name string, mode int, content []byte) {
+		fmt.Fprintf(&b, newcMagic+"%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%s\x00",
+			b.Len(), mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name)+1, 0, name)
+		pad := func() {
+			for b.Len()%4 != 0 {
+				b.WriteByte(0)
+			}
+		}
+		pad()
+		b.Write(content)
+		pad()
+	}
+	add(name, 0o100755, content)
+	add("TRAILER!!!", 0, nil)
+	return b.Bytes()
+}

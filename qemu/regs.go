@@ -1,0 +1,324 @@
+package qemu
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
+)
+
+// registers are the names, in target descriptions, of what is used here, with
+// their sizes in bytes.
+var registers = [numRegs]struct {
+	name string
+	size int
+}{
+	rAX: {"rax", 8}, rBX: {"rbx", 8}, rCX: {"rcx", 8}, rDX: {"rdx", 8},
+	rSI: {"rsi", 8}, rDI: {"rdi", 8}, rBP: {"rbp", 8}, rSP: {"rsp", 8},
+	r8: {"r8", 8}, r9: {"r9", 8}, r10: {"r10", 8}, r11: {"r11", 8},
+	r12: {"r12", 8}, r13: {"r13", 8}, r14: {"r14", 8}, r15: {"r15", 8},
+	rIP: {"rip", 8}, rFlags: {"eflags", 4}, rCS: {"cs", 4}, rSS: {"ss", 4},
+	rFSBase: {"fs_base", 8}, rGSBase: {"gs_base", 8}, rKernelGSBase: {"k_gs_base", 8},
+	rCR0: {"cr0", 8}, rCR2: {"cr2", 8}, rCR3: {"cr3", 8}, rCR4: {"cr4", 8}, rEFER: {"efer", 8},
+}
+
+// Indexes of registers.
+const (
+	rAX = iota
+	rBX
+	rCX
+	rDX
+	rSI
+	rDI
+	rBP
+	rSP
+	r8
+	r9
+	r10
+	r11
+	r12
+	r13
+	r14
+	r15
+	rIP
+	rFlags
+	rCS
+	rSS
+	rFSBase
+	rGSBase
+	rKernelGSBase
+	rCR0
+	rCR2
+	rCR3
+	rCR4
+	rEFER
+	numRegs
+)
+
+// layout says where registers are in a "g" packet, and their numbers.
+type layout struct {
+	reg [numRegs]struct{ offset, number int }
+}
+
+// Limits of a target description.
+const (
+	maxTargetXML = 1 << 20
+	maxIncludes  = 64
+	maxRegisters = 4096
+	maxRegFile   = maxPacket / 2
+)
+
+var errNotAMD64 = errors.New("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64")
+
+// readLayout reads a target description (GDB manual, appendix G), with what it
+// includes, through read, which returns one document.
+func readLayout(read func(annex string) ([]byte, error)) (*layout, error) {
+	l := new(layout)
+	for i := range l.reg {
+		l.reg[i].offset = -1
+	}
+	p := layoutParser{layout: l, read: read, seen: map[string]bool{}}
+	if err := p.document("target.xml"); err != nil {
+		return nil, fmt.Errorf("target description: %w", err)
+	}
+	for i, r := range registers {
+		if l.reg[i].offset < 0 {
+			return nil, fmt.Errorf("%w: its target description has no register %s", errNotAMD64, r.name)
+		}
+	}
+	return l, nil
+}
+
+type layoutParser struct {
+	*layout
+	read           func(annex string) ([]byte, error)
+	seen           map[string]bool
+	offset, number int
+	count          int
+}
+
+func (p *layoutParser) document(annex string) error {
+	if p.seen[annex] || len(p.seen) >= maxIncludes {
+		return fmt.Errorf("%w: %q is included again", errProtocol, annex)
+	}
+	p.seen[annex] = true
+	doc, err := p.read(annex)
+	if err != nil {
+		return err
+	}
+	d := xml.NewDecoder(bytes.NewReader(doc))
+	for {
+		tok, err := d.Token()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", annex, err)
+		}
+		e, ok := tok.(xml.StartElement)
+		if !ok {
+			continue
+		}
+		switch e.Name.Local {
+		case "include":
+			if err := p.document(attribute(e, "href")); err != nil {
+				return err
+			}
+		case "reg":
+			if err := p.register(e); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func attribute(e xml.StartElement, name string) string {
+	for _, a := range e.Attr {
+		if a.Name.Local == name {
+			return a.Value
+		}
+	}
+	return ""
+}
+
+// decimal parses a number of at most six digits.
+func decimal(s string) (int, bool) {
+	if s == "" || len(s) > 6 {
+		return 0, false
+	}
+	n := 0
+	for _, c := range []byte(s) {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		n = 10*n + int(c-'0')
+	}
+	return n, true
+}
+
+func (p *layoutParser) register(e xml.StartElement) error {
+	name := attribute(e, "name")
+	bits, ok := decimal(attribute(e, "bitsize"))
+	if !ok || bits == 0 || bits%8 != 0 {
+		return fmt.Errorf("%w: register %q of %q bits", errProtocol, name, attribute(e, "bitsize"))
+	}
+	if s := attribute(e, "regnum"); s != "" {
+		if p.number, ok = decimal(s); !ok {
+			return fmt.Errorf("%w: register %q with number %q", errProtocol, name, s)
+		}
+	}
+	size := bits / 8
+	if p.count++; p.count > maxRegisters || p.offset+size > maxRegFile {
+		return fmt.Errorf("%w: too many registers", errProtocol)
+	}
+	for i, r := range registers {
+		if r.name != name {
+			continue
+		}
+		if size != r.size {
+			return fmt.Errorf("%w: register %s has %d bits", errNotAMD64, name, bits)
+		}
+		p.reg[i].offset, p.reg[i].number = p.offset, p.number
+	}
+	p.offset += size
+	p.number++
+	return nil
+}
+
+// regFile holds the values of registers.
+type regFile [numRegs]uint64
+
+// parse takes the data of a "g" packet.
+func (l *layout) parse(f *regFile, data []byte) error {
+	for i, r := range registers {
+		var b [8]byte
+		from := 2 * l.reg[i].offset
+		to := from + 2*r.size
+		if to > len(data) {
+			return fmt.Errorf("%w: %d digits of registers, none for %s", errProtocol, len(data), r.name)
+		}
+		if err := decodeHex(b[:r.size], data[from:to]); err != nil {
+			return fmt.Errorf("register %s: %w", r.name, err)
+		}
+		f[i] = binary.LittleEndian.Uint64(b[:])
+	}
+	return nil
+}
+
+// set returns the packet that sets register i.
+func (l *layout) set(i int, v uint64) string {
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], v)
+	p := fmt.Appendf(nil, "P%x=", l.reg[i].number)
+	return string(appendHex(p, b[:registers[i].size]))
+}
+
+// number parses the value of register i, as "p" gives it.
+func (l *layout) value(i int, data []byte) (uint64, error) {
+	var b [8]byte
+	if err := decodeHex(b[:registers[i].size], data); err != nil {
+		return 0, fmt.Errorf("register %s: %w", registers[i].name, err)
+	}
+	return binary.LittleEndian.Uint64(b[:]), nil
+}
+
+// general returns the registers that a hit shows.
+func (f *regFile) general() x86.Regs {
+	return x86.Regs{
+		R15: f[r15], R14: f[r14], R13: f[r13], R12: f[r12], BP: f[rBP], BX: f[rBX],
+		R11: f[r11], R10: f[r10], R9: f[r9], R8: f[r8],
+		AX: f[rAX], CX: f[rCX], DX: f[rDX], SI: f[rSI], DI: f[rDI],
+		IP: f[rIP], CS: f[rCS], Flags: f[rFlags], SP: f[rSP], SS: f[rSS],
+		FSBase: f[rFSBase], GSBase: f[rGSBase], CR3: f[rCR3],
+	}
+}
+
+// setGeneral puts into f what a handler may change.
+func (f *regFile) setGeneral(r *x86.Regs) {
+	f[r15], f[r14], f[r13], f[r12], f[rBP], f[rBX] = r.R15, r.R14, r.R13, r.R12, r.BP, r.BX
+	f[r11], f[r10], f[r9], f[r8] = r.R11, r.R10, r.R9, r.R8
+	f[rAX], f[rCX], f[rDX], f[rSI], f[rDI] = r.AX, r.CX, r.DX, r.SI, r.DI
+	f[rIP], f[rSP] = r.IP, r.SP
+	f[rFlags] = r.Flags & 0xffffffff
+}
+
+// A stopReply is why the VM stopped: "T05thread:p01.02;" and the like.
+type stopReply struct {
+	signal int
+	thread string // "" if it isn't said
+	exited bool   // "W" or "X": QEMU ends
+}
+
+// Signals that QEMU's stub uses (gdbstub/system.c, gdb_vm_state_change).
+const (
+	sigInt  = 2  // paused: by us, or by another through the monitor
+	sigQuit = 3  // the guest has shut down
+	sigTrap = 5  // breakpoint or step
+	sigAbrt = 6  // internal error, or the guest panicked
+	sigAlrm = 14 // the watchdog fired
+	sigIO   = 23 // a disk failed
+	sigXCPU = 24 // a migration is about to finish
+)
+
+// maxThreadID bounds the length of a thread id, "p" pid "." tid.
+const maxThreadID = 35
+
+func parseStop(data []byte) (r stopReply, err error) {
+	bad := func() (stopReply, error) {
+		return stopReply{}, fmt.Errorf("%w: stop reply %.80q", errProtocol, data)
+	}
+	if len(data) < 3 {
+		return bad()
+	}
+	hi, lo := unhex(data[1]), unhex(data[2])
+	if hi < 0 || lo < 0 {
+		return bad()
+	}
+	r.signal = hi<<4 | lo
+	switch data[0] {
+	case 'W', 'X':
+		r.exited = true
+		return r, nil
+	case 'S':
+		return r, nil
+	case 'T':
+	default:
+		return bad()
+	}
+	for pair := range strings.SplitSeq(string(data[3:]), ";") {
+		key, value, _ := strings.Cut(pair, ":")
+		if key == "thread" {
+			if !validThread(value) {
+				return bad()
+			}
+			r.thread = value
+		}
+	}
+	return r, nil
+}
+
+// validThread reports whether id may be a thread id; it is sent back as it is.
+func validThread(id string) bool {
+	if id == "" || len(id) > maxThreadID {
+		return false
+	}
+	pid, tid, multi := strings.Cut(strings.TrimPrefix(id, "p"), ".")
+	if multi != (id[0] == 'p') {
+		return false
+	}
+	return isHex(pid) && (!multi || isHex(tid))
+}
+
+func isHex(s string) bool {
+	for i := range len(s) {
+		if unhex(s[i]) < 0 {
+			return false
+		}
+	}
+	return s != ""
+}

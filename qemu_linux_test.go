@@ -1,0 +1,128 @@
+package vmprobes_test
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
+	"github.com/vmprobes/vmprobes/internal/qemutest"
+	"github.com/vmprobes/vmprobes/lab/labguest"
+)
+
+// qemuGuest is a guest in QEMU with the lab's init in it.
+type qemuGuest struct {
+	*qemutest.Linux
+	kernel string
+}
+
+func (g *qemuGuest) Name() string       { return "qemu:" + g.GDB }
+func (g *qemuGuest) KernelPath() string { return g.kernel }
+func (g *qemuGuest) Console() string    { return "" }
+
+func (g *qemuGuest) Command(_ context.Context, command string) (string, error) { return g.Do(command) }
+
+func (g *qemuGuest) Output(_ context.Context, command string) (string, []string, error) {
+	return g.DoLines(command)
+}
+
+// TestQEMU runs the lab's tests on guests in QEMU, with KASLR: the same programs,
+// another driver.
+func TestQEMU(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes minutes")
+	}
+	for _, cfg := range []labguest.Config{
+		{Kernel: "6.1", VCPUs: 1}, {Kernel: "6.1", VCPUs: 2}, {Kernel: "6.12", VCPUs: 1}, {Kernel: "6.12", VCPUs: 2},
+	} {
+		t.Run(cfg.Kernel+"-"+strconv.Itoa(cfg.VCPUs)+"vcpu", func(t *testing.T) {
+			g := &qemuGuest{
+				Linux:  qemutest.StartLinux(t, cfg.Kernel, qemutest.Config{VCPUs: cfg.VCPUs}),
+				kernel: filepath.Join(t.TempDir(), "vmlinux"),
+			}
+			require.NoError(t, os.WriteFile(g.kernel, kerneltest.File(t, cfg.Kernel, "vmlinux"), 0o600))
+			examples(t)
+			hash := labTest{t, g, cfg, ""}.texthash()
+			for _, c := range []struct {
+				name string
+				test func(labTest)
+			}{
+				{"Symbols", testSymbols},
+				{"Introspection", testIntrospection},
+				{"Calls", testCalls},
+				{"Hits", testHits},
+				{"Handlers", testHandlers},
+				{"GuestsOwnInt3", testGuestsOwnInt3},
+				{"Unserved", testUnserved},
+				{"Examples", testExamples},
+				{"Lists", testLists},
+				{"Ends", testEnds},
+				{"Killed", testKilled},
+			} {
+				t.Run(c.name, func(t *testing.T) { c.test(labTest{t, g, cfg, hash}) })
+			}
+			labTest{t, g, cfg, hash}.unharmed(hash)
+		})
+	}
+}
+
+// examples builds the programs that testExamples runs.
+func examples(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"vmprobebio", "opens", "process-list", "module-list", "guest-info", "map-symbol"} {
+		out, err := exec.Command("go", "build", "-o", dir+"/", "./examples/"+name).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+	}
+	t.Setenv(programsEnv, dir)
+}
+
+// testLists compares XenAccess' lists with the guest's own.
+func testLists(t labTest) {
+	run := func(args ...string) []string {
+		cmd := exec.Command(binary(t, args[0]), args[1:]...)
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		return strings.Split(strings.TrimSpace(string(out)), "\n")
+	}
+	var want []string
+	for _, l := range t.lines("modules") {
+		want = append(want, strings.Fields(l)[0])
+	}
+	assert.Equal(t, want, run("module-list", t.g.Name()))
+	tasks := run("process-list", t.g.Name())
+	assert.Equal(t, "[    0] swapper/0", tasks[0])
+	assert.Equal(t, "[    1] init", tasks[1])
+	assert.InDelta(t, len(t.lines("ps"))+1, len(tasks), 3)
+	assert.Contains(t, strings.Join(run("guest-info", t.g.Name()), "\n"), "Linux version "+t.cfg.Kernel)
+	page := run("map-symbol", t.g.Name(), "linux_banner")
+	assert.Len(t, page, 257)
+}
+
+// testKilled kills a tool in the middle of hits: the next one repairs what it left.
+func testKilled(t labTest) {
+	t.ask("busy 0 all")
+	for i := range 5 {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+		cmd.Env = append(os.Environ(), "VMPROBES_TEST_CHILD=SIGKILL", "VMPROBES_TEST_DOMAIN="+t.g.Name())
+		out := start(t, cmd, "hits\n")
+		require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
+		<-out.done
+		s, err := vmprobes.Open(t.Context(), t.g.Name(), nil)
+		require.NoError(t, err, "round %d", i)
+		require.NoError(t, s.Close())
+		before := number(t, t.ask("count"), "total")
+		time.Sleep(50 * time.Millisecond)
+		require.Greater(t, number(t, t.ask("count"), "total"), before, "round %d: the guest stands still", i)
+	}
+	assert.NotContains(t, t.ask("stop"), "BAD")
+}
