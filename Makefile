@@ -1,13 +1,14 @@
-# make demo   a real Xen with a real guest, and every file that the guest opens
+# make demo   a Linux guest in QEMU, and every file that it opens
 # make test   everything a contributor should see pass
 # make help   the rest
 
 GO          = $(shell tools/go)
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 LAB         = bin/lab
-# Hosts of the lab on which every test is known to pass; hvm isn't there yet: see
-# lab-hvm.
-HOSTS       = pv pv-stock
+# The lab calls plain "go", and tools/go may have found one that isn't on PATH.
+RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
+# Hosts of the lab.
+HOSTS       = pv pv-stock hvm
 FUZZTIME    = 5s
 
 # What the machine must have, as Debian packages: a compiler for cgo, objdump as
@@ -18,13 +19,16 @@ export CGO_ENABLED = 1
 
 .PHONY: help
 help:
-	@echo 'make demo        boot the lab, run vmprobebio on its guest'
-	@echo 'make demo HOST=hvm   the same with a PVH guest'
-	@echo 'make test        check, then the lab in short'
+	@echo 'make demo        boot Linux in QEMU, run vmprobebio on it'
+	@echo 'make demo-xen    the same with a PV guest on a real Xen (HOST=hvm: PVH)'
+	@echo 'make test        check, fuzz, then QEMU guests and the lab in short'
+	@echo 'make test-all    the whole matrix: QEMU guests, PV guests in the lab'
 	@echo 'make check       what needs no emulator (2 minutes)'
-	@echo 'make lab-test    the whole matrix of PV guests in the lab'
-	@echo 'make lab-hvm     a PVH guest in the lab'
+	@echo 'make test-qemu   Linux guests in QEMU'
+	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
+	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS))'
 	@echo 'make lab-shell   a dom0 prompt (HOST=pv or hvm)'
+	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench       benchmarks'
 	@echo 'make deps        install the Debian packages that all this needs'
@@ -32,8 +36,10 @@ help:
 
 # --- what the machine needs
 
-.PHONY: deps deps-check deps-lab
+.PHONY: deps deps-go deps-check deps-lab
 deps: deps-check deps-lab
+deps-go:
+	@tools/go >/dev/null 2>&1 || tools/install golang-go ca-certificates
 deps-check:
 	@tools/install $(PACKAGES) $$(tools/go >/dev/null 2>&1 || echo golang-go)
 deps-lab: deps-check $(LAB)
@@ -63,19 +69,14 @@ headers:
 	$(GO) test -count=1 -tags xenheaders ./xenctrl
 
 unit: export VMPROBES_REQUIRE_LAB =
+unit: export VMPROBES_REQUIRE_QEMU =
 unit:
 	$(GO) test -race -short ./...
 	$(GO) test ./...
 
 .PHONY: fuzz bench
 fuzz:
-	@for pkg in $$($(GO) list ./...); do \
-		dir=$$($(GO) list -f '{{.Dir}}' $$pkg); \
-		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$dir/*_test.go 2>/dev/null | cut -c6-); do \
-			echo "== $$pkg $$f"; \
-			$(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
-		done; \
-	done
+	@tools/fuzz "$(GO)" $(FUZZTIME)
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
@@ -87,56 +88,73 @@ HOST = pv
 .PHONY: FORCE
 FORCE:
 
-$(LAB): FORCE
-	@$(GO) build -o $@ ./lab
+# As the lab builds what it needs, so that the standard library is compiled once.
+$(LAB): deps-go FORCE
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./lab
+
+# Without debug information: the emulator has to load all of it.
+STRIP = -ldflags="-s -w"
 
 bin/vmprobes.test: FORCE
-	@$(GO) test -c -o $@ .
+	@$(GO) test -c $(STRIP) -o $@ .
 bin/xenctrl.test: FORCE
-	@$(GO) test -c -o $@ ./xenctrl
+	@$(GO) test -c $(STRIP) -o $@ ./xenctrl
 bin/vmprobebio: FORCE
-	@$(GO) build -o $@ ./examples/vmprobebio
+	@$(GO) build $(STRIP) -o $@ ./examples/vmprobebio
 bin/demo: FORCE
-	@$(GO) build -o $@ ./lab/demo
+	@$(GO) build $(STRIP) -o $@ ./lab/demo
 bin/opens: FORCE
-	@$(GO) build -o $@ ./examples/opens
+	@$(GO) build $(STRIP) -o $@ ./examples/opens
+bin/process-list: FORCE
+	@$(GO) build $(STRIP) -o $@ ./examples/process-list
+bin/module-list: FORCE
+	@$(GO) build $(STRIP) -o $@ ./examples/module-list
 
-IN_DOM0 = $(LAB) bin/vmprobes.test bin/xenctrl.test bin/vmprobebio bin/opens bin/demo
-FILES   = --file bin/vmprobebio:/bin/vmprobebio --file bin/opens:/bin/opens --file bin/xenctrl.test:/bin/xenctrl.test
+PROGRAMS = vmprobebio opens process-list module-list
+IN_DOM0  = $(LAB) bin/vmprobes.test bin/xenctrl.test bin/demo $(PROGRAMS:%=bin/%)
+FILES    = $(foreach p,$(PROGRAMS) xenctrl.test,--file bin/$(p):/bin/$(p))
 
-.PHONY: demo demo-xen
-demo demo-xen: deps-lab $(IN_DOM0)
-	@$(LAB) build $(HOST)
-	@$(LAB) run $(HOST) $(FILES) -- bin/demo
+.PHONY: demo demo-xen vm
+demo vm: $(LAB)
+	@$(LAB) install demo
+	@$(RUN_LAB) $@
 
-.PHONY: test lab-build lab-short lab-test lab-shell
-test: check lab-short
+demo-xen: deps-lab $(IN_DOM0)
+	@$(RUN_LAB) build $(HOST)
+	@$(RUN_LAB) run $(HOST) $(FILES) -- bin/demo
+
+.PHONY: test test-all test-qemu lab-build lab-short lab-test lab-shell
+test: check fuzz test-qemu lab-short
+
+test-all: lab-test
+	@$(MAKE) test-qemu QEMU_GUESTS=.
+
+# Guests in QEMU, by default the oldest and the newest kernel.
+QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
+test-qemu: deps-lab
+	@$(RUN_LAB) build guests
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./qemu ./linux ./xenaccess ./image
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run 'TestQEMU/($(QEMU_GUESTS))' .
 
 lab-build: deps-lab $(IN_DOM0)
-	@for h in $(HOSTS); do $(LAB) build $$h || exit 1; done
+	@for h in $(HOSTS); do $(RUN_LAB) build $$h || exit 1; done
 
+IN_LAB = VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(RUN_LAB) run
 lab-short: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h, in short"; \
-		VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(LAB) run $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h)" || exit 1; \
+		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h)" || exit 1; \
 	done
 
 lab-test: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h"; \
-		VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(LAB) run $$h --timeout 40m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 40m -test.run "$$(tools/labtests $$h)" || exit 1; \
+		$(IN_LAB) $$h --timeout 80m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 80m -test.run "$$(tools/labtests $$h)" || exit 1; \
 	done
 
-# The monitor route on a PVH guest, in short. Its emulator is slow (a quarter of an
-# hour), and the guest doesn't always come up.
-.PHONY: lab-hvm
-lab-hvm: deps-lab $(IN_DOM0)
-	@$(LAB) build hvm
-	@$(LAB) run hvm $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests hvm)"
-
 lab-shell: deps-lab $(IN_DOM0)
-	@$(LAB) build $(HOST)
-	@$(LAB) shell $(HOST)
+	@$(RUN_LAB) build $(HOST)
+	@$(RUN_LAB) shell $(HOST)
 
 .PHONY: clean
 clean:

@@ -185,6 +185,7 @@ func TestLab(t *testing.T) {
 			t.Run("Binding", lt(testBinding))
 			t.Run("Symbols", lt(testSymbols))
 			t.Run("Introspection", lt(testIntrospection))
+			t.Run("Lists", lt(testLists))
 			t.Run("Calls", lt(testCalls))
 			t.Run("Hits", lt(testHits))
 			t.Run("Stepped", lt(testStepped))
@@ -718,6 +719,27 @@ func testExamples(t labTest) {
 			assert.NotEqual(tt, armed, t.ask("text %#x 8", uint64(addr)), "it lived on, and took its breakpoint out")
 		}
 	})
+}
+
+// run runs a program and returns the lines of its output.
+func run(t testing.TB, program string, args ...string) []string {
+	t.Helper()
+	out, err := exec.Command(binary(t, program), args...).CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	return strings.Split(strings.TrimSpace(string(out)), "\n")
+}
+
+// testLists compares XenAccess' lists with the guest's own.
+func testLists(t labTest) {
+	var want []string
+	for _, l := range t.lines("modules") {
+		want = append(want, strings.Fields(l)[0])
+	}
+	assert.Equal(t, want, run(t, "module-list", t.g.Name()))
+	tasks := run(t, "process-list", t.g.Name())
+	assert.Equal(t, "[    0] swapper/0", tasks[0])
+	assert.Equal(t, "[    1] init", tasks[1])
+	assert.InDelta(t, len(t.lines("ps"))+1, len(tasks), 3)
 }
 
 // proc is a program that runs and whose output can be read meanwhile.

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"runtime"
@@ -18,7 +17,7 @@ import (
 	"time"
 
 	"github.com/ulikunitz/xz"
-	"github.com/vmprobes/vmprobes/lab/internal/cpio"
+	"github.com/vmprobes/vmprobes/internal/cpio"
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 	"github.com/vmprobes/vmprobes/lab/internal/kernelimg"
 )
@@ -131,6 +130,25 @@ func (c *cache) buildCommon(ctx context.Context) (*built, error) {
 		}
 	}
 	return b, nil
+}
+
+// buildGuests makes the images of the guests' kernels and nothing else.
+func (c *cache) buildGuests(ctx context.Context) error {
+	unlock, err := lock(ctx, c.path("build.lock"), "another lab build")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	for series, meta := range guestKernels {
+		kernel, err := kernelCandidate(ctx, meta)
+		if err != nil {
+			return err
+		}
+		if _, err := c.buildGuestKernel(ctx, series, kernel); err != nil {
+			return fmt.Errorf("guest kernel %s: %w", series, err)
+		}
+	}
+	return nil
 }
 
 // made returns the path of an image and whether it is there already.
@@ -604,31 +622,5 @@ const modulePath = "github.com/vmprobes/vmprobes"
 // buildPrograms builds dom0's and the guests' init from the source tree that
 // the current folder is in. Outside of it the ones built last are used.
 func (c *cache) buildPrograms(ctx context.Context) (map[string]string, error) {
-	dir, err := c.mkdir("bin")
-	if err != nil {
-		return nil, err
-	}
-	out := map[string]string{}
-	var stale error
-	for _, name := range []string{"dom0init", "guestinit"} {
-		out[name] = filepath.Join(dir, name)
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out[name], modulePath+"/lab/"+name)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-		if msg, err := cmd.CombinedOutput(); err != nil {
-			stale = fmt.Errorf("build lab/%s (from a folder inside the module): %w\n%s", name, err, lastLines(string(msg), 20))
-		}
-	}
-	if stale == nil {
-		return out, nil
-	}
-	// A broken source must not be hidden behind an old binary.
-	if list, err := output(ctx, "", "go", "list", "-m"); err == nil && strings.TrimSpace(list) == modulePath {
-		return nil, stale
-	}
-	for _, p := range out {
-		if _, err := os.Stat(p); err != nil {
-			return nil, stale
-		}
-	}
-	return out, nil
+	return c.buildCommands(ctx, "lab/dom0init", "lab/guestinit")
 }

@@ -21,10 +21,17 @@ type tool struct {
 	hosts []string // nil: all
 }
 
+// demo stands for the demonstration, among the hosts: a guest straight under QEMU,
+// without Xen.
+const demo = "demo"
+
+// allHosts are what tools can be asked for.
+var allHosts = []string{demo, job.PV, job.PVStock, job.HVM}
+
 var tools = []tool{
 	{"apt", []string{"apt-get", "apt-cache"}, nil},
 	{"dpkg", []string{"dpkg-deb"}, nil},
-	{"qemu-system-x86", []string{"qemu-system-x86_64"}, []string{job.PV, job.PVStock}},
+	{"qemu-system-x86", []string{"qemu-system-x86_64"}, []string{demo, job.PV, job.PVStock}},
 	{"gcc", []string{"gcc"}, []string{job.PV}},
 	{"libc6-dev", []string{"/usr/include/stdio.h"}, []string{job.PV}},
 	{"make", []string{"make"}, []string{job.PV}},
@@ -77,13 +84,13 @@ func requireTools(hosts ...string) error {
 	if len(pkgs) == 0 {
 		return nil
 	}
-	return fmt.Errorf("this machine lacks packages for the lab's %s host; install them (or run: lab install):\n  sudo %s",
-		strings.Join(hosts, ", "), strings.Join(installArgs(pkgs), " "))
+	return fmt.Errorf("this machine lacks packages for the lab's %[1]s; install them (or run: lab install %[2]s):\n  sudo %[3]s",
+		strings.Join(hosts, ", "), strings.Join(hosts, " "), strings.Join(installArgs(pkgs), " "))
 }
 
 func doctor(ctx context.Context, out io.Writer) error {
 	fail := false
-	for _, h := range []string{job.PV, job.PVStock, job.HVM} {
+	for _, h := range allHosts {
 		if pkgs := missing(h); len(pkgs) > 0 {
 			fail = true
 			fmt.Fprintf(out, "%-9s missing: %s\n", h, strings.Join(pkgs, " "))
@@ -112,19 +119,31 @@ func doctor(ctx context.Context, out io.Writer) error {
 	}
 	if fail {
 		fmt.Fprintf(out, "\nInstall what is missing (or run: lab install):\n  sudo %s\n",
-			strings.Join(installArgs(missing(job.PV, job.PVStock, job.HVM)), " "))
+			strings.Join(installArgs(missing(allHosts...)), " "))
 		return &exitError{code: 1}
 	}
 	return nil
 }
 
-func install(ctx context.Context) error {
-	pkgs := missing(job.PV, job.PVStock, job.HVM)
-	if len(pkgs) == 0 {
+// install installs what the hosts lack.
+func install(ctx context.Context, hosts []string) error {
+	wanted := missing(hosts...)
+	if len(wanted) == 0 {
 		fmt.Println("nothing is missing")
 		return nil
 	}
-	args := installArgs(pkgs)
+	// A fresh container or cloud image has no lists of packages. Sources that can't
+	// be reached are no matter if the others have what is wanted.
+	if _, err := candidates(ctx, wanted...); err != nil {
+		if err := asRoot(ctx, "apt-get", "update"); err != nil {
+			progress("%v", err)
+		}
+	}
+	return asRoot(ctx, installArgs(wanted)...)
+}
+
+// asRoot runs a command, with sudo if need be, and says so.
+func asRoot(ctx context.Context, args ...string) error {
 	if os.Geteuid() != 0 {
 		if absent("sudo") {
 			return errors.New("not root, and no sudo; as root run:\n  " + strings.Join(args, " "))
@@ -136,7 +155,7 @@ func install(ctx context.Context) error {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w (is \"apt-get update\" due?)", strings.Join(args, " "), err)
+		return fmt.Errorf("%s: %w", strings.Join(args, " "), err)
 	}
 	return nil
 }

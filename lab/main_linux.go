@@ -70,7 +70,7 @@ Hosts:
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(buildCommand(), runCommand(), execCommand(), shellCommand(), doctorCommand(), installCommand())
+	root.AddCommand(buildCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
 	return root
 }
 
@@ -84,22 +84,26 @@ func hostArg(name string) (string, error) {
 
 func buildCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "build pv|pv-stock|hvm|all",
-		Short:     "Fetch and build what a host needs",
+		Use:       "build pv|pv-stock|hvm|all|guests",
+		Short:     "Fetch and build what a host needs, or the guests' kernels only",
 		Args:      cobra.ExactArgs(1),
-		ValidArgs: []string{job.PV, job.PVStock, job.HVM, "all"},
+		ValidArgs: []string{job.PV, job.PVStock, job.HVM, "all", "guests"},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := openCache()
+			if err != nil {
+				return err
+			}
 			hosts := []string{job.PV, job.PVStock, job.HVM}
-			if args[0] != "all" {
+			switch args[0] {
+			case "guests":
+				return c.buildGuests(cmd.Context())
+			case "all":
+			default:
 				h, err := hostArg(args[0])
 				if err != nil {
 					return err
 				}
 				hosts = []string{h}
-			}
-			c, err := openCache()
-			if err != nil {
-				return err
 			}
 			return c.build(cmd.Context(), hosts)
 		},
@@ -244,11 +248,15 @@ func doctorCommand() *cobra.Command {
 
 func installCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "install",
-		Short: "Install what doctor finds missing (as root, or with sudo)",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return install(cmd.Context())
+		Use:       "install [demo|pv|pv-stock|hvm]…",
+		Short:     "Install what doctor finds missing (as root, or with sudo)",
+		Args:      cobra.OnlyValidArgs,
+		ValidArgs: allHosts,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				args = allHosts
+			}
+			return install(cmd.Context(), args)
 		},
 	}
 }

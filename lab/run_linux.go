@@ -19,7 +19,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/vmprobes/vmprobes/lab/internal/cpio"
+	"github.com/vmprobes/vmprobes/internal/cpio"
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 	"github.com/vmprobes/vmprobes/lab/internal/wire"
 )

@@ -1,9 +1,10 @@
 // Vmprobebio watches the files that a guest opens: the demonstration of the C
 // library, line for line.
 //
-//	vmprobebio [-symbol do_sys_openat2] [-n count] [domain]
+//	vmprobebio [-symbol do_sys_openat2] [-n count] [-task] [domain]
 //
-// It must run as root in dom0. Ctrl+C unregisters the probe.
+// A Xen domain takes root in dom0; qemu:/path/gdb.sock is a QEMU guest. Ctrl+C
+// unregisters the probe.
 package main
 
 import (
@@ -12,7 +13,9 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 
 	"github.com/vmprobes/vmprobes"
 )
@@ -20,6 +23,7 @@ import (
 var (
 	symbol = flag.String("symbol", "do_sys_openat2", "function to probe: do_sys_openat2, do_sys_open, or a system call such as sys_openat")
 	count  = flag.Int("n", 0, "end after this many calls, 0: never")
+	task   = flag.Bool("task", false, "show the task that made each call, too")
 )
 
 var calls int
@@ -56,11 +60,23 @@ func sysOpenHandler(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
 	fmt.Printf("[%d] %s() called\n", calls, *symbol)
 	fmt.Printf(" -- filename: %08x (%s)\n", uint64(filename), name)
 	fmt.Printf(" -- flags: %08x\n", flags)
-	fmt.Printf(" -- mode: %08x\n", mode)
-	if calls == *count {
+	_, err := fmt.Printf(" -- mode: %08x\n", mode)
+	if *task {
+		fmt.Printf(" -- task: %s\n", who(r))
+	}
+	if calls == *count || err != nil {
 		return vmprobes.Stop
 	}
 	return vmprobes.Continue
+}
+
+// who returns the task that made the call, as comm[process id].
+func who(r *vmprobes.Regs) string {
+	t, err := r.Task()
+	if err != nil {
+		return "? (" + err.Error() + ")"
+	}
+	return fmt.Sprintf("%s[%d]", t.Comm, t.TGID)
 }
 
 func main() {
@@ -74,6 +90,9 @@ func main() {
 		domain = flag.Arg(0)
 	}
 
+	// A reader of the output that goes away must not kill us with a probe armed: the
+	// handler stops at the error instead.
+	signal.Ignore(syscall.SIGPIPE)
 	vp := &vmprobes.Probe{
 		DomainName: domain,
 		Symbol:     *symbol,
