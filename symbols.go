@@ -62,12 +62,10 @@ func (s *Session) find(addr uint64) (sysmap.Symbol, uint64, bool) {
 		return sysmap.Symbol{}, 0, false
 	}
 	sym, off, ok := s.syms.Find(addr)
-	if all := s.syms; !ok {
-		if all = s.allSymbols(); all != s.syms {
-			return all.Find(addr)
-		}
+	if ok {
+		return sym, off, ok
 	}
-	return sym, off, ok
+	return s.allSymbols().Find(addr)
 }
 
 // allSymbols returns the kernel's symbols with those of its modules, if these can

@@ -182,6 +182,7 @@ func (m *machine) writeJob(out io.Writer, j job.Job, programs map[string]string)
 	if err := w.Bytes(job.GuestImage, 0o644, guest); err != nil {
 		return err
 	}
+	j.Cmdline = m.emu.guestCmdline()
 	raw, err := json.Marshal(j)
 	if err != nil {
 		return err

@@ -36,6 +36,9 @@ func fromELF(r io.ReaderAt, work int) (*Map, error) {
 	if m != nil || err != nil {
 		return m, err
 	}
+	if m := fromRodata(f, work); m != nil {
+		return m, nil
+	}
 	segs, err := loadSegments(f)
 	if err != nil {
 		return nil, err
@@ -45,6 +48,31 @@ func fromELF(r io.ReaderAt, work int) (*Map, error) {
 		return nil, fmt.Errorf("ELF file without .symtab: %w", err)
 	}
 	return m, err
+}
+
+// fromRodata looks for the kallsyms tables in .rodata alone, where the kernel's
+// build puts them: a tenth of the image. It returns nil if they, and the banner
+// that proves their addresses, aren't there.
+func fromRodata(f *elf.File, work int) *Map {
+	sec := f.Section(".rodata")
+	if sec == nil || sec.Type != elf.SHT_PROGBITS {
+		return nil
+	}
+	data, err := sectionData(sec)
+	if err != nil {
+		return nil
+	}
+	segs := []Segment{{Addr: sec.Addr, Data: data}}
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_LOAD && len(segs) <= maxSegments {
+			segs = append(segs, Segment{Addr: p.Vaddr, Size: p.Memsz}) // the kernel's extent
+		}
+	}
+	m, err := fromImage(segs, work)
+	if err != nil || m.Banner() == "" {
+		return nil
+	}
+	return m
 }
 
 // loadSegments reads the PT_LOAD segments.

@@ -32,11 +32,7 @@ func run() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 	fmt.Printf("This is dom0 of a real Xen (%s). Starting the guest a3guest …\n", labguest.Host())
-	vcpus := 2
-	if labguest.Host() == "hvm" {
-		vcpus = 1 // see lab/README.md
-	}
-	g, err := labguest.Start(ctx, labguest.Config{Name: "a3guest", VCPUs: vcpus})
+	g, err := labguest.Start(ctx, labguest.Config{Name: "a3guest", VCPUs: 2})
 	if err != nil {
 		return err
 	}

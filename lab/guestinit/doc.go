@@ -27,7 +27,8 @@
 //	                        DONE check rounds=R ymm=… mem=…
 //	int3user N              execute N int3 in user mode:
 //	                        DONE int3user sent=N sigtraps=M
-//	kallsyms NAME           DONE kallsyms NAME 0x… (all matches)
+//	kallsyms NAME           DONE kallsyms NAME 0x… (all matches), of the table as
+//	                        it was when first asked for
 //	kallsymshash            SHA-256 of /proc/kallsyms: of the kernel's lines, and
 //	                        of those of loaded modules:
 //	                        DONE kallsymshash kernel=H:LINES modules=H:LINES

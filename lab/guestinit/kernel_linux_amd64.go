@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"debug/elf"
@@ -49,30 +48,41 @@ func int3User(n uint64) (string, error) {
 	return fmt.Sprintf("int3user sent=%d sigtraps=%d", n, got), nil
 }
 
-// addresses returns the addresses of the named symbols, in the order of
-// /proc/kallsyms.
-func addresses(names ...string) (map[string][]uint64, error) {
-	f, err := os.Open("/proc/kallsyms")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	found := map[string][]uint64{}
-	// Nothing is allocated for the lines that do not matter: with the garbage
-	// collector off, this guest's memory would not last long.
-	for in := bufio.NewScanner(f); in.Scan(); {
-		address, rest, _ := bytes.Cut(in.Bytes(), []byte(" "))
-		_, rest, _ = bytes.Cut(rest, []byte(" "))
-		symbol, _, _ := bytes.Cut(rest, []byte("\t"))
-		for _, name := range names {
-			if string(symbol) == name {
-				a, err := strconv.ParseUint(string(address), 16, 64)
-				if err != nil {
-					return nil, err
-				}
-				found[name] = append(found[name], a)
-			}
+// symbols is /proc/kallsyms, read when it is first needed: having the kernel
+// write it takes seconds under an emulator.
+var symbols []byte
+
+// addresses returns the addresses of a symbol, in the order of /proc/kallsyms.
+func addresses(name string) ([]uint64, error) {
+	if symbols == nil {
+		b, err := os.ReadFile("/proc/kallsyms")
+		if err != nil {
+			return nil, err
 		}
+		symbols = b
+	}
+	var found []uint64
+	// Only what names the symbol is looked at: the garbage collector is off, and
+	// this guest's memory would not last for a string for each line.
+	for rest := symbols; ; {
+		i := bytes.Index(rest, []byte(" "+name))
+		if i < 0 {
+			break
+		}
+		line := rest[bytes.LastIndexByte(rest[:i], '\n')+1 : i] // "ffffffff81000000 T"
+		rest = rest[i+1+len(name):]
+		if len(rest) > 0 && rest[0] != '\n' && rest[0] != '\t' { // \t: of a module
+			continue
+		}
+		digits, _, _ := bytes.Cut(line, []byte(" "))
+		a, err := strconv.ParseUint(string(digits), 16, 64)
+		if err != nil {
+			return nil, fmt.Errorf("kallsyms: %w", err)
+		}
+		found = append(found, a)
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("kallsyms: no symbol %q", name)
 	}
 	return found, nil
 }
@@ -82,11 +92,8 @@ func kallsyms(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if len(found[name]) == 0 {
-		return "", fmt.Errorf("kallsyms: no symbol %q", name)
-	}
 	reply := "kallsyms " + name
-	for _, a := range found[name] {
+	for _, a := range found {
 		reply += fmt.Sprintf(" %#x", a)
 	}
 	return reply, nil
@@ -122,10 +129,7 @@ func text(symbol string, size uint64) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if len(found[symbol]) == 0 {
-			return "", fmt.Errorf("text: no symbol %q", symbol)
-		}
-		address = found[symbol][0]
+		address = found[0]
 	}
 	b := make([]byte, size)
 	if err := kernelMemory(address, b); err != nil {
@@ -135,14 +139,15 @@ func text(symbol string, size uint64) (string, error) {
 }
 
 func textHash() (string, error) {
-	found, err := addresses("_stext", "_etext")
+	starts, err := addresses("_stext")
 	if err != nil {
 		return "", err
 	}
-	if len(found["_stext"]) != 1 || len(found["_etext"]) != 1 {
-		return "", fmt.Errorf("texthash: no _stext and _etext")
+	ends, err := addresses("_etext")
+	if err != nil {
+		return "", err
 	}
-	start, end := found["_stext"][0], found["_etext"][0]
+	start, end := starts[0], ends[0]
 	sum := sha256.New()
 	for at := start; at < end; at += uint64(len(kernelBuffer)) {
 		b := kernelBuffer[:min(uint64(len(kernelBuffer)), end-at)]

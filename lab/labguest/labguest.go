@@ -119,7 +119,7 @@ func (c Config) file() string {
 		"type = " + strconv.Quote(string(c.Kind)),
 		"kernel = " + strconv.Quote(c.kernelFile("vmlinux")),
 		"ramdisk = " + strconv.Quote(c.ramdisk()),
-		"cmdline = " + strconv.Quote(strings.TrimSpace("console=hvc0 quiet "+c.Cmdline)),
+		"cmdline = " + strconv.Quote(strings.Join(strings.Fields("console=hvc0 quiet "+os.Getenv(job.EnvCmdline)+" "+c.Cmdline), " ")),
 		fmt.Sprintf("memory = %d", c.MemoryMB),
 		fmt.Sprintf("vcpus = %d", c.VCPUs),
 		// What a guest leaves behind when it dies is worth a look.
@@ -128,7 +128,9 @@ func (c Config) file() string {
 		`on_poweroff = "preserve"`,
 	}
 	if c.Kind == PVH {
-		lines = append(lines, `tsc_mode = "native"`, "nomigrate = 1")
+		// Where dom0 and the guest share one processor, a guest that never rests
+		// would leave dom0 the smaller part.
+		lines = append(lines, `tsc_mode = "native"`, "nomigrate = 1", "cpu_weight = 32")
 	}
 	return strings.Join(append(lines, c.Extra...), "\n") + "\n"
 }

@@ -13,9 +13,10 @@ import (
 
 func TestConfigFile(t *testing.T) {
 	t.Setenv("VMPROBES_LAB", "hvm")
+	t.Setenv("VMPROBES_LAB_CMDLINE", "lpj=1")
 	file := Config{Name: "x", VCPUs: 2, Cmdline: "a=b", Extra: []string{"cpus = 1"}}.withDefaults().file()
 	for _, want := range []string{
-		`name = "x"`, `type = "pvh"`, `kernel = "/lab/kernels/6.1/vmlinux"`, `cmdline = "console=hvc0 quiet a=b"`,
+		`name = "x"`, `type = "pvh"`, `kernel = "/lab/kernels/6.1/vmlinux"`, `cmdline = "console=hvc0 quiet lpj=1 a=b"`,
 		"memory = 256", "vcpus = 2", "nomigrate = 1", "cpus = 1",
 	} {
 		assert.Contains(t, strings.Split(file, "\n"), want)

@@ -25,6 +25,10 @@ const (
 // not set anywhere else.
 const EnvHost = "VMPROBES_LAB"
 
+// EnvCmdline is the environment variable with what the guests' kernels need on
+// their command lines under this emulator.
+const EnvCmdline = "VMPROBES_LAB_CMDLINE"
+
 // The hosts.
 const (
 	PV      = "pv"
@@ -37,6 +41,8 @@ type Job struct {
 	Host string   // one of the hosts
 	Args []string // program and arguments; empty for a shell
 	Env  []string // added to the environment
+	// Cmdline is for EnvCmdline.
+	Cmdline string
 	// Collect has patterns of files to send back at the end.
 	Collect []string
 	// ShellGuest is the name of a guest to start before the shell.
