@@ -105,6 +105,8 @@ bin/demo: FORCE
 	@$(GO) build $(STRIP) -o $@ ./lab/demo
 bin/opens: FORCE
 	@$(GO) build $(STRIP) -o $@ ./examples/opens
+bin/image.test: FORCE
+	@$(GO) test -c $(STRIP) -o $@ ./image
 bin/process-list: FORCE
 	@$(GO) build $(STRIP) -o $@ ./examples/process-list
 bin/module-list: FORCE
@@ -123,14 +125,20 @@ demo-xen: deps-lab $(IN_DOM0)
 	@$(RUN_LAB) build $(HOST)
 	@$(RUN_LAB) run $(HOST) $(FILES) -- bin/demo
 
-.PHONY: test test-all test-qemu lab-build lab-short lab-test lab-shell
+.PHONY: test test-all test-qemu lab-build lab-short lab-test lab-image lab-shell
 test: check fuzz test-qemu lab-short
 
-test-all: lab-test
+test-all: lab-test lab-image
 	@$(MAKE) test-qemu QEMU_GUESTS=.
+
+# What xl dump-core writes, read by package image.
+lab-image: deps-lab bin/image.test
+	@$(RUN_LAB) build pv
+	@$(IN_LAB) pv -- bin/image.test -test.v -test.run Xl
 
 # Guests in QEMU, by default the oldest and the newest kernel.
 QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
+test-qemu: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./qemu ./linux ./xenaccess ./image

@@ -60,8 +60,9 @@ func main() {
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "lab",
-		Short: "Emulated Xen hosts for testing vmprobes",
-		Long: `lab runs programs in a real Xen dom0 with real guests, inside an emulator.
+		Short: "Emulated Xen hosts and QEMU guests for trying and testing vmprobes",
+		Long: `lab runs programs in a real Xen dom0 with real guests, inside an emulator, and
+boots Linux guests in QEMU ("lab demo", "lab vm").
 
 Hosts:
   pv        Xen with CONFIG_GDBSX and PV guests (QEMU)
