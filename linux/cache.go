@@ -3,6 +3,7 @@ package linux
 import (
 	"bytes"
 	"cmp"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -11,18 +12,20 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
 // Decoding a symbol table costs a good part of a second, reading it a few
 // milliseconds. So the decoded table of each kernel seen is kept in a file, with
 // the hash of the guest's own tables that it was made of, and is taken for another
-// guest only if that one's tables have the same hash: no guest can put wrong
-// symbols into the cache for another.
+// guest only if that one's tables have the same hash. No guest can put wrong
+// symbols into the cache for another: what is hashed are the very bytes that were
+// decoded, not what the guest shows a moment later ([recorder]).
 //
 // An entry is a header and what [sysmap.Map.MarshalBinary] makes. Addresses are
 // relative to the kernel's first one, so that KASLR doesn't matter.
@@ -39,59 +42,91 @@ type cacheHeader struct {
 
 // Bounds of the cache. An entry has about 5 MiB.
 const (
-	cacheMagic   = "vmpsym\x00\x01"
+	cacheMagic   = "vmpsym\x00\x02"
 	cacheEntries = 32
-	cacheTables  = 32 << 20 // bytes hashed
+	cacheTables  = 32 << 20 // bytes hashed, and recorded
 	cacheSymtab  = 64 << 20 // bytes read from a file
 	cacheSuffix  = ".symbols"
+	cacheTemp    = ".tmp"
+	cacheStale   = time.Hour // age of a temporary file whose writer was killed
 	probeSize    = 512
 )
 
-// cached returns the symbols of the running kernel if dir has them.
-func (k *Kernel) cached(dir string) *sysmap.Map {
-	if err := checkCache(dir); err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			k.log.Warn("cache not used", "dir", dir, "err", err)
+// A recorder reads memory, each page once: what it has read before it gives again,
+// whatever the guest has written there since.
+type recorder struct {
+	read  func(addr uint64, b []byte) error
+	pages map[uint64][]byte // by address
+	full  bool              // not all could be kept
+}
+
+// Read implements [sysmap.Memory].
+func (r *recorder) Read(addr uint64, b []byte) error {
+	for len(b) > 0 {
+		at := addr &^ (paging.PageSize - 1)
+		page := r.pages[at]
+		if page == nil {
+			page = make([]byte, paging.PageSize)
+			if err := r.read(at, page); err != nil {
+				return err
+			}
+			if len(r.pages) < cacheTables/paging.PageSize {
+				r.pages[at] = page
+			} else {
+				r.full = true
+			}
 		}
-		return nil
-	}
-	for _, f := range cacheFiles(dir) {
-		m, err := k.tryCached(f)
-		if err != nil {
-			k.log.Debug("cache entry not used", "file", f, "err", err)
-		}
-		if m != nil {
-			return m
-		}
+		n := copy(b, page[addr-at:])
+		addr, b = addr+uint64(n), b[n:]
 	}
 	return nil
 }
 
+// cached takes the symbols of the running kernel from the cache, if that has them.
+func (k *Kernel) cached(dir string) bool {
+	root, err := openCache(dir)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			k.log.Warn("cache not used", "dir", dir, "err", err)
+		}
+		return false
+	}
+	defer root.Close()
+	for _, name := range cacheFiles(root) {
+		m, err := k.tryCached(root, name)
+		if err != nil {
+			k.log.Debug("cache entry not used", "file", name, "err", err)
+		}
+		if m != nil {
+			k.syms = m
+			now := time.Now() // what is used stays
+			if err := root.Chtimes(name, now, now); err != nil {
+				k.log.Debug("cache", "err", err)
+			}
+			return true
+		}
+	}
+	return false
+}
+
 // tryCached returns the symbols in a file if the running kernel has the same.
-func (k *Kernel) tryCached(name string) (*sysmap.Map, error) {
-	f, err := os.Open(name)
+func (k *Kernel) tryCached(root *os.Root, name string) (*sysmap.Map, error) {
+	f, err := root.Open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	var h cacheHeader
-	if err := binary.Read(f, binary.LittleEndian, &h); err != nil {
+	h, err := readHeader(f)
+	if err != nil {
 		return nil, err
 	}
-	if string(h.Magic[:]) != cacheMagic || h.Size > cacheTables || h.Symtab > cacheSymtab {
-		return nil, errors.New("not an entry of this version")
-	}
-	if sum, err := k.tableHash(h.Probe, probeSize); err != nil || sum != h.Sum {
+	if sum, err := k.tableHash(k.begin("cache").Read, h.Probe, probeSize); err != nil || sum != h.Sum {
 		return nil, nil //nolint:nilerr // another kernel
 	}
-	if sum, err := k.tableHash(h.Start, h.Size); err != nil || sum != h.Hash {
+	if sum, err := k.tableHash(k.begin("cache").Read, h.Start, h.Size); err != nil || sum != h.Hash {
 		return nil, nil //nolint:nilerr // another kernel
 	}
-	b := make([]byte, h.Symtab)
-	if _, err := io.ReadFull(f, b); err != nil {
-		return nil, err
-	}
-	m, err := sysmap.UnmarshalMap(b)
+	m, err := readSymbols(f, h)
 	if err != nil {
 		return nil, err
 	}
@@ -103,43 +138,48 @@ func (k *Kernel) tryCached(name string) (*sysmap.Map, error) {
 	return m, nil
 }
 
-// tableHash hashes guest memory, off bytes behind the kernel's first address.
-// Words that hold that address count as zero: kallsyms_relative_base does, and is
-// not the same at each boot.
-func (k *Kernel) tableHash(off, n uint64) (sum [sha256.Size]byte, err error) {
-	base := k.ranges[0].Addr
-	b := make([]byte, n)
-	if err := k.Read(base+off, b); err != nil {
-		return sum, err
+func readHeader(r io.Reader) (h cacheHeader, err error) {
+	if err := binary.Read(r, binary.LittleEndian, &h); err != nil {
+		return h, err
 	}
-	var word [8]byte
-	binary.LittleEndian.PutUint64(word[:], base)
-	for i := 0; ; {
-		j := bytes.Index(b[i:], word[:])
-		if j < 0 {
-			break
-		}
-		clear(b[i+j : i+j+8])
-		i += j + 8
+	if string(h.Magic[:]) != cacheMagic || h.Size > cacheTables || h.Symtab > cacheSymtab {
+		return h, errors.New("not an entry of this version")
 	}
-	return sha256.Sum256(b), nil
+	return h, nil
 }
 
-// keep writes the symbols of the running kernel to the cache.
-func (k *Kernel) keep(dir string, t *sysmap.Tables) error {
+func readSymbols(r io.Reader, h cacheHeader) (*sysmap.Map, error) {
+	var b bytes.Buffer
+	b.Grow(int(min(h.Symtab, 8<<20))) // what there may be beyond is allocated when it is there
+	if _, err := io.CopyN(&b, r, int64(h.Symtab)); err != nil {
+		return nil, err
+	}
+	return sysmap.UnmarshalMap(b.Bytes())
+}
+
+// tableHash hashes guest memory, off bytes behind the kernel's first address.
+// Words that hold that address count as a constant: kallsyms_relative_base does,
+// and is not the same at each boot.
+func (k *Kernel) tableHash(read func(uint64, []byte) error, off, n uint64) (sum [sha256.Size]byte, err error) {
+	base := k.ranges[0].Addr
+	b := make([]byte, n)
+	if err := read(base+off, b); err != nil {
+		return sum, err
+	}
+	word := binary.LittleEndian.AppendUint64(nil, base)[:k.bits/8]
+	return sha256.Sum256(bytes.ReplaceAll(b, word, []byte("its base")[:k.bits/8])), nil
+}
+
+// keep writes the symbols of the running kernel to the cache: those that were made
+// of the tables t, as recorded.
+func (k *Kernel) keep(dir string, t *sysmap.Tables, rec *recorder) error {
 	base := k.ranges[0].Addr
 	if text, err := k.symbol("_text"); err != nil || text != base {
 		return errors.New("the image doesn't begin with _text")
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	if err := checkCache(dir); err != nil {
-		return err
-	}
 	// All tables lie close together. Whatever else is between them is constant, too.
 	start := min(t.Names, t.Markers, t.TokenTable, t.Addresses)
-	end := max(t.Names, t.Markers, t.TokenTable+probeSize, t.Addresses+4*uint64(t.Count))
+	end := max(t.Names, t.Markers, t.TokenTable+probeSize, t.Addresses+uint64(k.bits/8)*uint64(t.Count))
 	if start < base || end-start > cacheTables {
 		return fmt.Errorf("tables from %#x to %#x: %w", start, end, ErrBadKernel)
 	}
@@ -149,74 +189,98 @@ func (k *Kernel) keep(dir string, t *sysmap.Tables) error {
 	}
 	h := cacheHeader{Probe: t.TokenTable - base, Start: start - base, Size: end - start, Link: base, Symtab: uint64(len(b))}
 	copy(h.Magic[:], cacheMagic)
-	if h.Sum, err = k.tableHash(h.Probe, probeSize); err != nil {
+	if h.Sum, err = k.tableHash(rec.Read, h.Probe, probeSize); err != nil {
 		return err
 	}
-	if h.Hash, err = k.tableHash(h.Start, h.Size); err != nil {
+	if h.Hash, err = k.tableHash(rec.Read, h.Start, h.Size); err != nil {
 		return err
+	}
+	if rec.full {
+		return fmt.Errorf("more than %s were read", size(cacheTables))
 	}
 	var out bytes.Buffer
 	if err := binary.Write(&out, binary.LittleEndian, &h); err != nil {
 		return err
 	}
 	out.Write(b)
-	trimCache(dir)
-	// Another process may be doing the same: whoever is last wins, with the same.
-	tmp, err := os.CreateTemp(dir, "*.tmp")
+
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	root, err := openCache(dir)
 	if err != nil {
 		return err
 	}
-	_, err = tmp.Write(out.Bytes())
-	err = errors.Join(err, tmp.Close())
+	defer root.Close()
+	trimCache(root)
+	// Another process may be doing the same: whoever is last wins, with the same.
+	tmp := rand.Text() + cacheTemp
+	f, err := root.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(out.Bytes())
+	err = errors.Join(err, f.Close())
 	if err == nil {
-		err = os.Rename(tmp.Name(), filepath.Join(dir, hex.EncodeToString(h.Hash[:16])+cacheSuffix))
+		err = root.Rename(tmp, hex.EncodeToString(h.Hash[:16])+cacheSuffix)
 	}
 	if err != nil {
-		os.Remove(tmp.Name())
+		err = errors.Join(err, root.Remove(tmp))
 	}
 	return err
 }
 
-// checkCache makes sure that nobody but the owner can write to the cache.
-func checkCache(dir string) error {
-	st, err := os.Stat(dir)
+// openCache opens the folder of the cache, if nobody but its owner, who is the
+// caller, can write to it.
+func openCache(dir string) (*os.Root, error) {
+	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if !st.IsDir() || st.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s must be a folder that only its owner can write to", dir)
+	info, err := root.Stat(".")
+	if err == nil && !private(info) {
+		err = fmt.Errorf("%s must belong to its user, and nobody else may write to it", dir)
 	}
-	return nil
+	if err != nil {
+		root.Close()
+		return nil, err
+	}
+	return root, nil
 }
 
 // cacheFiles returns the entries of the cache, those used last first.
-func cacheFiles(dir string) []string {
-	entries, err := os.ReadDir(dir)
+func cacheFiles(root *os.Root) []string {
+	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
 		return nil
 	}
 	type file struct {
 		name string
-		time int64
+		used time.Time
 	}
 	var files []file
 	for _, e := range entries {
-		if info, err := e.Info(); err == nil && info.Mode().IsRegular() && strings.HasSuffix(e.Name(), cacheSuffix) {
-			files = append(files, file{filepath.Join(dir, e.Name()), info.ModTime().UnixNano()})
+		info, err := e.Info()
+		switch {
+		case err != nil || !info.Mode().IsRegular():
+		case strings.HasSuffix(e.Name(), cacheSuffix):
+			files = append(files, file{e.Name(), info.ModTime()})
+		case strings.HasSuffix(e.Name(), cacheTemp) && time.Since(info.ModTime()) > cacheStale:
+			root.Remove(e.Name())
 		}
 	}
-	slices.SortFunc(files, func(a, b file) int { return cmp.Compare(b.time, a.time) })
-	names := make([]string, 0, len(files))
-	for _, f := range files[:min(len(files), cacheEntries)] {
-		names = append(names, f.name)
+	slices.SortFunc(files, func(a, b file) int { return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.name, b.name)) })
+	names := make([]string, len(files))
+	for i, f := range files {
+		names[i] = f.name
 	}
 	return names
 }
 
 // trimCache makes room for one more entry.
-func trimCache(dir string) {
-	files := cacheFiles(dir)
+func trimCache(root *os.Root) {
+	files := cacheFiles(root)
 	for _, f := range files[min(len(files), cacheEntries-1):] {
-		os.Remove(f)
+		root.Remove(f)
 	}
 }

@@ -28,11 +28,17 @@ const (
 	maxGap      = 16 << 20 // between two parts of an image: init code is freed
 	maxImage32  = 64 << 20
 	tableBudget = 1 << 11 // page tables read per root: a 1 GiB window has at most 515
-	maxBTF      = 64 << 20
+	maxRanges   = 1 << 13 // pieces of an image: a PV guest's page tables in it are read-only
+	maxImages   = 16      // different ones that are searched for symbols
+	maxBTF      = 32 << 20
 	maxNotes    = 64 << 10
 )
 
 // Discover finds the kernel that a machine runs.
+//
+// It takes a minute at most, however hostile the guest, after which it fails with
+// an error that wraps ErrBudget; the search of a whole image for a kernel, where
+// there are no registers, comes before that, and takes as long as reading it does.
 func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if opts == nil {
 		opts = new(Options)
@@ -45,7 +51,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (registers: %w)", ErrNoKernel, err)
 	}
-	images, err := findImages(m, cpus)
+	images, err := findImages(ctx, m, cpus)
 	if scanner, ok := m.(Scanner); ok && len(images) == 0 {
 		var serr error
 		images, serr = findVMCoreInfo(ctx, scanner)
@@ -54,13 +60,15 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if len(images) == 0 {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, maxTime, fmt.Errorf("discovery: %w: it has taken %v", ErrBudget, maxTime))
+	defer cancel()
 	// The largest image is the kernel's: the page tables that a processor has in
 	// user mode map only its entry code (page-table isolation), and a page that is
 	// no table maps garbage, if anything.
 	var errs error
-	for _, img := range images {
+	for _, img := range images[:min(len(images), maxImages)] {
 		if err := done(ctx); err != nil {
-			return nil, err
+			return nil, errors.Join(errs, err)
 		}
 		k.mem, k.root, k.bits, k.ranges, k.rungs = img.mem, img.root, img.bits, img.ranges, nil
 		k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
@@ -69,10 +77,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 			errs = errors.Join(errs, err)
 			continue
 		}
-		if err := k.identify(cpus); err != nil {
-			errs = errors.Join(errs, err)
-			continue
-		}
+		k.explainPlace(cpus)
 		k.useOwnRoot()
 		return k, nil
 	}
@@ -92,12 +97,15 @@ type image struct {
 
 // findImages returns what the page tables of the vCPUs map where kernels are,
 // the largest first, and of each only one.
-func findImages(m Machine, cpus []CPU) ([]image, error) {
+func findImages(ctx context.Context, m Machine, cpus []CPU) ([]image, error) {
 	var images []image
 	errs := fmt.Errorf("%w (none of %d vCPUs has page tables that map one)", ErrNoKernel, len(cpus))
 	mems := make(map[paging.Mode]*paging.Memory)
 	tried := make(map[paging.Root]bool)
 	for i, c := range cpus {
+		if err := done(ctx); err != nil {
+			return nil, err
+		}
 		mode := paging.Mode{Kind: paging.FourLevel, NXE: true}
 		if !c.PV {
 			var err error
@@ -105,6 +113,9 @@ func findImages(m Machine, cpus []CPU) ([]image, error) {
 				errs = errors.Join(errs, fmt.Errorf("vCPU %d: %w", i, err))
 				continue
 			}
+			// QEMU's cores of i386 guests are without EFER. A kernel that hasn't set
+			// NXE doesn't set the bit in its tables either.
+			mode.NXE = mode.Kind != paging.TwoLevel
 		}
 		mem := mems[mode]
 		if mem == nil {
@@ -182,6 +193,9 @@ func (img *image) find() error {
 		if len(img.ranges) > 0 && sr.Addr-end > maxGap || sr.Size == 0 {
 			break
 		}
+		if len(img.ranges) == maxRanges {
+			return fmt.Errorf("page tables at %#x: more than %d pieces: %w", uint64(img.root), maxRanges, ErrBadKernel)
+		}
 		img.ranges = append(img.ranges, sr)
 		img.size += sr.Size
 		end = sr.Addr + sr.Size
@@ -195,19 +209,32 @@ func (img *image) find() error {
 	return nil
 }
 
-// findSymbols takes the symbols that were given, or finds the kernel's own.
+// findSymbols takes the symbols that were given, or finds the kernel's own, and
+// makes sure that they are.
 func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	if opts.Symbols != nil {
-		return k.fit(opts.Symbols)
+		if err := k.fit(opts.Symbols); err != nil {
+			return err
+		}
+		return k.identify(ctx)
 	}
-	if opts.Cache != "" {
-		if k.syms = k.cached(opts.Cache); k.syms != nil {
+	before := k.rungs
+	if opts.Cache != "" && k.cached(opts.Cache) {
+		err := k.identify(ctx)
+		if err == nil {
 			return nil
 		}
+		k.log.Warn("symbols in the cache are wrong", "err", err)
+		k.rungs = before
 	}
-	m, t, err := sysmap.FromMemory(ctx, k, k.ranges)
+	var mem sysmap.Memory = k
+	rec := &recorder{read: k.Read, pages: make(map[uint64][]byte)}
+	if opts.Cache != "" {
+		mem = rec
+	}
+	m, t, err := sysmap.FromMemory(ctx, mem, k.ranges)
 	if err != nil {
-		if done(ctx) != nil {
+		if err := done(ctx); err != nil {
 			return err
 		}
 		return fmt.Errorf("%w: %w", ErrNoSymbols, err)
@@ -215,8 +242,11 @@ func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	k.syms = m
 	k.explain("symbols", nil, fmt.Sprintf("%s; every name and marker fits, addresses rise", t.Layout),
 		"%d, by the structure of the tables at %#x (%d pages read)", t.Count, t.Names, t.Pages)
+	if err := k.identify(ctx); err != nil {
+		return err
+	}
 	if opts.Cache != "" {
-		if err := k.keep(opts.Cache, t); err != nil {
+		if err := k.keep(opts.Cache, t, rec); err != nil {
 			k.log.Debug("symbols not kept in the cache", "dir", opts.Cache, "err", err)
 		}
 	}
@@ -234,42 +264,51 @@ func (k *Kernel) fit(m *sysmap.Map) error {
 	align := uint64(2 << 20)
 	if k.bits == 32 {
 		align = 8 << 10
+		// Without the NX bit nothing tells where in the mapping of all memory the
+		// image begins. Few of these kernels move.
+		if last := k.ranges[len(k.ranges)-1]; text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
+			slide = 0
+		}
 	}
 	if slide >= windowSize || slide%align != 0 {
 		return fmt.Errorf("%w: _text is at %#x in the file, and the kernel's image at %#x", ErrWrongSymbols, text.Addr, k.ranges[0].Addr)
 	}
 	k.syms = m
+	why := "where the image is"
 	if slide != 0 {
 		k.syms = m.Slide(slide)
+		why = fmt.Sprintf("moved by %#x to where the image is", slide)
 	}
-	k.explain("symbols", nil, "moved to where the image is", "%d, as given", m.Len())
+	k.explain("symbols", nil, why, "%d, as given", m.Len())
 	return nil
 }
 
 // identify reads the kernel's version string and build id, which shows as well
 // that the symbols are at the right addresses.
-func (k *Kernel) identify(cpus []CPU) error {
-	wrong := ErrNoKernel
-	if k.syms.Banner() != "" || len(k.rungs) > 0 {
-		wrong = ErrWrongSymbols
-	}
+func (k *Kernel) identify(ctx context.Context) error {
+	why := "read at linux_banner"
 	at, err := k.symbol("linux_banner")
+	if errors.Is(err, sysmap.ErrNotFound) {
+		// A kernel without CONFIG_KALLSYMS_ALL has only functions among its symbols.
+		why = "found in read-only data"
+		at, err = k.findBanner(ctx)
+	}
 	if err != nil {
-		return fmt.Errorf("%w: %w", wrong, err)
+		return fmt.Errorf("%w: %w", ErrWrongSymbols, err)
 	}
 	s, err := k.ReadString(at, 1024)
-	if err != nil || !strings.HasPrefix(s, "Linux version ") {
-		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(wrong, err), at)
+	if err != nil || !strings.HasPrefix(s, bannerMagic) {
+		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(ErrWrongSymbols, err), at)
 	}
 	k.banner = strings.TrimRight(s, "\n")
 	if want := strings.TrimRight(k.syms.Banner(), "\n\x00"); want != "" && want != k.banner {
 		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
 	}
-	k.explain("banner", nil, "read at linux_banner", "%s", printable(k.banner))
+	k.explain("banner", nil, why, "%s", printable(k.banner))
 
+	o := k.begin("build id")
 	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
-		notes := make([]byte, n)
-		if err := k.Read(addr, notes); err == nil {
+		if notes, err := o.table("notes", addr, n, maxNotes); err == nil {
 			k.buildID = buildID(notes)
 		}
 	}
@@ -278,9 +317,36 @@ func (k *Kernel) identify(cpus []CPU) error {
 	} else {
 		k.explain("build id", errors.New("no note of it"), "", "")
 	}
-	k.explainPlace(cpus)
 	return nil
 }
+
+// bannerMagic begins the version string (init/version.c).
+const bannerMagic = "Linux version "
+
+// findBanner searches read-only data for the version string: what the kernel has
+// logged has it, too, but in data that is written to.
+func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
+	o := k.begin("version string")
+	for _, r := range k.ranges {
+		for off := uint64(0); off < r.Size && !r.Writable; off += paging.PageSize {
+			if err := done(ctx); err != nil {
+				return 0, err
+			}
+			var page [paging.PageSize + len(bannerMagic)]byte
+			b := page[:min(uint64(len(page)), r.Size-off)]
+			if err := o.Read(r.Addr+off, b); errors.Is(err, ErrBudget) {
+				return 0, err
+			}
+			// The number behind it tells it from the format of such strings.
+			if i := bytes.Index(b, []byte(bannerMagic)); i >= 0 && i+len(bannerMagic) < len(b) && isDigit(b[i+len(bannerMagic)]) {
+				return r.Addr + off + uint64(i), nil
+			}
+		}
+	}
+	return 0, errors.New("no version string in the kernel's image")
+}
+
+func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 
 // explainPlace says where the kernel is, and whether its processor agrees.
 func (k *Kernel) explainPlace(cpus []CPU) {
@@ -324,7 +390,7 @@ func (k *Kernel) useOwnRoot() {
 		if err != nil {
 			continue
 		}
-		root := paging.Root(uint64(t.Frame)*paging.PageSize + t.Offset)
+		root := paging.Root(t.Phys())
 		// They must lead to where the tables in use lead.
 		if t2, err := k.mem.Translate(root, paging.VAddr(at)); err != nil || t2.Frame != t.Frame {
 			continue
@@ -435,9 +501,12 @@ func (k *Kernel) ownTypes() (*ktype.Types, error) {
 	if err != nil {
 		return nil, fmt.Errorf("no BTF in the kernel: %w", err)
 	}
-	blob := make([]byte, n)
-	if err := k.Read(at, blob); err != nil {
+	blob, err := k.begin("types").table("BTF", at, n, maxBTF)
+	if err != nil {
 		return nil, fmt.Errorf("BTF: %w", err)
+	}
+	if err := checkNames(blob); err != nil {
+		return nil, err
 	}
 	t, err := ktype.FromBTF(bytes.NewReader(blob), int64(n))
 	if err != nil {
@@ -450,8 +519,31 @@ func (k *Kernel) ownTypes() (*ktype.Types, error) {
 	return t, nil
 }
 
+// checkNames makes sure that the names of types, which errors show, are printable,
+// as those of C and Rust are. The header says where they are (struct btf_header, include/uapi/linux/btf.h).
+func checkNames(blob []byte) error {
+	const header = 24
+	if len(blob) < header {
+		return fmt.Errorf("BTF of %d bytes: %w", len(blob), ErrBadKernel)
+	}
+	at := uint64(le32(blob[4:])) + uint64(le32(blob[16:]))
+	n := uint64(le32(blob[20:]))
+	if at > uint64(len(blob)) || n > uint64(len(blob))-at {
+		return fmt.Errorf("BTF with names beyond its end: %w", ErrBadKernel)
+	}
+	for _, c := range blob[at : at+n] {
+		if c != 0 && (c < ' ' || c > '~') {
+			return fmt.Errorf("BTF with unprintable names: %w", ErrBadKernel)
+		}
+	}
+	return nil
+}
+
 // checkTypes looks at the idle task, whose name is known.
 func (k *Kernel) checkTypes(t *ktype.Types) error {
+	if n := t.PointerSize() * 8; n != uint64(k.bits) {
+		return fmt.Errorf("%w: they are of a kernel of %d bits", ErrWrongTypes, n)
+	}
 	init, err := k.initTask()
 	if err != nil {
 		return nil //nolint:nilerr // a kernel without CONFIG_KALLSYMS_ALL: nothing to check with

@@ -18,9 +18,15 @@
 // # Trust
 //
 // The guest is taken to be hostile. Every list walk, string, table and allocation
-// has a stated bound, an answer is an error or what the guest's memory says,
-// never a panic, and no answer is worth more than the guest itself: a kernel
-// that lies about its processes is believed.
+// has a stated bound, and each operation a budget: it reads guest memory four
+// million times at most, and 128 MiB, and begins no read after a minute. Beyond
+// that it fails with [ErrBudget]. What it keeps is in proportion to what it read:
+// 256 MiB at the most.
+//
+// An answer is an error or what the guest's memory says, never a panic, and no
+// answer is worth more than the guest itself: a kernel that lies about its
+// processes is believed. Strings are returned as they are in memory; errors,
+// [Rung.String], [Task.String] and [Syscall.String] are printable.
 //
 // The guest runs on while its memory is read. Lists are validated on the way and
 // read again when they changed under the reader.

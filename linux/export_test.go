@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"io"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -9,7 +10,7 @@ import (
 // InferTypes returns the kernel as one without type information, and, if so
 // asked, without symbols of data.
 func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
-	c := &Kernel{mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	c := &Kernel{machine: k.machine, mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
 	if noData {
 		var b strings.Builder
 		for s := range k.syms.All() {
@@ -27,4 +28,22 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 	c.types = t
 	c.typesOnce.Do(func() {})
 	return c, err
+}
+
+// BuildID finds the build id among notes.
+var BuildID = buildID
+
+// ReadCache reads an entry of the cache.
+func ReadCache(r io.Reader) (*sysmap.Map, error) {
+	h, err := readHeader(r)
+	if err != nil {
+		return nil, err
+	}
+	return readSymbols(r, h)
+}
+
+// FromVMCoreInfo follows crash dump information to page tables.
+func FromVMCoreInfo(page []byte, m Machine) error {
+	_, err := parseVMCoreInfo(page).image(m)
+	return err
 }

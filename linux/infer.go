@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/paging"
 )
 
 // Without type information a few offsets are found out from the structures
@@ -21,33 +22,39 @@ var ErrNotInferred = errors.New("offsets can't be told from the guest's structur
 const (
 	taskSize     = 12 << 10
 	commLen      = 16
-	maxCandidate = 64 // places that could be the idle task, or its list
-	fewTasks     = 3  // followed for a first impression
+	maxCandidate = 4096 // places that could be the idle task's name
+	fewTasks     = 3    // followed for a first impression
 )
 
 // idleTask is what was read of a task that could be the idle one.
 type idleTask struct {
-	k    *Kernel
-	addr uint64 // of what was read; of the task itself, once that is known
-	b    []byte
-	word int // 4 or 8
-	comm int // offsets, -1: unknown
-	list int
-	pid  int
-	mm   int
-	next []uint64 // the first tasks behind it
+	o      *op
+	addr   uint64 // of what was read
+	b      []byte
+	word   int      // 4 or 8
+	comm   int      // offsets in what was read
+	list   int      // tasks
+	pid    int      // and, behind it, tgid
+	mm     int      // and active_mm
+	parent int      // real_parent; 0 if it wasn't found
+	start  int      // of the task itself
+	next   []uint64 // the first tasks behind it, each as far before its beginning as addr is
 }
 
 // inferTypes finds where struct task_struct has its name, list, ids and memory.
 func (k *Kernel) inferTypes() (*ktype.Types, error) {
+	o := k.begin("inferring types")
 	var idle *idleTask
 	init, err := k.initTask()
 	if err == nil {
-		idle, err = k.inferTask(init)
+		idle, err = o.inferTask(init)
 	} else {
 		// A kernel built without CONFIG_KALLSYMS_ALL has only functions among its
 		// symbols: any "swapper" in its data may be the idle task's name.
-		idle, err = k.searchTask()
+		idle, err = o.searchTask()
+	}
+	if o.spent != nil { // then what was found isn't all
+		return nil, o.spent
 	}
 	if err != nil {
 		return nil, err
@@ -60,16 +67,18 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	if err != nil {
 		return nil, err
 	}
-	k.idleAddr.Store(idle.addr)
-	k.explain("types", nil, fmt.Sprintf("the list at +%d closes, with a name in each of its tasks; ids at +%d count 0, 1, 2", idle.list, idle.pid),
-		"inferred from the idle task at %#x: comm +%d, tasks +%d, pid +%d, mm +%d", idle.addr, idle.comm, idle.list, idle.pid, idle.mm)
+	start := idle.addr + uint64(idle.start)
+	k.idleAddr.Store(start)
+	off := func(i int) int { return i - idle.start }
+	k.explain("types", nil, fmt.Sprintf("the list at +%d closes, and its first tasks have names; ids at +%d count 0, 1, 2", off(idle.list), off(idle.pid)),
+		"inferred from the idle task at %#x: comm +%d, tasks +%d, pid +%d, mm +%d", start, off(idle.comm), off(idle.list), off(idle.pid), off(idle.mm))
 	return t, nil
 }
 
 // inferTask looks at the task at addr, with the name of the idle one.
-func (k *Kernel) inferTask(addr uint64) (*idleTask, error) {
-	t := &idleTask{k: k, addr: addr, b: make([]byte, taskSize), word: k.bits / 8, comm: -1, list: -1, pid: -1, mm: -1}
-	if err := k.Read(addr, t.b); err != nil {
+func (o *op) inferTask(addr uint64) (*idleTask, error) {
+	t := &idleTask{o: o, addr: addr, b: make([]byte, taskSize), word: o.bits / 8}
+	if err := o.Read(addr, t.b); err != nil {
 		return nil, err
 	}
 	for _, name := range []string{"swapper/0\x00", "swapper\x00"} {
@@ -82,17 +91,17 @@ func (k *Kernel) inferTask(addr uint64) (*idleTask, error) {
 }
 
 // searchTask tries every "swapper" in the image's data as the name of a task.
-func (k *Kernel) searchTask() (*idleTask, error) {
+func (o *op) searchTask() (*idleTask, error) {
 	var found *idleTask
 	tried := 0
 	page := make([]byte, 4096+commLen)
-	for _, r := range k.ranges {
+	for _, r := range o.ranges {
 		if !r.Writable {
 			continue
 		}
 		for at := r.Addr; at < r.Addr+r.Size; at += 4096 {
 			b := page[:min(uint64(len(page)), r.Addr+r.Size-at)]
-			if k.Read(at, b) != nil {
+			if o.Read(at, b) != nil {
 				continue
 			}
 			for from := 0; ; {
@@ -105,7 +114,7 @@ func (k *Kernel) searchTask() (*idleTask, error) {
 				if tried++; tried > maxCandidate {
 					return nil, fmt.Errorf("%w: too many tasks called swapper", ErrNotInferred)
 				}
-				t, err := k.taskAround(name)
+				t, err := o.taskAround(name)
 				if err != nil {
 					continue
 				}
@@ -124,10 +133,10 @@ func (k *Kernel) searchTask() (*idleTask, error) {
 
 // taskAround takes what is at addr for the name of a task whose beginning isn't
 // known. Offsets are counted from so far before it that they are in what is read.
-func (k *Kernel) taskAround(name uint64) (*idleTask, error) {
+func (o *op) taskAround(name uint64) (*idleTask, error) {
 	const before = taskSize / 2
-	t := &idleTask{k: k, addr: name - before, b: make([]byte, taskSize), word: k.bits / 8, comm: before, list: -1, pid: -1, mm: -1}
-	if err := k.Read(t.addr, t.b); err != nil {
+	t := &idleTask{o: o, addr: name - before, b: make([]byte, taskSize), word: o.bits / 8, comm: before}
+	if err := o.Read(t.addr, t.b); err != nil {
 		return nil, err
 	}
 	return t, t.infer()
@@ -153,7 +162,10 @@ func (t *idleTask) infer() error {
 	if err := t.inferIDs(); err != nil {
 		return err
 	}
-	return t.inferMM()
+	if err := t.inferMM(); err != nil {
+		return err
+	}
+	return t.inferParent()
 }
 
 // at reads a word of t.
@@ -167,7 +179,7 @@ func word(b []byte, n int) uint64 {
 }
 
 // read reads a word of another task, by offset.
-func (t *idleTask) read(task uint64, off int) (uint64, error) { return t.k.pointer(task + uint64(off)) }
+func (t *idleTask) read(task uint64, off int) (uint64, error) { return t.o.pointer(task + uint64(off)) }
 
 // follow follows the list at an offset for a few tasks: each must point back and
 // have a name.
@@ -178,35 +190,37 @@ func (t *idleTask) follow(off int) (tasks []uint64, ok bool) {
 	head := t.addr + uint64(off)
 	prev, next := head, t.at(off)
 	for range fewTasks {
-		if next == head || next < t.k.kernelHalf() {
+		if next == head || next < t.o.kernelHalf() {
 			return nil, false
 		}
-		back, err := t.k.pointer(next + uint64(t.word))
+		back, err := t.o.pointer(next + uint64(t.word))
 		if err != nil || back != prev || !t.named(next-uint64(off)) {
 			return nil, false
 		}
 		tasks = append(tasks, next-uint64(off))
 		prev = next
-		if next, err = t.k.pointer(next); err != nil {
+		if next, err = t.o.pointer(next); err != nil {
 			return nil, false
 		}
 	}
 	return tasks, true
 }
 
-// closes follows the list at an offset until it comes back.
+// closes follows the list at an offset until it comes back. Names don't matter
+// here: any process can give itself an odd one.
 func (t *idleTask) closes(off int) bool {
 	head := t.addr + uint64(off)
-	next := t.at(off)
+	prev, next := head, t.at(off)
 	for range maxTasks {
+		back, err := t.o.pointer(next + uint64(t.word))
+		if err != nil || back != prev {
+			return false
+		}
 		if next == head {
 			return true
 		}
-		if !t.named(next - uint64(off)) {
-			return false
-		}
-		var err error
-		if next, err = t.k.pointer(next); err != nil {
+		prev = next
+		if next, err = t.o.pointer(next); err != nil {
 			return false
 		}
 	}
@@ -216,7 +230,7 @@ func (t *idleTask) closes(off int) bool {
 // named reports whether the task at addr has a name where the idle one has.
 func (t *idleTask) named(addr uint64) bool {
 	var b [commLen]byte
-	if t.k.Read(addr+uint64(t.comm), b[:]) != nil {
+	if t.o.Read(addr+uint64(t.comm), b[:]) != nil {
 		return false
 	}
 	n := bytes.IndexByte(b[:], 0)
@@ -238,7 +252,7 @@ func (t *idleTask) inferIDs() error {
 	var all []int
 	values := make([][]byte, 0, fewTasks)
 	for _, task := range t.next {
-		if err := t.k.Read(task, b); err != nil {
+		if err := t.o.Read(task, b); err != nil {
 			return err
 		}
 		values = append(values, bytes.Clone(b))
@@ -284,7 +298,7 @@ func (t *idleTask) inferMM() error {
 		if err != nil {
 			return err
 		}
-		if mm >= t.k.kernelHalf() && mm == active && none == 0 {
+		if mm >= t.o.kernelHalf() && mm == active && none == 0 {
 			all = append(all, off)
 		}
 	}
@@ -295,28 +309,51 @@ func (t *idleTask) inferMM() error {
 	return nil
 }
 
+// inferParent finds real_parent, and so where the task begins: the idle task is its
+// own parent, and that of init and kthreadd.
+func (t *idleTask) inferParent() error {
+	name := t.addr + uint64(t.comm)
+	for off := t.pid + 8; off+t.word <= t.comm; off += t.word {
+		p := t.at(off)
+		if p < t.addr || p > name {
+			continue
+		}
+		child := 0
+		for _, task := range t.next[:2] {
+			parent, err := t.read(task, off)
+			if err != nil {
+				return err
+			}
+			if parent == p {
+				child++
+			}
+		}
+		if child == 2 {
+			t.parent, t.start = off, int(p-t.addr)
+			return nil
+		}
+	}
+	return nil
+}
+
 // structs returns what has been found as layouts. Where the beginning of the task
 // isn't known, offsets count from what was read.
 func (t *idleTask) structs() ([]ktype.Struct, error) {
+	off := func(i int) uint64 { return uint64(i - t.start) }
+	if t.list < t.start {
+		return nil, fmt.Errorf("%w: the idle task would begin behind its list", ErrNotInferred)
+	}
 	task := ktype.Struct{Name: "task_struct", Size: taskSize, Fields: []ktype.StructField{
-		{Name: "tasks", Offset: uint64(t.list), Type: "list_head"},
-		{Name: "mm", Offset: uint64(t.mm), Type: "mm_struct *"},
-		{Name: "pid", Offset: uint64(t.pid), Type: "int"},
-		{Name: "tgid", Offset: uint64(t.pid + 4), Type: "int"},
-		{Name: "comm", Offset: uint64(t.comm), Type: "char[16]"},
+		{Name: "tasks", Offset: off(t.list), Type: "list_head"},
+		{Name: "mm", Offset: off(t.mm), Type: "mm_struct *"},
+		{Name: "pid", Offset: off(t.pid), Type: "int"},
+		{Name: "tgid", Offset: off(t.pid + 4), Type: "int"},
+		{Name: "comm", Offset: off(t.comm), Type: "char[16]"},
 	}}
-	// real_parent is the first pointer of the idle task to itself: it is its own
-	// parent.
-	for off := t.pid + 8; off+t.word <= t.comm; off += t.word {
-		if t.at(off) == t.addr {
-			task.Fields = append(task.Fields, ktype.StructField{Name: "real_parent", Offset: uint64(off), Type: "task_struct *"})
-			break
-		}
+	if t.parent != 0 {
+		task.Fields = append(task.Fields, ktype.StructField{Name: "real_parent", Offset: off(t.parent), Type: "task_struct *"})
 	}
-	structs := []ktype.Struct{
-		listHead(uint64(t.word)),
-		task,
-	}
+	structs := []ktype.Struct{listHead(uint64(t.word)), task}
 	if pgd, ok := t.pgd(); ok {
 		structs = append(structs, ktype.Struct{Name: "mm_struct", Size: pgd + uint64(t.word), Fields: []ktype.StructField{
 			{Name: "pgd", Offset: pgd, Type: "void *"},
@@ -328,31 +365,36 @@ func (t *idleTask) structs() ([]ktype.Struct, error) {
 	return structs, nil
 }
 
-// pgd finds where struct mm_struct has its page tables: init_mm has the kernel's
-// own.
+// pgd finds where struct mm_struct has its page tables: the only pointer in init's
+// to tables that map the kernel.
 func (t *idleTask) pgd() (off uint64, ok bool) {
-	mm, err := t.k.symbol("init_mm")
+	mm, err := t.read(t.next[0], t.mm)
 	if err != nil {
 		return 0, false
 	}
-	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
-		table, err := t.k.symbol(name)
+	kernel := paging.VAddr(t.o.ranges[0].Addr)
+	want, err := t.o.mem.Translate(t.o.root, kernel)
+	if err != nil {
+		return 0, false
+	}
+	const size = 1 << 9
+	var b [size]byte
+	if t.o.Read(mm, b[:]) != nil {
+		return 0, false
+	}
+	for i := 0; i < size; i += t.word {
+		p := word(b[i:], t.word)
+		if p < t.o.kernelHalf() || p%32 != 0 { // PAE's have 32 bytes
+			continue
+		}
+		tr, err := t.o.mem.Translate(t.o.root, paging.VAddr(p))
 		if err != nil {
 			continue
 		}
-		const size = 1 << 10
-		b := make([]byte, size)
-		if t.k.Read(mm, b) != nil {
-			return 0, false
+		root := paging.Root(tr.Phys())
+		if got, err := t.o.mem.Translate(root, kernel); err == nil && got.Frame == want.Frame {
+			return uint64(i), true
 		}
-		n := 0
-		for i := 0; i < size; i += t.word {
-			if word(b[i:], t.word) == table {
-				off = uint64(i)
-				n++
-			}
-		}
-		return off, n == 1
 	}
 	return 0, false
 }

@@ -1,8 +1,8 @@
 package linux
 
 import (
+	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -102,9 +102,8 @@ type Kernel struct {
 
 	idleAddr atomic.Uint64 // of the idle task, where it isn't a symbol's
 
-	safeOnce sync.Once
-	safe     *safety
-	safeErr  error
+	safeMu sync.Mutex
+	safe   *safety // nil until it has been read
 }
 
 // A Rung is one step of Discover.
@@ -115,10 +114,10 @@ type Rung struct {
 	Err   error  // why nothing was found
 }
 
-// String returns the rung as one line.
+// String returns the rung as one line, of printable ASCII.
 func (r Rung) String() string {
 	if r.Err != nil {
-		return fmt.Sprintf("%-12s not found: %v", r.Name+":", r.Err)
+		return fmt.Sprintf("%-12s not found: %s", r.Name+":", printable(strings.ReplaceAll(r.Err.Error(), "\n", "; ")))
 	}
 	if r.Why == "" {
 		return fmt.Sprintf("%-12s %s", r.Name+":", r.Found)
@@ -182,8 +181,9 @@ func (k *Kernel) Read(addr uint64, b []byte) error {
 // maxString bounds strings that are read from the guest.
 const maxString = 4096
 
-// ReadString reads a NUL-terminated string of at most limit bytes, and of 4096
-// at the most, from kernel memory.
+// ReadString reads a NUL-terminated string from kernel memory. One of more than
+// limit bytes, or of more than 4096, is cut off there. The bytes are the guest's:
+// quote them before they go to a terminal.
 func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
 	return readString(k.Read, addr, limit)
 }
@@ -191,17 +191,16 @@ func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
 func readString(read func(uint64, []byte) error, addr uint64, limit int) (string, error) {
 	limit = min(limit, maxString)
 	var s []byte
+	var b [64]byte
 	for len(s) < limit {
 		at := addr + uint64(len(s))
 		// Never across a page: the next one need not be there.
-		b := make([]byte, min(64, limit-len(s), int(paging.PageSize-at%paging.PageSize)))
+		b := b[:min(len(b), limit-len(s), int(paging.PageSize-at%paging.PageSize))]
 		if err := read(at, b); err != nil {
 			return string(s), err
 		}
-		for i, c := range b {
-			if c == 0 {
-				return string(append(s, b[:i]...)), nil
-			}
+		if i := bytes.IndexByte(b, 0); i >= 0 {
+			return string(append(s, b[:i]...)), nil
 		}
 		s = append(s, b...)
 	}
@@ -210,11 +209,15 @@ func readString(read func(uint64, []byte) error, addr uint64, limit int) (string
 
 // pointer reads a pointer of the kernel's own width.
 func (k *Kernel) pointer(addr uint64) (uint64, error) {
+	return readPointer(k.Read, addr, k.bits)
+}
+
+func readPointer(read func(uint64, []byte) error, addr uint64, bits int) (uint64, error) {
 	var b [8]byte
-	if err := k.Read(addr, b[:k.bits/8]); err != nil {
+	if err := read(addr, b[:bits/8]); err != nil {
 		return 0, err
 	}
-	return binary.LittleEndian.Uint64(b[:]), nil
+	return le64(b[:]), nil
 }
 
 // symbol returns the address of a symbol of the kernel's.

@@ -17,6 +17,8 @@ type Module struct {
 	Base  uint64 // of its text, as /proc/modules shows it
 	Size  uint64 // in bytes, of all its parts, as /proc/modules shows it
 	State ModuleState
+
+	text uint64 // size of what is executed, from Base on; 0 if it isn't known
 }
 
 // ModuleState is enum module_state (include/linux/module.h).
@@ -64,13 +66,14 @@ func (k *Kernel) Modules() ([]Module, error) {
 	if err != nil {
 		return nil, err
 	}
+	o := k.begin("modules")
 	return again(func() ([]Module, error) {
 		var mods []Module
-		for at, err := range types.List(k, head, "module", "list", maxModules) {
+		for at, err := range types.List(o, head, "module", "list", maxModules) {
 			if err != nil {
 				return mods, err
 			}
-			m, err := k.module(types, at)
+			m, err := o.module(types, at)
 			if err != nil {
 				return mods, err
 			}
@@ -111,9 +114,9 @@ func listHead(word uint64) ktype.Struct {
 	}}
 }
 
-func (k *Kernel) module(types *ktype.Types, at uint64) (m Module, err error) {
+func (o *op) module(types *ktype.Types, at uint64) (m Module, err error) {
 	m.Addr = at
-	v := types.At(k, "module", at)
+	v := types.At(o, "module", at)
 	if m.Name, err = v.Field("name").CString(); err != nil {
 		return m, err
 	}
@@ -137,7 +140,7 @@ func (k *Kernel) module(types *ktype.Types, at uint64) (m Module, err error) {
 				return m, err
 			}
 			if i == 0 { // MOD_TEXT
-				m.Base = base
+				m.Base, m.text = base, size
 			}
 			m.Size += size
 		}
@@ -154,11 +157,17 @@ func (k *Kernel) module(types *ktype.Types, at uint64) (m Module, err error) {
 			return m, err
 		}
 		m.Size = core + init
+		if m.text, err = v.Field("core_layout.text_size").Uint(); err != nil {
+			return m, err
+		}
 	case v.Field("module_core").Err() == nil:
 		if m.Base, err = v.Field("module_core").Pointer(); err != nil {
 			return m, err
 		}
 		if m.Size, err = v.Field("core_size").Uint(); err != nil {
+			return m, err
+		}
+		if m.text, err = v.Field("core_text_size").Uint(); err != nil {
 			return m, err
 		}
 	}
@@ -168,12 +177,12 @@ func (k *Kernel) module(types *ktype.Types, at uint64) (m Module, err error) {
 	return m, nil
 }
 
-// moduleText reports whether addr is in the text of a module.
-func (k *Kernel) moduleText(addr uint64) bool {
+// moduleText reports whether addr is in the text of a module that runs.
+func (k *Kernel) moduleText(addr uint64) (bool, error) {
 	mods, err := k.Modules()
-	return err == nil && slices.ContainsFunc(mods, func(m Module) bool {
-		return m.State == ModuleLive && m.Base != 0 && addr >= m.Base && addr-m.Base < m.Size
-	})
+	return slices.ContainsFunc(mods, func(m Module) bool {
+		return m.State == ModuleLive && addr >= m.Base && addr-m.Base < m.text
+	}), err
 }
 
 // ModuleSymbols returns the symbols of every loaded module, as /proc/kallsyms
@@ -183,11 +192,15 @@ func (k *Kernel) ModuleSymbols() ([]sysmap.Symbol, error) {
 	if err != nil {
 		return nil, err
 	}
+	o := k.begin("symbols of modules")
 	var all []sysmap.Symbol
 	for _, m := range mods {
-		syms, err := k.symbolsOf(m)
+		syms, err := o.symbolsOf(m)
 		if err != nil {
-			return all, fmt.Errorf("module %s: %w", m.Name, err)
+			if now, lerr := k.Modules(); lerr == nil && !slices.Contains(now, m) {
+				continue // unloaded meanwhile
+			}
+			return all, fmt.Errorf("module %q: %w", m.Name, err)
 		}
 		if all = append(all, syms...); len(all) > maxModuleSyms {
 			return nil, fmt.Errorf("more than %d symbols of modules: %w", maxModuleSyms, ErrBadKernel)
@@ -217,12 +230,12 @@ func (k *Kernel) AllSymbols() (*sysmap.Map, error) {
 
 // symbolsOf reads struct mod_kallsyms (include/linux/module.h): an ELF symbol
 // table, its strings, and the letters that nm would print.
-func (k *Kernel) symbolsOf(m Module) ([]sysmap.Symbol, error) {
-	types, err := k.Types()
+func (o *op) symbolsOf(m Module) ([]sysmap.Symbol, error) {
+	types, err := o.Types()
 	if err != nil {
 		return nil, err
 	}
-	v := types.At(k, "module", m.Addr).Field("kallsyms").Deref()
+	v := types.At(o, "module", m.Addr).Field("kallsyms").Deref()
 	symtab, err := v.Field("symtab").Pointer()
 	if err != nil {
 		return nil, err
@@ -238,29 +251,29 @@ func (k *Kernel) symbolsOf(m Module) ([]sysmap.Symbol, error) {
 	if count > maxModuleSyms {
 		return nil, fmt.Errorf("%d symbols: %w", count, ErrBadKernel)
 	}
-	letters := make([]byte, count)
+	var letters []byte
 	typetab, err := v.Field("typetab").Pointer() // since 5.2 (1c7651f43777)
 	switch {
 	case err == nil:
-		err = k.Read(typetab, letters)
+		letters, err = o.table("typetab", typetab, count, maxModuleSyms)
 	case errors.Is(err, ktype.ErrNoField):
-		err = nil
+		letters, err = make([]byte, count), nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	exported, err := k.exports(m)
+	exported, err := o.exports(m)
 	if err != nil {
 		return nil, err
 	}
 	// Elf64_Sym: name, info, other, shndx, value, size; Elf32_Sym has the value
 	// and the size before info.
 	entry, shndx, value := uint64(24), 6, 8
-	if k.bits == 32 {
+	if o.bits == 32 {
 		entry, shndx, value = 16, 14, 4
 	}
-	table := make([]byte, count*entry)
-	if err := k.Read(symtab, table); err != nil {
+	table, err := o.table("symtab", symtab, count*entry, maxModuleSyms*entry)
+	if err != nil {
 		return nil, err
 	}
 	var syms []sysmap.Symbol
@@ -271,10 +284,10 @@ func (k *Kernel) symbolsOf(m Module) ([]sysmap.Symbol, error) {
 			continue
 		}
 		s := sysmap.Symbol{Type: letters[i], Module: m.Name}
-		if s.Addr = uint64(le32(e[value:])); k.bits == 64 {
+		if s.Addr = uint64(le32(e[value:])); o.bits == 64 {
 			s.Addr = le64(e[value:])
 		}
-		if s.Name, err = k.ReadString(strtab+uint64(name), maxSymbolName); err != nil {
+		if s.Name, err = o.str(strtab+uint64(name), maxSymbolName); err != nil {
 			return nil, err
 		}
 		if s.Name == "" {
@@ -302,8 +315,8 @@ type export struct {
 // distances from themselves (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS; x86 since 4.19,
 // include/linux/export.h). /proc/kallsyms shows what is in it in capitals, but not
 // what is exported to GPL modules only (is_exported, kernel/module/kallsyms.c).
-func (k *Kernel) exports(m Module) (map[export]bool, error) {
-	types, err := k.Types()
+func (o *op) exports(m Module) (map[export]bool, error) {
+	types, err := o.Types()
 	if err != nil {
 		return nil, err
 	}
@@ -319,7 +332,7 @@ func (k *Kernel) exports(m Module) (map[export]bool, error) {
 	if err != nil || entry < 8 || entry > 64 || valueOff.Offset > entry-4 || nameOff.Offset > entry-4 {
 		return nil, fmt.Errorf("struct kernel_symbol of %d bytes: %w", entry, ErrBadKernel)
 	}
-	v := types.At(k, "module", m.Addr)
+	v := types.At(o, "module", m.Addr)
 	base, err := v.Field("syms").Pointer()
 	if err != nil {
 		return nil, err
@@ -331,8 +344,8 @@ func (k *Kernel) exports(m Module) (map[export]bool, error) {
 	if count > maxModuleSyms {
 		return nil, fmt.Errorf("%d exports: %w", count, ErrBadKernel)
 	}
-	table := make([]byte, count*entry)
-	if err := k.Read(base, table); err != nil {
+	table, err := o.table("exports", base, count*entry, maxModuleSyms*entry)
+	if err != nil {
 		return nil, err
 	}
 	relative := func(off uint64) uint64 {
@@ -340,7 +353,7 @@ func (k *Kernel) exports(m Module) (map[export]bool, error) {
 	}
 	found := make(map[export]bool, count)
 	for off := uint64(0); off < uint64(len(table)); off += entry {
-		name, err := k.ReadString(relative(off+nameOff.Offset), maxSymbolName)
+		name, err := o.str(relative(off+nameOff.Offset), maxSymbolName)
 		if err != nil {
 			return nil, err
 		}
@@ -378,17 +391,18 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 	if err != nil {
 		return nil, fmt.Errorf("types of modules: %w", err)
 	}
+	o := k.begin("types of modules")
 	type btf struct {
 		name string
 		data []byte
 	}
 	found, err := again(func() ([]btf, error) {
 		var found []btf
-		for at, err := range base.List(k, head, "btf_module", "list", maxModules) {
+		for at, err := range base.List(o, head, "btf_module", "list", maxModules) {
 			if err != nil {
 				return nil, err
 			}
-			v := base.At(k, "btf_module", at)
+			v := base.At(o, "btf_module", at)
 			name, err := v.Field("module.name").CString()
 			if err != nil {
 				return nil, err
@@ -404,14 +418,14 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 			if err != nil {
 				return nil, err
 			}
-			if n > maxModuleBTF {
-				return nil, fmt.Errorf("module %q with %d bytes of types: %w", name, n, ErrBadKernel)
+			blob, err := o.table("types", data, n, maxModuleBTF)
+			if err == nil {
+				err = checkNames(blob)
 			}
-			b := btf{name, make([]byte, n)}
-			if err := k.Read(data, b.data); err != nil {
-				return nil, err
+			if err != nil {
+				return nil, fmt.Errorf("module %q: %w", name, err)
 			}
-			found = append(found, b)
+			found = append(found, btf{name, blob})
 		}
 		return found, nil
 	})
@@ -421,7 +435,7 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 	types := base
 	for _, b := range found {
 		if types, err = types.WithModule(b.name, b.data); err != nil {
-			return nil, fmt.Errorf("types of module %s: %w", b.name, err)
+			return nil, fmt.Errorf("types of module %q: %w", b.name, err)
 		}
 	}
 	return types, nil

@@ -18,6 +18,8 @@ const (
 	p2mInvalid  = 1<<64 - 1
 	p2mForeign  = 1 << 63
 	p2mIdentity = 1 << 62
+
+	maxP2M = 1 << 40 // pages: physical addresses have 52 bits
 )
 
 // PhysToMachine returns the machine frame of a page of a PV guest's physical
@@ -37,7 +39,7 @@ func (k *Kernel) PhysToMachine(page uint64) (paging.Frame, error) {
 	if count, err = k.pointer(count); err != nil {
 		return 0, err
 	}
-	if page >= count || k.bits != 64 {
+	if page >= min(count, maxP2M) || k.bits != 64 {
 		return 0, fmt.Errorf("page %#x of %#x: %w", page, count, ErrNoP2M)
 	}
 	entry, err := k.pointer(table + page*8)

@@ -2,7 +2,6 @@ package linux
 
 import (
 	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
@@ -81,7 +80,11 @@ func (k *Kernel) Blacklisted(addr uint64) error {
 		return err
 	}
 	if addr < s.text.start || addr >= s.text.end {
-		if k.moduleText(addr) {
+		in, err := k.moduleText(addr)
+		if err != nil {
+			return fmt.Errorf("%#x: %w: not in the text of the kernel, and whether it is in a module's can't be told: %w", addr, ErrNotProbeable, err)
+		}
+		if in {
 			return nil
 		}
 		return fmt.Errorf("%#x: %w: not in the text of the kernel (%#x to %#x) or a module", addr, ErrNotProbeable, s.text.start, s.text.end)
@@ -185,14 +188,24 @@ func (k *Kernel) Functions(pattern string) (iter.Seq[sysmap.Symbol], error) {
 	}, nil
 }
 
+// boundary decodes the function that addr is in, up to there.
 func (k *Kernel) boundary(addr uint64) error {
 	sym, off, ok := k.syms.Find(addr)
-	if !ok || off == 0 {
+	if !ok {
+		all, err := k.AllSymbols()
+		if err != nil {
+			return fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrNotProbeable, err)
+		}
+		if sym, off, ok = all.Find(addr); !ok {
+			return fmt.Errorf("%#x: %w: in no function that has a name", addr, ErrNotProbeable)
+		}
+	}
+	if off == 0 {
 		return nil
 	}
 	const limit = 1 << 20
 	if off > limit {
-		return fmt.Errorf("%#x: %w: %#x bytes behind %s, the nearest symbol", addr, ErrNotProbeable, off, sym.Name)
+		return fmt.Errorf("%#x: %w: %#x bytes behind %q, the nearest symbol", addr, ErrNotProbeable, off, sym.Name)
 	}
 	code := make([]byte, off+x86.MaxLen)
 	n, err := k.mem.Read(k.root, paging.VAddr(sym.Addr), code)
@@ -205,13 +218,23 @@ func (k *Kernel) boundary(addr uint64) error {
 	return nil
 }
 
+// safety returns what was read before. If it couldn't be, it is read again: the
+// guest may have been changing it.
 func (k *Kernel) safety() (*safety, error) {
-	k.safeOnce.Do(func() { k.safe, k.safeErr = k.readSafety() })
-	return k.safe, k.safeErr
+	k.safeMu.Lock()
+	defer k.safeMu.Unlock()
+	if k.safe == nil {
+		s, err := k.begin("places for probes").readSafety()
+		if err != nil {
+			return nil, err
+		}
+		k.safe = s
+	}
+	return k.safe, nil
 }
 
-func (k *Kernel) readSafety() (*safety, error) {
-	start, size, err := k.section("_stext", "_etext", 1<<30)
+func (o *op) readSafety() (*safety, error) {
+	start, size, err := o.section("_stext", "_etext", 1<<30)
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +247,7 @@ func (k *Kernel) readSafety() (*safety, error) {
 		{"__cpuidle_text_start", "__cpuidle_text_end", "idle code"},
 		{"__static_call_text_start", "__static_call_text_end", "static call trampolines"},
 	} {
-		if a, n, err := k.section(r.start, r.end, size); err == nil && n > 0 {
+		if a, n, err := o.section(r.start, r.end, size); err == nil && n > 0 {
 			s.spans = append(s.spans, span{a, a + n, r.why})
 		}
 	}
@@ -232,15 +255,15 @@ func (k *Kernel) readSafety() (*safety, error) {
 		name string
 		read func(*safety) (int, error)
 	}{
-		{"blacklist entries", k.readBlacklist},
-		{"jump labels", k.readJumpLabels},
-		{"static calls", k.readStaticCalls},
-		{"ftrace sites", k.readFtrace},
+		{"blacklist entries", o.readBlacklist},
+		{"jump labels", o.readJumpLabels},
+		{"static calls", o.readStaticCalls},
+		{"ftrace sites", o.readFtrace},
 	} {
 		n, err := part.read(s)
 		switch {
 		case errors.Is(err, sysmap.ErrNotFound), errors.Is(err, ErrNoTypes):
-			k.log.Debug("not in this kernel", "what", part.name, "err", err)
+			o.log.Debug("not in this kernel", "what", part.name, "err", err)
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", part.name, err)
 		default:
@@ -254,73 +277,76 @@ func (k *Kernel) readSafety() (*safety, error) {
 	for _, sp := range s.spans {
 		s.reach = max(s.reach, sp.end-sp.start)
 	}
-	k.explain("probeable", nil, "", "text %#x to %#x, %v", s.text.start, s.text.end, found)
+	o.explain("probeable", nil, "", "text %#x to %#x, %v", s.text.start, s.text.end, found)
 	return s, nil
 }
 
 // readBlacklist reads kprobe_blacklist (kernel/kprobes.c): functions marked with
 // NOKPROBE_SYMBOL, and what the architecture adds.
-func (k *Kernel) readBlacklist(s *safety) (int, error) {
-	head, err := k.symbol("kprobe_blacklist")
+func (o *op) readBlacklist(s *safety) (int, error) {
+	head, err := o.symbol("kprobe_blacklist")
 	if err != nil {
 		return 0, err
 	}
-	t, err := k.Types()
+	t, err := o.Types()
 	if err != nil {
 		return 0, err
 	}
-	n := 0
-	for at, err := range t.List(k, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
-		if err != nil {
-			return n, err
+	spans, err := again(func() ([]span, error) {
+		var spans []span
+		for at, err := range t.List(o, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
+			if err != nil {
+				return nil, err
+			}
+			e := t.At(o, "kprobe_blacklist_entry", at)
+			start, err := e.Field("start_addr").Uint()
+			if err != nil {
+				return nil, err
+			}
+			end, err := e.Field("end_addr").Uint()
+			if err != nil {
+				return nil, err
+			}
+			if end > start && end-start <= s.text.end-s.text.start {
+				spans = append(spans, span{start, end, "on the kernel's own kprobe blacklist"})
+			}
 		}
-		e := t.At(k, "kprobe_blacklist_entry", at)
-		start, err := e.Field("start_addr").Uint()
-		if err != nil {
-			return n, err
-		}
-		end, err := e.Field("end_addr").Uint()
-		if err != nil {
-			return n, err
-		}
-		if end > start && end-start <= s.text.end-s.text.start {
-			s.spans = append(s.spans, span{start, end, "on the kernel's own kprobe blacklist"})
-			n++
-		}
-	}
-	return n, nil
+		return spans, nil
+	})
+	s.spans = append(s.spans, spans...)
+	return len(spans), err
 }
 
 // readJumpLabels reads the jump table: struct jump_entry { s32 code, target;
 // long key } with code relative to itself (include/linux/jump_label.h,
 // HAVE_ARCH_JUMP_LABEL_RELATIVE; x86 since 4.19).
-func (k *Kernel) readJumpLabels(s *safety) (int, error) {
-	return k.readRelative(s, "__start___jump_table", "__stop___jump_table", 16, maxJumpTable, jumpLabel)
+func (o *op) readJumpLabels(s *safety) (int, error) {
+	return o.readRelative(s, "__start___jump_table", "__stop___jump_table", 8+uint64(o.bits/8), maxJumpTable, jumpLabel)
 }
 
 // readStaticCalls reads struct static_call_site { s32 addr, key }, relative as
 // well (include/linux/static_call_types.h, since 5.10).
-func (k *Kernel) readStaticCalls(s *safety) (int, error) {
-	return k.readRelative(s, "__start_static_call_sites", "__stop_static_call_sites", 8, maxStaticCalls, staticCall)
+func (o *op) readStaticCalls(s *safety) (int, error) {
+	return o.readRelative(s, "__start_static_call_sites", "__stop_static_call_sites", 8, maxStaticCalls, staticCall)
 }
 
 // readRelative reads a table whose entries begin with a 32-bit distance to the
 // instruction that they describe.
-func (k *Kernel) readRelative(s *safety, start, stop string, entry, limit uint64, kind siteKind) (int, error) {
-	base, size, err := k.section(start, stop, limit)
+func (o *op) readRelative(s *safety, start, stop string, entry, limit uint64, kind siteKind) (int, error) {
+	base, size, err := o.section(start, stop, limit)
 	if err != nil {
 		return 0, err
 	}
-	if k.bits != 64 || size%entry != 0 {
+	if size%entry != 0 {
 		return 0, fmt.Errorf("%s: %d bytes: %w", start, size, ErrBadKernel)
 	}
-	table := make([]byte, size)
-	if err := k.Read(base, table); err != nil {
+	table, err := o.table(start, base, size, limit)
+	if err != nil {
 		return 0, err
 	}
 	n := 0
 	for off := uint64(0); off < size; off += entry {
-		addr := base + off + uint64(int64(int32(binary.LittleEndian.Uint32(table[off:]))))
+		addr := base + off + uint64(int64(int32(le32(table[off:]))))
 		if addr >= s.text.start && addr < s.text.end { // not freed init code
 			s.sites = append(s.sites, site{addr, kind})
 			n++
@@ -331,12 +357,12 @@ func (k *Kernel) readRelative(s *safety, start, stop string, entry, limit uint64
 
 // readFtrace walks ftrace_pages_start (kernel/trace/ftrace.c): pages of records,
 // one for each function that can be traced.
-func (k *Kernel) readFtrace(s *safety) (int, error) {
-	head, err := k.symbol("ftrace_pages_start")
+func (o *op) readFtrace(s *safety) (int, error) {
+	head, err := o.symbol("ftrace_pages_start")
 	if err != nil {
 		return 0, err
 	}
-	t, err := k.Types()
+	t, err := o.Types()
 	if err != nil {
 		return 0, err
 	}
@@ -349,10 +375,11 @@ func (k *Kernel) readFtrace(s *safety) (int, error) {
 		return 0, err
 	}
 	entry, err := t.Sizeof("dyn_ftrace")
-	if err != nil || entry < 16 || entry > 64 || ip.Offset > entry-8 || flags.Offset > entry-8 {
+	long := o.bits / 8
+	if err != nil || entry < 2*uint64(long) || entry > 64 || ip.Offset > entry-uint64(long) || flags.Offset > entry-uint64(long) {
 		return 0, errors.Join(fmt.Errorf("struct dyn_ftrace of %d bytes: %w", entry, ErrBadKernel), err)
 	}
-	page, err := k.pointer(head)
+	page, err := o.pointer(head)
 	if err != nil {
 		return 0, err
 	}
@@ -361,7 +388,7 @@ func (k *Kernel) readFtrace(s *safety) (int, error) {
 		if page == 0 {
 			return n, nil
 		}
-		v := t.At(k, "ftrace_page", page)
+		v := t.At(o, "ftrace_page", page)
 		records, err := v.Field("records").Pointer()
 		if err != nil {
 			return n, err
@@ -370,20 +397,21 @@ func (k *Kernel) readFtrace(s *safety) (int, error) {
 		if err != nil {
 			return n, err
 		}
-		if n += int(min(count, maxFtrace)); n > maxFtrace {
+		if count > uint64(maxFtrace-n) {
 			return n, fmt.Errorf("more than %d records: %w", maxFtrace, ErrBadKernel)
 		}
-		table := make([]byte, count*entry)
-		if err := k.Read(records, table); err != nil {
+		n += int(count)
+		table, err := o.table("ftrace records", records, count*entry, maxFtrace*entry)
+		if err != nil {
 			return n, err
 		}
 		for ; len(table) > 0; table = table[entry:] {
-			addr := binary.LittleEndian.Uint64(table[ip.Offset:])
+			addr := word(table[ip.Offset:], long)
 			// The number of those who trace it is in the low bits
 			// (FTRACE_REF_MAX), FTRACE_FL_ENABLED is the top one.
 			const enabled = 1 << 31
 			kind := ftraceSite
-			if binary.LittleEndian.Uint64(table[flags.Offset:])&enabled != 0 {
+			if word(table[flags.Offset:], long)&enabled != 0 {
 				kind = ftraceActive
 			}
 			s.trace = append(s.trace, site{addr, kind})

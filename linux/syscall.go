@@ -18,13 +18,14 @@ type Syscall struct {
 type SyscallArg struct{ Type, Name string }
 
 // String returns the system call as a C declaration, as in
-// "openat(int dfd, const char * filename, int flags, umode_t mode)".
+// "openat(int dfd, const char * filename, int flags, umode_t mode)", in printable
+// ASCII.
 func (s Syscall) String() string {
 	args := make([]string, len(s.Args))
 	for i, a := range s.Args {
 		args[i] = a.Type + " " + a.Name
 	}
-	return s.Name + "(" + strings.Join(args, ", ") + ")"
+	return printable(s.Name + "(" + strings.Join(args, ", ") + ")")
 }
 
 // syscallMeta begins the names of the objects that CONFIG_FTRACE_SYSCALLS leaves
@@ -42,20 +43,21 @@ func (k *Kernel) Syscall(name string) (Syscall, error) {
 	if err != nil {
 		return Syscall{}, err
 	}
-	return k.syscall(at)
+	return k.begin("system call").syscall(at)
 }
 
 // Syscalls returns every system call that the kernel describes, by address of the
 // description.
 func (k *Kernel) Syscalls() ([]Syscall, error) {
+	o := k.begin("system calls")
 	var all []Syscall
 	for sym := range k.syms.All() {
 		if !strings.HasPrefix(sym.Name, syscallMeta) {
 			continue
 		}
-		s, err := k.syscall(sym.Addr)
+		s, err := o.syscall(sym.Addr)
 		if err != nil {
-			return all, fmt.Errorf("%s: %w", sym.Name, err)
+			return all, fmt.Errorf("%q: %w", sym.Name, err)
 		}
 		all = append(all, s)
 	}
@@ -63,18 +65,18 @@ func (k *Kernel) Syscalls() ([]Syscall, error) {
 }
 
 // syscall reads struct syscall_metadata (include/trace/syscall.h).
-func (k *Kernel) syscall(at uint64) (s Syscall, err error) {
-	t, err := k.Types()
+func (o *op) syscall(at uint64) (s Syscall, err error) {
+	t, err := o.Types()
 	if err != nil {
 		return s, err
 	}
-	v := t.At(k, "syscall_metadata", at)
+	v := t.At(o, "syscall_metadata", at)
 	number, err := v.Field("syscall_nr").Int()
 	if err != nil {
 		return s, err
 	}
 	s.Number = int(number)
-	if s.Name, err = k.stringAt(v.Field("name"), 128); err != nil {
+	if s.Name, err = o.stringAt(v.Field("name"), 128); err != nil {
 		return s, err
 	}
 	s.Name = strings.TrimPrefix(s.Name, "sys_")
@@ -83,7 +85,7 @@ func (k *Kernel) syscall(at uint64) (s Syscall, err error) {
 		return s, err
 	}
 	if count > maxSyscallArgs {
-		return s, fmt.Errorf("%s with %d arguments: %w", s.Name, count, ErrBadKernel)
+		return s, fmt.Errorf("%q with %d arguments: %w", s.Name, count, ErrBadKernel)
 	}
 	if count == 0 {
 		return s, nil
@@ -102,11 +104,11 @@ func (k *Kernel) syscall(at uint64) (s Syscall, err error) {
 			table uint64
 			dst   *string
 		}{{types, &a.Type}, {names, &a.Name}} {
-			p, err := k.pointer(f.table + i*uint64(k.bits/8))
+			p, err := o.pointer(f.table + i*uint64(o.bits/8))
 			if err != nil {
 				return s, err
 			}
-			if *f.dst, err = k.ReadString(p, 128); err != nil {
+			if *f.dst, err = o.str(p, 128); err != nil {
 				return s, err
 			}
 		}
@@ -116,10 +118,10 @@ func (k *Kernel) syscall(at uint64) (s Syscall, err error) {
 }
 
 // stringAt reads the string that a pointer leads to.
-func (k *Kernel) stringAt(v ktype.Value, limit int) (string, error) {
+func (o *op) stringAt(v ktype.Value, limit int) (string, error) {
 	p, err := v.Pointer()
 	if err != nil {
 		return "", err
 	}
-	return k.ReadString(p, limit)
+	return o.str(p, limit)
 }

@@ -17,19 +17,19 @@ type Task struct {
 	PID    int    // of the thread, as gettid tells it in the initial namespace
 	TGID   int    // of the process, as getpid does
 	PPID   int    // of the process that is its parent, 0 if none
-	Comm   string // the thread's name, at most 15 bytes
+	Comm   string // the thread's name, at most 15 bytes, as it is in memory
 	UID    uint32 // effective: cred.euid
 	GID    uint32
 	MM     uint64 // address of its struct mm_struct, 0 for kernel threads
 	Exited bool   // a zombie: its parent hasn't waited for it yet
 }
 
-// String returns the task as "comm[tgid/pid]".
+// String returns the task as "comm[tgid/pid]", in printable ASCII.
 func (t Task) String() string {
 	if t.PID == t.TGID {
-		return fmt.Sprintf("%s[%d]", t.Comm, t.TGID)
+		return fmt.Sprintf("%s[%d]", printable(t.Comm), t.TGID)
 	}
-	return fmt.Sprintf("%s[%d/%d]", t.Comm, t.TGID, t.PID)
+	return fmt.Sprintf("%s[%d/%d]", printable(t.Comm), t.TGID, t.PID)
 }
 
 // Bounds of what a guest can have: pid_max can't be more than 4 Mi on 64 bits
@@ -45,11 +45,15 @@ const listTries = 5
 // Task reads the task whose struct task_struct is at addr. What the types at hand
 // don't tell (inferred ones have only the first few fields) stays zero.
 func (k *Kernel) Task(addr uint64) (Task, error) {
-	t, err := k.Types()
+	return k.begin("task").task(addr)
+}
+
+func (o *op) task(addr uint64) (Task, error) {
+	t, err := o.Types()
 	if err != nil {
 		return Task{}, err
 	}
-	v := t.At(k, "task_struct", addr)
+	v := t.At(o, "task_struct", addr)
 	task := Task{Addr: addr}
 	pid, err := v.Field("pid").Int()
 	if err != nil {
@@ -112,20 +116,21 @@ func (k *Kernel) Processes(idle bool) ([]Task, error) {
 	if err != nil {
 		return nil, err
 	}
+	o := k.begin("processes")
 	return again(func() ([]Task, error) {
 		var tasks []Task
 		if idle {
-			task, err := k.Task(first)
+			task, err := o.task(first)
 			if err != nil {
 				return nil, err
 			}
 			tasks = append(tasks, task)
 		}
-		for at, err := range t.List(k, first+member.Offset, "task_struct", "tasks", maxTasks) {
+		for at, err := range t.List(o, first+member.Offset, "task_struct", "tasks", maxTasks) {
 			if err != nil {
 				return tasks, err
 			}
-			task, err := k.Task(at)
+			task, err := o.task(at)
 			if err != nil {
 				return tasks, err
 			}
@@ -160,7 +165,8 @@ func (k *Kernel) Threads(leader Task) ([]Task, error) {
 	if err != nil {
 		return nil, err
 	}
-	signal, err := t.At(k, "task_struct", leader.Addr).Field("signal").Pointer()
+	o := k.begin("threads")
+	signal, err := t.At(o, "task_struct", leader.Addr).Field("signal").Pointer()
 	if err != nil {
 		return nil, err
 	}
@@ -170,11 +176,11 @@ func (k *Kernel) Threads(leader Task) ([]Task, error) {
 	}
 	return again(func() ([]Task, error) {
 		var tasks []Task
-		for at, err := range t.List(k, signal+head.Offset, "task_struct", "thread_node", maxTasks) {
+		for at, err := range t.List(o, signal+head.Offset, "task_struct", "thread_node", maxTasks) {
 			if err != nil {
 				return tasks, err
 			}
-			task, err := k.Task(at)
+			task, err := o.task(at)
 			if err != nil {
 				return tasks, err
 			}
@@ -228,7 +234,10 @@ func (k *Kernel) currentTask(base uint64) (uint64, error) {
 		}
 		at = hot + f.Offset
 	}
-	return k.pointer(base + at)
+	if at += base; k.bits == 32 {
+		at &= 1<<32 - 1
+	}
+	return k.pointer(at)
 }
 
 // PerCPU returns the base of the per-CPU variables of a CPU, by the kernel's own
@@ -265,7 +274,7 @@ func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
 	if err != nil {
 		return 0, err
 	}
-	return paging.Root(uint64(tr.Frame)*paging.PageSize + tr.Offset), nil
+	return paging.Root(tr.Phys()), nil
 }
 
 // ReadUser reads memory of a process as it sees it. An error means that not all
@@ -356,7 +365,8 @@ func (k *Kernel) Cgroup(t Task) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	kn, err := types.At(k, "task_struct", t.Addr).Field("cgroups.dfl_cgrp.kn").Pointer()
+	o := k.begin("cgroup")
+	kn, err := types.At(o, "task_struct", t.Addr).Field("cgroups.dfl_cgrp.kn").Pointer()
 	if err != nil {
 		return "", err
 	}
@@ -366,7 +376,7 @@ func (k *Kernel) Cgroup(t Task) (string, error) {
 	}
 	var names []string
 	for range maxCgroups {
-		v := types.At(k, "kernfs_node", kn)
+		v := types.At(o, "kernfs_node", kn)
 		up, err := v.Field(parent).Pointer()
 		if err != nil {
 			return "", err
@@ -379,7 +389,7 @@ func (k *Kernel) Cgroup(t Task) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		name, err := k.ReadString(at, 256)
+		name, err := o.str(at, 256)
 		if err != nil {
 			return "", err
 		}

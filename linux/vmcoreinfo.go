@@ -31,9 +31,14 @@ type vmcoreinfo map[string]string
 // vmcoreMagic begins the page: in all of a guest's memory nothing else is so.
 const vmcoreMagic = "OSRELEASE="
 
-// maxVMCoreInfo bounds the candidates that a guest can put into memory: an old
-// kernel's may be left there by kexec.
-const maxVMCoreInfo = 16
+// Bounds. Anybody in the guest can write such pages: those that lead to no kernel
+// cost a few reads, and the others are searched for symbols. An old kernel's may
+// be left by kexec.
+const (
+	maxVMCoreInfo  = 1 << 16
+	maxInfoImages  = maxImages
+	maxVMCoreLines = 1 << 9 // 6.12 has 150 or so
+)
 
 // findVMCoreInfo searches memory for page tables, where no register tells them.
 func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
@@ -65,12 +70,14 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 			if info == nil {
 				continue
 			}
-			if found++; found > maxVMCoreInfo {
-				return images, fmt.Errorf("more than %d pages with crash dump information: %w", maxVMCoreInfo, ErrBadKernel)
+			if found++; found > maxVMCoreInfo || len(images) == maxInfoImages {
+				return images, fmt.Errorf("too many pages with crash dump information: %w", ErrBadKernel)
 			}
 			img, err := info.image(m)
 			if err != nil {
-				errs = errors.Join(errs, err)
+				if errs == nil {
+					errs = fmt.Errorf("crash dump information in frame %#x: %w", uint64(f), err)
+				}
 				continue
 			}
 			img.why = fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f))
@@ -87,6 +94,9 @@ func parseVMCoreInfo(page []byte) vmcoreinfo {
 	text, _, _ := bytes.Cut(page, []byte{0})
 	v := make(vmcoreinfo)
 	for line := range strings.Lines(string(text)) {
+		if len(v) == maxVMCoreLines {
+			break
+		}
 		if key, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "="); ok {
 			v[key] = value
 		}

@@ -13,7 +13,8 @@
 // Memory is read through a [Space]: the kernel's, a process', physical, or
 // machine memory.
 //
-// Nothing is changed in the guest unless Write is called, and it isn't stopped.
+// Nothing is changed in the guest unless Write is called. It isn't stopped either,
+// but for a QEMU guest, which stands still for a moment while it is opened.
 //
 // # From C to Go
 //

@@ -125,8 +125,11 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		if err == nil {
 			return k, nil
 		}
+		if !errors.Is(err, linux.ErrNoSymbols) {
+			return nil, err
+		}
 		// A kernel built without a table: take the file that it was booted from.
-		if symbols = t.Info().Kernel; symbols == "" || !errors.Is(err, linux.ErrNoSymbols) {
+		if symbols = t.Info().Kernel; symbols == "" {
 			return nil, fmt.Errorf("%w: name the kernel's vmlinux, vmlinuz, System.map or saved /proc/kallsyms "+
 				"in Options.Symbols or %s", err, symbolsEnv)
 		}

@@ -117,6 +117,31 @@ func TestSpaces(t *testing.T) {
 	require.ErrorIs(t, err, linux.ErrNoMemory, "the idle task")
 }
 
+// TestProcess reads the memory of a process, in a guest that needs no kernel file.
+func TestProcess(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	g, err := xenaccess.Open(t.Context(), "file:"+s.WriteImage(t), &xenaccess.Options{Config: "-", Cache: "-"})
+	require.NoError(t, err)
+	defer g.Close()
+	assert.Equal(t, kerneltest.SyntheticBanner, g.Linux().Banner())
+	user, err := g.User(1)
+	require.NoError(t, err)
+	arg, err := user.String(kerneltest.SyntheticUser+0x100, 64)
+	require.NoError(t, err)
+	assert.Equal(t, kerneltest.SyntheticArgs[0], arg)
+	_, err = user.Uint8(kerneltest.SyntheticUser + paging.PageSize)
+	require.ErrorIs(t, err, paging.ErrNotMapped)
+	_, err = g.User(2)
+	require.ErrorIs(t, err, linux.ErrNoMemory)
+	_, err = g.User(99)
+	require.ErrorIs(t, err, linux.ErrNoProcess)
+	task, err := g.Symbol("init_task")
+	require.NoError(t, err)
+	pid, err := g.Kernel().Uint32(task + kerneltest.TaskPID)
+	require.NoError(t, err)
+	assert.Zero(t, pid)
+}
+
 // TestLax opens what holds no kernel.
 func TestLax(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "noise")

@@ -7,13 +7,13 @@ import (
 	"bytes"
 	"debug/elf"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"testing"
 
+	"github.com/vmprobes/vmprobes/internal/cpio"
 	"github.com/vmprobes/vmprobes/internal/pagetest"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
@@ -68,34 +68,18 @@ func file(series, name string) ([]byte, error) {
 	if newest == "" {
 		return nil, fmt.Errorf("nothing in %s: %w", filepath.Join(dir, "images"), os.ErrNotExist)
 	}
-	archive, err := os.ReadFile(newest)
+	f, err := os.Open(newest)
 	if err != nil {
 		return nil, err
 	}
-	return extract(archive, "/"+name)
-}
-
-// extract returns the file of an archive whose name ends with suffix. The format
-// is "newc" (initramfs-buffer-format.txt of Linux).
-func extract(archive []byte, suffix string) ([]byte, error) {
-	const magic, header = "070701", 110
-	for data := archive; len(data) >= header && bytes.HasPrefix(data, []byte(magic)); {
-		number := func(i int) int {
-			n, _ := strconv.ParseUint(string(data[6+8*i:14+8*i]), 16, 32)
-			return int(n)
-		}
-		size, name := number(6), number(11)
-		from := (header + name + 3) &^ 3
-		to := (from + size + 3) &^ 3
-		if name == 0 || to > len(data) {
-			break
-		}
-		if strings.HasSuffix(string(data[header:header+name-1]), suffix) {
-			return data[from : from+size], nil
-		}
-		data = data[to:]
+	defer f.Close()
+	r, err := cpio.Open(f, "lab/kernels/"+series+"/"+name)
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("no file *%s in the archive", suffix)
+	b := make([]byte, r.Size())
+	_, err = io.ReadFull(r, b)
+	return b, err
 }
 
 // A Guest is physical memory with a kernel in it. It is a linux.Machine.

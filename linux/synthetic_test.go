@@ -1,0 +1,419 @@
+package linux_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
+	"github.com/vmprobes/vmprobes/linux"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+func discover(tb testing.TB, s *kerneltest.Synthetic) *linux.Kernel {
+	tb.Helper()
+	k, err := linux.Discover(tb.Context(), s.Machine(), nil)
+	require.NoError(tb, err)
+	return k
+}
+
+var layouts = map[string]kerneltest.Layout{
+	"new":         {},
+	"pcpu_hot":    {PCPUHot: true},
+	"core_layout": {CoreLayout: true},
+}
+
+func TestSynthetic(t *testing.T) {
+	for name, l := range layouts {
+		t.Run(name, func(t *testing.T) {
+			s := kerneltest.NewSynthetic(l)
+			k := discover(t, s)
+			assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+			assert.Equal(t, "9.9.9-synthetic", k.Release())
+			assert.Equal(t, kerneltest.SyntheticID, k.BuildID())
+			for _, name := range []string{"fn_0000", "init_task", "_end", "modules", "__syscall_meta__openat"} {
+				sym, err := k.Symbols().Lookup(name)
+				require.NoError(t, err)
+				assert.Equal(t, s.Sym[name], sym.Addr, name)
+			}
+			testTasks(t, s, k)
+			testModules(t, s, k)
+			testSyscalls(t, k)
+			testPlaces(t, s, k)
+
+			for page, want := range []paging.Frame{0x1234, 0, 0, 0, 0} {
+				f, err := k.PhysToMachine(uint64(page))
+				if want == 0 {
+					require.ErrorIs(t, err, linux.ErrNoP2M)
+					continue
+				}
+				require.NoError(t, err)
+				assert.Equal(t, want, f)
+			}
+			for _, r := range k.Explain() {
+				assert.NoError(t, r.Err, r.Name)
+			}
+		})
+	}
+}
+
+func testTasks(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
+	task := func(pid, tgid, ppid int, comm string, uid uint32) linux.Task {
+		x := linux.Task{Addr: s.Sym["task "+strconv.Itoa(pid)], PID: pid, TGID: tgid, PPID: ppid, Comm: comm, UID: uid, GID: uid + 1}
+		if pid == 1 {
+			x.MM = s.Sym["mm 1"]
+		}
+		x.Exited = pid == 50
+		return x
+	}
+	want := []linux.Task{
+		task(0, 0, 0, "swapper/0", 0), task(1, 1, 0, "init", 0), task(2, 2, 0, "kthreadd", 0),
+		task(3, 3, 2, "kworker/0:0", 0), task(40, 40, 1, "daemon", 1000), task(50, 50, 40, "zombie\x1b[31m", 1000),
+	}
+	got, err := k.Processes(true)
+	require.NoError(t, err)
+	assert.Equal(t, want, got)
+	assert.Equal(t, "zombie?[31m[50]", got[5].String())
+	got, err = k.Processes(false)
+	require.NoError(t, err)
+	assert.Equal(t, want[1:], got)
+
+	daemon, err := k.Process(40)
+	require.NoError(t, err)
+	threads, err := k.Threads(daemon)
+	require.NoError(t, err)
+	assert.Equal(t, []linux.Task{want[4], task(41, 40, 1, "daemon-helper", 1000)}, threads)
+	assert.Equal(t, "daemon-helper[40/41]", threads[1].String())
+	cgroup, err := k.Cgroup(daemon)
+	require.NoError(t, err)
+	assert.Equal(t, "/system.slice/daemon.service", cgroup)
+	_, err = k.Process(99)
+	require.ErrorIs(t, err, linux.ErrNoProcess)
+
+	init, err := k.Process(1)
+	require.NoError(t, err)
+	cgroup, err = k.Cgroup(init)
+	require.NoError(t, err)
+	assert.Equal(t, "/", cgroup)
+	args, err := k.Cmdline(init)
+	require.NoError(t, err)
+	assert.Equal(t, kerneltest.SyntheticArgs, args)
+	args, err = k.Cmdline(daemon)
+	require.NoError(t, err)
+	assert.Nil(t, args)
+	layout, err := k.Layout(init)
+	require.NoError(t, err)
+	assert.EqualValues(t, 0x400000, layout.StartCode)
+	assert.EqualValues(t, 0x406000, layout.StartStack)
+	assert.EqualValues(t, 0x40a000, layout.EnvEnd)
+	_, err = k.UserRoot(daemon)
+	require.ErrorIs(t, err, linux.ErrNoMemory)
+	b := make([]byte, 4)
+	require.NoError(t, k.ReadUser(init, kerneltest.SyntheticUser+0x100, b))
+	assert.Equal(t, "/sbi", string(b))
+	require.ErrorIs(t, k.ReadUser(init, kerneltest.SyntheticUser+paging.PageSize, b), paging.ErrNotMapped)
+
+	for cpu, pid := range []int{0, 40} {
+		base, err := k.PerCPU(cpu)
+		require.NoError(t, err)
+		cur, err := k.Current(base)
+		require.NoError(t, err)
+		assert.Equal(t, pid, cur.PID)
+	}
+	_, err = k.PerCPU(-1)
+	require.ErrorIs(t, err, linux.ErrBadKernel)
+}
+
+func testModules(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
+	mods, err := k.Modules()
+	require.NoError(t, err)
+	require.Len(t, mods, 2)
+	for i, name := range []string{"demo", "older"} {
+		m := mods[i]
+		assert.Equal(t, name, m.Name)
+		assert.Equal(t, s.Sym["module "+name], m.Addr)
+		assert.Equal(t, s.Sym["text "+name], m.Base)
+		assert.EqualValues(t, 0x1800, m.Size)
+		assert.Equal(t, "Live", m.State.String())
+	}
+	syms, err := k.ModuleSymbols()
+	require.NoError(t, err)
+	text := s.Sym["text demo"]
+	assert.Equal(t, []sysmap.Symbol{
+		{Addr: text, Type: 't', Name: "demo_init", Module: "demo"},
+		{Addr: text + 0x10, Type: 'T', Name: "demo_run", Module: "demo"},
+	}, syms[:2])
+	assert.Len(t, syms, 4)
+	all, err := k.AllSymbols()
+	require.NoError(t, err)
+	sym, off, ok := all.Find(text + 0x13)
+	require.True(t, ok)
+	assert.Equal(t, "demo_run", sym.Name)
+	assert.EqualValues(t, 3, off)
+	again, err := k.AllSymbols()
+	require.NoError(t, err)
+	assert.Same(t, all, again)
+
+	types, err := k.ModuleTypes()
+	require.NoError(t, err)
+	n, err := types.Sizeof("demo:demo_t")
+	require.NoError(t, err)
+	assert.EqualValues(t, 4, n)
+	types, err = k.ModuleTypes("older")
+	require.NoError(t, err)
+	assert.False(t, types.HasField("demo:demo_t"))
+}
+
+func testSyscalls(t *testing.T, k *linux.Kernel) {
+	calls, err := k.Syscalls()
+	require.NoError(t, err)
+	require.Len(t, calls, 2)
+	c, err := k.Syscall("openat")
+	require.NoError(t, err)
+	assert.Equal(t, 257, c.Number)
+	assert.Equal(t, "openat(int dfd, const char * filename, int flags)", c.String())
+	c, err = k.Syscall("getpid")
+	require.NoError(t, err)
+	assert.Equal(t, "getpid()", c.String())
+	_, err = k.Syscall("nosuchcall")
+	require.ErrorIs(t, err, sysmap.ErrNotFound)
+}
+
+func testPlaces(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
+	fn := func(i uint64) uint64 { return kerneltest.SyntheticText + 16*(i+1) }
+	for _, c := range []struct {
+		addr uint64
+		why  string
+	}{
+		{fn(1), ""},
+		{fn(1) + 1, ""}, // a NOP
+		{fn(99) + 15, ""},
+		{fn(100), "noinstr"},
+		{fn(109) + 15, "noinstr"},
+		{fn(110), ""},
+		{fn(200), "kprobe blacklist"},
+		{fn(200) + 15, "kprobe blacklist"},
+		{fn(201), ""},
+		{fn(300), "jump label"},
+		{fn(300) + 4, "jump label"},
+		{fn(300) + 5, ""},
+		{fn(301) + 1, "jump label"},
+		{fn(301) + 2, ""},
+		{fn(310) + 1, "static call"},
+		{fn(400), ""},
+		{fn(400) + 1, "ftrace"},
+		{fn(400) + 5, ""},
+		{fn(410) + 4, "ftrace"},
+		{kerneltest.SyntheticText - 1, "not in the text"},
+		{s.Sym["init_task"], "not in the text"},
+		{s.Sym["text demo"], ""},
+		{s.Sym["text demo"] + 0x10, ""},
+		{s.Sym["text demo"] + 0x11, "not an instruction boundary"}, // of ADD, 00 00
+		{s.Sym["text demo"] + 0x1000, "not in the text"},
+		{s.Sym["text unformed"], "not in the text"},
+	} {
+		err := k.Probeable(c.addr)
+		if c.why == "" {
+			assert.NoError(t, err, "%#x", c.addr)
+			continue
+		}
+		require.ErrorIs(t, err, linux.ErrNotProbeable, "%#x", c.addr)
+		assert.ErrorContains(t, err, c.why)
+	}
+	n, err := k.FtraceSites()
+	require.NoError(t, err)
+	assert.Equal(t, 4, n)
+	for addr, want := range map[uint64][2]bool{fn(400): {false, true}, fn(410): {true, true}, fn(500): {false, false}} {
+		traced, ok := k.FtraceSite(addr)
+		assert.Equal(t, want, [2]bool{traced, ok})
+	}
+	found := func(pattern string) (names []string) {
+		seq, err := k.Functions(pattern)
+		require.NoError(t, err)
+		for s := range seq {
+			names = append(names, s.Name)
+		}
+		return names
+	}
+	assert.Equal(t, []string{"fn_0098", "fn_0099"}, found("fn_009[89]"))
+	assert.Len(t, found("fn_01*"), 100-10)
+	_, err = k.Functions("[")
+	require.Error(t, err)
+}
+
+// TestSyntheticInferred does without types, and without symbols of data.
+func TestSyntheticInferred(t *testing.T) {
+	for _, l := range []kerneltest.Layout{{NoTypes: true}, {NoTypes: true, NoData: true}} {
+		s := kerneltest.NewSynthetic(l)
+		k := discover(t, s)
+		types, err := k.Types()
+		require.NoError(t, err)
+		assert.Equal(t, "inferred", types.Source())
+		for path, want := range map[string]uint64{
+			"task_struct.tasks": kerneltest.TaskTasks, "task_struct.mm": kerneltest.TaskMM, "task_struct.pid": kerneltest.TaskPID,
+			"task_struct.tgid": kerneltest.TaskPID + 4, "task_struct.comm": kerneltest.TaskComm,
+			"task_struct.real_parent": kerneltest.TaskParent, "mm_struct.pgd": kerneltest.MMPgd,
+		} {
+			f, err := types.Offset(path)
+			require.NoError(t, err)
+			assert.Equal(t, want, f.Offset, path)
+		}
+		tasks, err := k.Processes(true)
+		require.NoError(t, err)
+		require.Len(t, tasks, 6)
+		assert.Equal(t, s.Sym["task 0"], tasks[0].Addr)
+		assert.Equal(t, 40, tasks[5].PPID)
+		b := make([]byte, 4)
+		require.NoError(t, k.ReadUser(tasks[1], kerneltest.SyntheticUser+0x100, b))
+		assert.Equal(t, "/sbi", string(b))
+		mods, err := k.Modules()
+		if l.NoData {
+			require.ErrorIs(t, err, sysmap.ErrNotFound)
+			continue
+		}
+		require.NoError(t, err)
+		assert.Equal(t, "demo", mods[0].Name)
+	}
+}
+
+// TestConcurrent has many callers at once, for the race detector.
+func TestConcurrent(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	k := discover(t, s)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 20 {
+				_, err := k.Processes(true)
+				assert.NoError(t, err)
+				_, err = k.AllSymbols()
+				assert.NoError(t, err)
+				_, err = k.Syscalls()
+				assert.NoError(t, err)
+				assert.NoError(t, k.Probeable(kerneltest.SyntheticText+16))
+				_, err = k.ModuleTypes()
+				assert.NoError(t, err)
+				k.Explain()
+			}
+		})
+	}
+	wg.Wait()
+	assert.LessOrEqual(t, len(k.Explain()), 8)
+}
+
+// TestSyntheticCache finds in the cache what the first guest put there.
+func TestSyntheticCache(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "cache")
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	for i := range 2 {
+		m := s.Machine()
+		k, err := linux.Discover(t.Context(), m, &linux.Options{Cache: dir})
+		require.NoError(t, err)
+		assert.Equal(t, i == 1, cached(k))
+	}
+}
+
+func cached(k *linux.Kernel) bool {
+	for _, r := range k.Explain() {
+		if r.Name == "symbols" {
+			return r.Found != "" && r.Found[len(r.Found)-5:] == "cache"
+		}
+	}
+	return false
+}
+
+// TestCacheSwap has a guest that shows one kernel's tables while they are decoded,
+// and those of another when it is looked at again: the cache must have what was
+// decoded, under the hash of the same.
+func TestCacheSwap(t *testing.T) {
+	honest, evil := kerneltest.NewSynthetic(kerneltest.Layout{}), kerneltest.NewSynthetic(kerneltest.Layout{})
+	// The names fn_0007 and fn_0008 change places.
+	swap := func(a, b string) {
+		i, j := bytes.Index(evil.RAM, []byte(a)), bytes.Index(evil.RAM, []byte(b))
+		require.Positive(t, i)
+		require.Positive(t, j)
+		copy(evil.RAM[i:], b)
+		copy(evil.RAM[j:], a)
+	}
+	swap("tfn_0007", "tfn_0008")
+	m := &swapMachine{evil: evil.Guest, honest: honest.Guest, swap: 1 << 30}
+	_, err := linux.Discover(t.Context(), m, &linux.Options{Cache: filepath.Join(t.TempDir(), "cache")})
+	require.NoError(t, err)
+	all := m.pages
+	for i := range 100 {
+		dir := filepath.Join(t.TempDir(), "cache")
+		m := &swapMachine{evil: evil.Guest, honest: honest.Guest, swap: all * i / 100}
+		_, err := linux.Discover(t.Context(), m, &linux.Options{Cache: dir})
+		require.NoError(t, err)
+		k, err := linux.Discover(t.Context(), honest.Machine(), &linux.Options{Cache: dir})
+		require.NoError(t, err)
+		sym, err := k.Symbols().Lookup("fn_0007")
+		require.NoError(t, err)
+		require.Equal(t, honest.Sym["fn_0007"], sym.Addr, "swapped after %d of %d pages", m.swap, all)
+	}
+}
+
+// A swapMachine is one guest until so many pages have been read, and then another.
+type swapMachine struct {
+	evil, honest *kerneltest.Guest
+	swap, pages  int
+}
+
+func (m *swapMachine) Page(f paging.Frame, w bool) ([]byte, func(), error) {
+	g := m.evil
+	if m.pages++; m.pages > m.swap {
+		g = m.honest
+	}
+	b, _, err := g.Map(f, w)
+	return b, func() {}, err
+}
+
+func (m *swapMachine) CPUs() ([]linux.CPU, error) { return m.honest.Machine().CPUs() }
+
+func TestCacheFolder(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "cache")
+	opts := &linux.Options{Cache: dir}
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	var wg sync.WaitGroup
+	for range 4 { // at once
+		wg.Go(func() {
+			_, err := linux.Discover(t.Context(), s.Machine(), opts)
+			assert.NoError(t, err)
+		})
+	}
+	wg.Wait()
+	files, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Len(t, files, 1, "and no temporary file is left")
+
+	// Those that a killed writer left go when the next entry comes; and so do the
+	// entries that nobody has used for longest.
+	old := time.Now().Add(-24 * time.Hour)
+	for i := range 40 {
+		name := filepath.Join(dir, strconv.Itoa(i)+".symbols")
+		require.NoError(t, os.WriteFile(name, []byte("x"), 0o600))
+		require.NoError(t, os.Chtimes(name, old, old.Add(time.Duration(i)*time.Second)))
+	}
+	left := filepath.Join(dir, "left.tmp")
+	require.NoError(t, os.WriteFile(left, nil, 0o600))
+	require.NoError(t, os.Chtimes(left, old, old))
+	other := kerneltest.NewSynthetic(kerneltest.Layout{PCPUHot: true})
+	_, err = linux.Discover(t.Context(), other.Machine(), opts)
+	require.NoError(t, err)
+	files, err = os.ReadDir(dir)
+	require.NoError(t, err)
+	assert.Len(t, files, 32)
+	assert.NoFileExists(t, left)
+	assert.NoFileExists(t, filepath.Join(dir, "0.symbols"))
+	k, err := linux.Discover(t.Context(), s.Machine(), opts)
+	require.NoError(t, err)
+	assert.True(t, cached(k), "the one in use is still there")
+}
