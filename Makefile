@@ -141,6 +141,7 @@ QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
 test-qemu: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./qemu
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./qemu ./linux ./xenaccess ./image
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run 'TestQEMU/($(QEMU_GUESTS))' .
 

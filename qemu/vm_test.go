@@ -3,7 +3,6 @@
 package qemu_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -20,8 +19,6 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/qemu"
 )
-
-type bytesBuffer = bytes.Buffer
 
 // TestMemory compares the guest's memory as each way of access shows it with the
 // file that holds it.

@@ -38,13 +38,9 @@ type Linux struct {
 const readyTimeout = 90 * time.Second
 
 // StartLinux boots the kernel of a series that the lab has fetched ("6.1",
-// "6.12"), and waits until its init is ready. It does so only under
-// VMPROBES_REQUIRE_QEMU=1, since it takes a while; else the test is skipped.
+// "6.12"), and waits until its init is ready.
 func StartLinux(tb testing.TB, series string, c Config) *Linux {
 	tb.Helper()
-	if os.Getenv(kerneltest.RequireEnv) != "1" {
-		tb.Skipf("boots Linux in QEMU: make test-qemu runs it (%s=1)", kerneltest.RequireEnv)
-	}
 	Binary(tb)
 	dir := tb.TempDir()
 	c.Kernel = filepath.Join(dir, "vmlinuz")

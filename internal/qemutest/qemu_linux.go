@@ -57,10 +57,13 @@ type VM struct {
 }
 
 // Binary returns the QEMU to be tested, which the environment variable
-// VMPROBES_QEMU may name. Without one the test is skipped, or fails under
-// VMPROBES_REQUIRE_QEMU=1.
+// VMPROBES_QEMU may name. Tests with QEMU run under VMPROBES_REQUIRE_QEMU=1 only,
+// which make test-qemu sets: then it must be there.
 func Binary(tb testing.TB) string {
 	tb.Helper()
+	if os.Getenv(kerneltest.RequireEnv) != "1" {
+		tb.Skipf("starts QEMU: make test-qemu runs it (%s=1)", kerneltest.RequireEnv)
+	}
 	name := os.Getenv("VMPROBES_QEMU")
 	if name == "" {
 		name = "qemu-system-x86_64"
