@@ -61,7 +61,8 @@ const (
 // Kind is the virtualization mode of a domain.
 type Kind uint8
 
-// Kinds of domains. PVH counts as HVM where Xen doesn't tell them apart.
+// Kinds of domains. PVH counts as HVM where Xen doesn't tell them apart, and so
+// do QEMU guests.
 const (
 	PV  = Kind(target.PV)
 	HVM = Kind(target.HVM)

@@ -1,5 +1,6 @@
 // Package vmprobes places kprobe-like breakpoints in the kernel of a running Xen
-// guest, from dom0, with nothing installed in the guest.
+// guest, from dom0, with nothing installed in the guest, and nothing configured:
+// symbols and types are found in the guest's memory. The same works on QEMU guests.
 //
 // A [Probe] names an instruction, and handlers that run before and after it:
 //
@@ -7,8 +8,9 @@
 //		DomainName: "a3guest",
 //		Symbol:     "do_sys_openat2",
 //		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+//			task, _ := r.Task()
 //			name, _ := p.ReadString(vmprobes.Addr(r.Arg(1)), 4096)
-//			fmt.Println("open", name)
+//			fmt.Println(task.Comm, "opens", name)
 //			return vmprobes.Continue
 //		},
 //	}
@@ -22,8 +24,8 @@
 // name. [Open] gives a [Session], which holds any number of probes.
 //
 // PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
-// with every Xen that has vm_event. Open says what is missing before it touches
-// anything.
+// with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
+// says what is missing before it touches anything.
 package vmprobes
 
 import (
@@ -43,7 +45,9 @@ import (
 )
 
 // Open attaches to the domain called name, or with the numeric id that it
-// spells. A nil opts means defaults.
+// spells. "qemu:/path/of/gdb.sock" and "qemu:host:port" are the gdbstub of a QEMU
+// guest, "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
+// is started. A nil opts means defaults.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)
 	if err != nil {
