@@ -9,7 +9,7 @@ LAB         = bin/lab
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
 # Hosts of the lab.
 HOSTS       = pv pv-stock hvm
-FUZZTIME    = 5s
+FUZZTIME    = 20s
 
 # What the machine must have, as Debian packages: a compiler for cgo, objdump as
 # the tests' oracle, and Xen's headers for the binding's check. The lab adds its own.
