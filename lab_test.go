@@ -1,7 +1,6 @@
 package vmprobes_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -14,7 +13,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -24,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/internal/qemutest"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/lab/labguest"
 	"github.com/vmprobes/vmprobes/linux"
@@ -733,29 +732,14 @@ func testLists(t labTest) {
 
 // proc is a program that runs and whose output can be read meanwhile.
 type proc struct {
-	*exec.Cmd
+	qemutest.Buffer
 	done chan error
-
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (p *proc) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.buf.Write(b)
-}
-
-func (p *proc) String() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.buf.String()
 }
 
 // start starts a program and waits until its output contains want.
 func start(t testing.TB, cmd *exec.Cmd, want string) *proc {
 	t.Helper()
-	p := &proc{Cmd: cmd, done: make(chan error, 1)}
+	p := &proc{done: make(chan error, 1)}
 	cmd.Stdout, cmd.Stderr = p, p
 	require.NoError(t, cmd.Start())
 	go func() { p.done <- cmd.Wait() }()

@@ -126,18 +126,24 @@ func (k *Kernel) Processes(idle bool) ([]Task, error) {
 			}
 			tasks = append(tasks, task)
 		}
-		for at, err := range t.List(o, first+member.Offset, "task_struct", "tasks", maxTasks) {
-			if err != nil {
-				return tasks, err
-			}
-			task, err := o.task(at)
-			if err != nil {
-				return tasks, err
-			}
-			tasks = append(tasks, task)
-		}
-		return tasks, nil
+		return o.tasks(t, first+member.Offset, "tasks", tasks)
 	})
+}
+
+// tasks adds the tasks on a list, which are linked by the given member, to those
+// that it is given.
+func (o *op) tasks(t *ktype.Types, head uint64, member string, tasks []Task) ([]Task, error) {
+	for at, err := range t.List(o, head, "task_struct", member, maxTasks) {
+		if err != nil {
+			return tasks, err
+		}
+		task, err := o.task(at)
+		if err != nil {
+			return tasks, err
+		}
+		tasks = append(tasks, task)
+	}
+	return tasks, nil
 }
 
 // initTask returns the address of the first task, the idle one: that of a symbol,
@@ -175,18 +181,7 @@ func (k *Kernel) Threads(leader Task) ([]Task, error) {
 		return nil, err
 	}
 	return again(func() ([]Task, error) {
-		var tasks []Task
-		for at, err := range t.List(o, signal+head.Offset, "task_struct", "thread_node", maxTasks) {
-			if err != nil {
-				return tasks, err
-			}
-			task, err := o.task(at)
-			if err != nil {
-				return tasks, err
-			}
-			tasks = append(tasks, task)
-		}
-		return tasks, nil
+		return o.tasks(t, signal+head.Offset, "thread_node", nil)
 	})
 }
 

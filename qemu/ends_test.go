@@ -4,7 +4,6 @@ package qemu_test
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"strconv"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -88,24 +86,6 @@ func running(t *testing.T, guest *qemutest.VM, cpus []qemutest.CPU) {
 	require.Equal(t, "running", guest.Status())
 }
 
-// output is a buffer that can be read while a program writes to it.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.String()
-}
-
 // TestEnds ends a tool under load by signals, many times: whatever happens the
 // guest goes on, at the latest when the next one attaches.
 func TestEnds(t *testing.T) {
@@ -138,7 +118,7 @@ func TestEnds(t *testing.T) {
 			cmd.Env = append(os.Environ(), childEnv+"=qemu:"+guest.GDB, fmt.Sprintf("%s_ADDR=%#x", childEnv, addr))
 			out, err := cmd.StdoutPipe()
 			require.NoError(t, err)
-			var stderr output
+			var stderr qemutest.Buffer
 			cmd.Stderr = &stderr
 			require.NoError(t, cmd.Start())
 			line, err := bufio.NewReader(out).ReadString('\n')

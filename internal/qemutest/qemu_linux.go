@@ -1,7 +1,6 @@
 package qemutest
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -53,7 +51,7 @@ type VM struct {
 	cmd    *exec.Cmd
 	ended  chan struct{}
 	mem    []byte
-	out    lockedBuffer
+	out    Buffer
 }
 
 // Binary returns the QEMU to be tested, which the environment variable
@@ -316,21 +314,3 @@ func (v *VM) Status() string {
 
 // QMPSocket returns the path of the QMP monitor's socket.
 func (v *VM) QMPSocket() string { return v.qmp }
-
-// lockedBuffer has what QEMU prints.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
