@@ -36,7 +36,7 @@ func output(ctx context.Context, dir string, name string, args ...string) (strin
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return string(out), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, lastLines(stderr.String()+string(out), 15))
+		return string(out), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, lastLines(string(out)+stderr.String(), 15))
 	}
 	return string(out), nil
 }

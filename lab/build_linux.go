@@ -85,6 +85,9 @@ func (c *cache) build(ctx context.Context, hosts []string) error {
 		} else {
 			this.Xen, this.XenVersion, err = c.buildStock(ctx)
 		}
+		if err == nil && h == job.HVM {
+			this.Bochs, err = c.buildBochs(ctx)
+		}
 		if err != nil {
 			return err
 		}

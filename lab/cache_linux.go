@@ -57,6 +57,7 @@ func (c *cache) mkdir(parts ...string) (string, error) {
 // built is what a build made for a host.
 type built struct {
 	Xen        string            // the hypervisor, uncompressed
+	Bochs      string            // the emulator of the hvm host
 	Kernel     string            // dom0's, as an ELF file
 	Base       string            // dom0's first file system
 	Kernels    map[string]string // archives with the guest kernels, by series
@@ -66,6 +67,9 @@ type built struct {
 
 func (b *built) files() []string {
 	files := []string{b.Xen, b.Kernel, b.Base}
+	if b.Bochs != "" {
+		files = append(files, b.Bochs)
+	}
 	for _, f := range b.Kernels {
 		files = append(files, f)
 	}
@@ -85,6 +89,9 @@ func (c *cache) load(host string) (*built, error) {
 	var b built
 	if err := json.Unmarshal(raw, &b); err != nil {
 		return nil, fmt.Errorf("%s: %w (run \"lab build %s\" again)", c.statePath(host), err, host)
+	}
+	if host == job.HVM && b.Bochs == "" { // built by an older lab
+		return nil, fmt.Errorf("the %s host lacks its emulator: run \"lab build %s\" again", host, host)
 	}
 	for _, f := range b.files() {
 		if _, err := os.Stat(f); err != nil {

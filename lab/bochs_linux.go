@@ -1,0 +1,215 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Bochs is built from source: Debian's has its debugger compiled in and its
+// optimizations left out, which costs half of its speed or more, and Debian 12's is
+// older. The archive is Debian's, without a version of its own in any list of
+// packages of Debian 12.
+const (
+	bochsPool    = "pool/main/b/bochs/"
+	bochsArchive = "bochs_3.0+dfsg.orig.tar.xz"
+	bochsSHA256  = "78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7acd282b"
+)
+
+var bochsConfigure = []string{
+	"--enable-cpu-level=6", "--enable-x86-64", "--enable-long-phy-address", "--enable-vmx=2", "--enable-avx", "--enable-evex",
+	"--enable-all-optimizations", "--disable-docbook", "--with-nogui", "CFLAGS=-O2", "CXXFLAGS=-O2",
+}
+
+// buildBochs builds the emulator of the hvm host.
+func (c *cache) buildBochs(ctx context.Context) (string, error) {
+	out, have, err := c.made("bochs-" + key(append([]string{bochsSHA256}, bochsConfigure...)...))
+	if err != nil || have {
+		return out, err
+	}
+	archive, err := c.fetchBochs(ctx)
+	if err != nil {
+		return "", fmt.Errorf("fetch the source of Bochs: %w", err)
+	}
+	tmp, err := os.MkdirTemp(c.dir, "bochs-*")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(tmp) }()
+	progress("build Bochs (a minute)")
+	for _, command := range [][]string{
+		{"tar", "-x", "--strip-components=1", "-f", archive},
+		append([]string{"./configure"}, bochsConfigure...),
+		{"make", fmt.Sprintf("-j%d", runtime.NumCPU())},
+	} {
+		if _, err := output(ctx, tmp, command[0], command[1:]...); err != nil {
+			return "", fmt.Errorf("build Bochs: %w", err)
+		}
+	}
+	program := filepath.Join(tmp, "bochs")
+	if err := os.Chmod(program, 0o755); err != nil {
+		return "", err
+	}
+	return out, os.Rename(program, out)
+}
+
+// fetchBochs gets the source from where this machine gets its packages.
+func (c *cache) fetchBochs(ctx context.Context) (string, error) {
+	dir, err := c.mkdir("sources")
+	if err != nil {
+		return "", err
+	}
+	archive := filepath.Join(dir, bochsArchive)
+	if _, err := os.Stat(archive); err == nil {
+		return archive, nil
+	}
+	repositories, err := output(ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
+	if err != nil {
+		return "", err
+	}
+	var tried []string
+	var failed []error
+	for _, base := range strings.Fields(repositories) {
+		uri := strings.TrimSuffix(base, "/") + "/" + bochsPool + bochsArchive
+		if slices.Contains(tried, uri) {
+			continue
+		}
+		tried = append(tried, uri)
+		progress("fetch %s", uri)
+		// Into place only with the right sum: apt-helper sees to that.
+		args := append(aptOptions()[1:], "download-file", uri, archive, "SHA256:"+bochsSHA256)
+		if _, err = output(ctx, dir, "/usr/lib/apt/apt-helper", args...); err == nil {
+			return archive, nil
+		}
+		failed = append(failed, err)
+	}
+	return "", fmt.Errorf("%w\n(put the file, with the SHA-256 sum %s, at %s)",
+		errors.Join(append(failed, fmt.Errorf("%d repositories tried", len(tried)))...), bochsSHA256, archive)
+}
+
+// bochs runs the hvm host where there is no hardware for it: its model of an
+// Intel processor has VMX and EPT. It is slow.
+type bochs struct{ process }
+
+func (b *bochs) name() string                  { return "Bochs" }
+func (b *bochs) defaultTimeout() time.Duration { return time.Hour }
+func (b *bochs) defaultKernels() []string      { return []string{"6.1"} }
+
+// Bochs 2.7 was seen to have two mistakes in its VMX that guests die of without any
+// probe; 3.0 has the second still, and both arguments cost nothing:
+//
+//   - An interrupt of the machine that comes while a virtual interrupt waits for
+//     the guest to enable its interrupts delivers the virtual one at once
+//     (cpu/event.cc, InterruptAcknowledge), a few times in each boot: in the middle
+//     of tick_do_update_jiffies64, say, whose lock the handler then waits for.
+//     With Xen's apicv=0 no virtual interrupts wait in the processor.
+//   - A guest that is entered with its interrupts disabled cannot be interrupted
+//     from outside until it has enabled them itself (cpu/vmx.cc:
+//     handleCpuContextChange runs before in_vmx_guest is set). One that spins so
+//     without a PAUSE, which Xen has exits for, waiting for another vCPU, stops the
+//     whole machine. A second vCPU does when it measures its delay loop, which lpj=
+//     spares it; tsc=reliable spares it the comparison of clocks.
+const bochsXenArgs = "apicv=0"
+
+func (b *bochs) guestCmdline() string {
+	const hz = 250 // CONFIG_HZ of Debian's kernels
+	return fmt.Sprintf("tsc=reliable lpj=%d %s", bochsIPS/hz, bochsKernelArgs)
+}
+
+// bochsKernelArgs spare kernels half of their start: the tests of cryptographic
+// algorithms, and certificates. (rodata=off, for dom0, spares it a walk through
+// its page tables.)
+const bochsKernelArgs = "cryptomgr.notests initcall_blacklist=load_system_certificate_list"
+
+const grubConfig = `set timeout=0
+terminal_output console
+set gfxpayload=text
+menuentry lab {
+  multiboot2 /boot/xen %s dom0_mem=768M,max:768M no-real-mode edd=off vga=none
+  module2 /boot/vmlinux %s
+  module2 --nounzip /boot/dom0.cpio
+}
+`
+
+// bochsConfig is Bochs' own. ips is how many instructions make one emulated
+// second. The serial ports connect to the lab.
+const bochsConfig = `cpu: model=corei7_haswell_4770, count=1, ips=%d, reset_on_triple_fault=0
+memory: guest=1536, host=1536
+romimage: file=/usr/share/bochs/BIOS-bochs-latest
+vgaromimage: file=/usr/share/vgabios/vgabios.bin
+vga: extension=none
+ata0: enabled=1
+ata0-master: type=cdrom, path="lab.iso", status=inserted
+boot: cdrom
+com1: enabled=1, mode=socket-client, dev="%s"
+com2: enabled=1, mode=socket-client, dev="%s"
+display_library: nogui
+clock: sync=none
+log: bochs.log
+panic: action=report
+error: action=ignore
+info: action=ignore
+debug: action=ignore
+`
+
+// With less, two vCPUs and dom0 hardly get anything done between their timer
+// interrupts; with more, waiting takes longer.
+const bochsIPS = 150_000_000
+
+func (b *bochs) start(ctx context.Context, m *machine) error {
+	console, err := newPort("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	if m.wire, err = newPort("tcp", "127.0.0.1:0"); err != nil {
+		return err
+	}
+	go func() { _, _ = io.Copy(m.console, <-console.conn) }()
+	if err := b.makeCD(ctx, m); err != nil {
+		return err
+	}
+	config := fmt.Sprintf(bochsConfig, bochsIPS, console.address(), m.wire.address())
+	if err := os.WriteFile(filepath.Join(m.dir, "bochsrc"), []byte(config), 0o644); err != nil {
+		return err
+	}
+	out, err := os.Create(filepath.Join(m.logs, "bochs.log"))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = out.Close() }()
+	cmd := exec.Command(m.built.Bochs, "-q", "-f", "bochsrc")
+	cmd.Dir = m.dir
+	cmd.Stdout, cmd.Stderr = out, out
+	return b.run(ctx, cmd, syscall.SysProcAttr{})
+}
+
+// makeCD makes the CD that Bochs boots from.
+func (b *bochs) makeCD(ctx context.Context, m *machine) error {
+	boot := filepath.Join(m.dir, "cd", "boot")
+	if err := os.MkdirAll(filepath.Join(boot, "grub"), 0o755); err != nil {
+		return err
+	}
+	config := fmt.Sprintf(grubConfig, strings.TrimSpace(xenArgs+" "+bochsXenArgs+" "+m.flags.xenArgs), kernelArgs+" rodata=off "+bochsKernelArgs)
+	if err := os.WriteFile(filepath.Join(boot, "grub", "grub.cfg"), []byte(config), 0o644); err != nil {
+		return err
+	}
+	for name, source := range map[string]string{"xen": m.built.Xen, "vmlinux": m.built.Kernel} {
+		if err := copyFile(source, filepath.Join(boot, name)); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(m.initrd(), filepath.Join(boot, "dom0.cpio")); err != nil {
+		return err
+	}
+	_, err := output(ctx, m.dir, "grub-mkrescue", "-d", "/usr/lib/grub/i386-pc", "-o", "lab.iso", "cd")
+	return err
+}
