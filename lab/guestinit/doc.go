@@ -33,7 +33,7 @@
 //	                        of those of loaded modules:
 //	                        DONE kallsymshash kernel=H:LINES modules=H:LINES
 //	text SYMBOL|0xADDR LEN  the guest's own view of kernel memory, in hex
-//	texthash                SHA-256 of the kernel's _stext.._etext
+//	texthash                checksum of the kernel's _stext.._etext
 //	dmesg                   "| " lines with signs of trouble, and
 //	                        DONE dmesg bad=N boot=M (M: before GUEST READY)
 //	modules                 "| " lines of /proc/modules

@@ -2,16 +2,17 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"debug/elf"
 	"encoding/hex"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -138,26 +139,40 @@ func text(symbol string, size uint64) (string, error) {
 	return fmt.Sprintf("text %#x %s", address, hex.EncodeToString(b)), nil
 }
 
+// textBounds is read once: the kernel makes /proc/kallsyms anew for each reader.
+var textBounds = sync.OnceValues(func() ([2]uint64, error) {
+	var bounds [2]uint64
+	for i, name := range []string{"_stext", "_etext"} {
+		found, err := addresses(name)
+		if err != nil {
+			return bounds, err
+		}
+		bounds[i] = found[0]
+	}
+	return bounds, nil
+})
+
 func textHash() (string, error) {
-	starts, err := addresses("_stext")
+	bounds, err := textBounds()
 	if err != nil {
 		return "", err
 	}
-	ends, err := addresses("_etext")
-	if err != nil {
-		return "", err
-	}
-	start, end := starts[0], ends[0]
-	sum := sha256.New()
+	start, end := bounds[0], bounds[1]
+	var ieee, castagnoli uint32
 	for at := start; at < end; at += uint64(len(kernelBuffer)) {
 		b := kernelBuffer[:min(uint64(len(kernelBuffer)), end-at)]
 		if err := kernelMemory(at, b); err != nil {
 			return "", err
 		}
-		sum.Write(b)
+		ieee = crc32.Update(ieee, crc32.IEEETable, b)
+		castagnoli = crc32.Update(castagnoli, castagnoliTable, b)
 	}
-	return fmt.Sprintf("texthash %x bytes=%d", sum.Sum(nil), end-start), nil
+	return fmt.Sprintf("texthash %08x%08x bytes=%d", ieee, castagnoli, end-start), nil
 }
+
+// Checksums that processors have instructions for: an emulator needs seconds for
+// SHA-256. It is accidents that they are to show.
+var castagnoliTable = crc32.MakeTable(crc32.Castagnoli)
 
 // trouble matches what a damaged kernel logs.
 var trouble = regexp.MustCompile(`BUG:|Oops|int3|WARNING:|general protection|invalid opcode|Call Trace|soft lockup|rcu.*stall|Kernel panic|segfault|traps:|unhandled`)
