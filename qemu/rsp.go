@@ -152,6 +152,7 @@ type stub struct {
 	data    []byte // of the last packet
 	unacked bool   // a packet has been received and not been acknowledged
 	sent    uint64 // packets
+	poll    poller
 }
 
 // send sends packets in one write, with the acknowledgement of the last one
@@ -212,7 +213,11 @@ func (s *stub) fill() error {
 	if cap(s.in)-len(s.in) < chunk {
 		s.in = append(make([]byte, 0, 2*cap(s.in)+chunk), s.in...)
 	}
-	n, err := s.c.Read(s.in[len(s.in):cap(s.in)])
+	free := s.in[len(s.in):cap(s.in)]
+	n, err := s.poll.read(s.c, free), error(nil)
+	if n == 0 {
+		n, err = s.c.Read(free)
+	}
 	s.in = s.in[:len(s.in)+n]
 	if n > 0 {
 		return nil
