@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
@@ -262,7 +263,7 @@ func (o *op) readSafety() (*safety, error) {
 	} {
 		n, err := part.read(s)
 		switch {
-		case errors.Is(err, sysmap.ErrNotFound), errors.Is(err, ErrNoTypes):
+		case errors.Is(err, sysmap.ErrNotFound), errors.Is(err, errOtherLayout):
 			o.log.Debug("not in this kernel", "what", part.name, "err", err)
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", part.name, err)
@@ -281,6 +282,49 @@ func (o *op) readSafety() (*safety, error) {
 	return s, nil
 }
 
+var (
+	// errOtherLayout: a structure isn't what it is in every kernel known.
+	errOtherLayout = errors.New("not of the usual layout")
+
+	errTooManyPages = fmt.Errorf("more than %d pages: %w", maxFtracePages, ErrBadKernel)
+)
+
+// byLayout reads a table of structures by the layout they have had since 3.16
+// (include/linux/kprobes.h, include/linux/ftrace.h, kernel/trace/ftrace.c), as
+// long as what is read by it makes sense, which read is to check, or else by the
+// kernel's own types, which a kernel may lack and which take time to load. The
+// path is a member that those must have.
+func (o *op) byLayout(path string, read func(t *ktype.Types, check bool) (int, error)) (int, error) {
+	word := uint64(o.bits / 8)
+	usual, err := ktype.New("usual layout", word, listHead(word),
+		ktype.Struct{Name: "kprobe_blacklist_entry", Size: 4 * word, Fields: []ktype.StructField{
+			{Name: "list", Offset: 0, Type: "list_head"},
+			{Name: "start_addr", Offset: 2 * word, Type: "unsigned long"},
+			{Name: "end_addr", Offset: 3 * word, Type: "unsigned long"},
+		}},
+		ktype.Struct{Name: "dyn_ftrace", Size: 2 * word, Fields: []ktype.StructField{
+			{Name: "ip", Offset: 0, Type: "unsigned long"},
+			{Name: "flags", Offset: word, Type: "unsigned long"},
+		}},
+		ktype.Struct{Name: "ftrace_page", Size: 2*word + 8, Fields: []ktype.StructField{
+			{Name: "next", Offset: 0, Type: "ftrace_page *"},
+			{Name: "records", Offset: word, Type: "dyn_ftrace *"},
+			{Name: "index", Offset: 2 * word, Type: "int"},
+		}})
+	if err != nil {
+		return 0, err
+	}
+	n, err := read(usual, true)
+	if err == nil || o.spent != nil || errors.Is(err, errTooManyPages) {
+		return n, err
+	}
+	t, terr := o.Types()
+	if terr != nil || !t.HasField(path) {
+		return 0, fmt.Errorf("%w: %w", errOtherLayout, errors.Join(err, terr))
+	}
+	return read(t, false)
+}
+
 // readBlacklist reads kprobe_blacklist (kernel/kprobes.c): functions marked with
 // NOKPROBE_SYMBOL, and what the architecture adds.
 func (o *op) readBlacklist(s *safety) (int, error) {
@@ -288,33 +332,37 @@ func (o *op) readBlacklist(s *safety) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	t, err := o.Types()
-	if err != nil {
-		return 0, err
-	}
-	spans, err := again(func() ([]span, error) {
-		var spans []span
-		for at, err := range t.List(o, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
-			if err != nil {
-				return nil, err
+	return o.byLayout("kprobe_blacklist_entry.end_addr", func(t *ktype.Types, check bool) (int, error) {
+		spans, err := again(func() ([]span, error) {
+			var spans []span
+			for at, err := range t.List(o, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
+				if err != nil {
+					return nil, err
+				}
+				e := t.At(o, "kprobe_blacklist_entry", at)
+				start, err := e.Field("start_addr").Uint()
+				if err != nil {
+					return nil, err
+				}
+				end, err := e.Field("end_addr").Uint()
+				if err != nil {
+					return nil, err
+				}
+				if check && (start < s.text.start || end < start) {
+					return nil, fmt.Errorf("%w: entry of %#x to %#x", errOtherLayout, start, end)
+				}
+				if end > start && end-start <= s.text.end-s.text.start {
+					spans = append(spans, span{start, end, "on the kernel's own kprobe blacklist"})
+				}
 			}
-			e := t.At(o, "kprobe_blacklist_entry", at)
-			start, err := e.Field("start_addr").Uint()
-			if err != nil {
-				return nil, err
-			}
-			end, err := e.Field("end_addr").Uint()
-			if err != nil {
-				return nil, err
-			}
-			if end > start && end-start <= s.text.end-s.text.start {
-				spans = append(spans, span{start, end, "on the kernel's own kprobe blacklist"})
-			}
+			return spans, nil
+		})
+		if err != nil {
+			return 0, err
 		}
-		return spans, nil
+		s.spans = append(s.spans, spans...)
+		return len(spans), nil
 	})
-	s.spans = append(s.spans, spans...)
-	return len(spans), err
 }
 
 // readJumpLabels reads the jump table: struct jump_entry { s32 code, target;
@@ -362,51 +410,61 @@ func (o *op) readFtrace(s *safety) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	t, err := o.Types()
-	if err != nil {
-		return 0, err
-	}
+	return o.byLayout("ftrace_page.index", func(t *ktype.Types, check bool) (int, error) {
+		lowest := uint64(0)
+		if check {
+			lowest = s.text.start // modules are above the kernel
+		}
+		trace, err := o.readFtracePages(t, head, lowest)
+		if err != nil {
+			return 0, err
+		}
+		s.trace = trace
+		return len(trace), nil
+	})
+}
+
+func (o *op) readFtracePages(t *ktype.Types, head, lowest uint64) (trace []site, err error) {
 	ip, err := t.Offset("dyn_ftrace.ip")
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	flags, err := t.Offset("dyn_ftrace.flags")
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	entry, err := t.Sizeof("dyn_ftrace")
 	long := o.bits / 8
 	if err != nil || entry < 2*uint64(long) || entry > 64 || ip.Offset > entry-uint64(long) || flags.Offset > entry-uint64(long) {
-		return 0, errors.Join(fmt.Errorf("struct dyn_ftrace of %d bytes: %w", entry, ErrBadKernel), err)
+		return nil, errors.Join(fmt.Errorf("struct dyn_ftrace of %d bytes: %w", entry, ErrBadKernel), err)
 	}
 	page, err := o.pointer(head)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	n := 0
 	for range maxFtracePages {
 		if page == 0 {
-			return n, nil
+			return trace, nil
 		}
 		v := t.At(o, "ftrace_page", page)
 		records, err := v.Field("records").Pointer()
 		if err != nil {
-			return n, err
+			return nil, err
 		}
 		count, err := v.Field("index").Uint()
 		if err != nil {
-			return n, err
+			return nil, err
 		}
 		if count > uint64(maxFtrace-n) {
-			return n, fmt.Errorf("more than %d records: %w", maxFtrace, ErrBadKernel)
+			return nil, fmt.Errorf("more than %d records: %w", maxFtrace, ErrBadKernel)
 		}
 		n += int(count)
 		table, err := o.table("ftrace records", records, count*entry, maxFtrace*entry)
 		if err != nil {
-			return n, err
+			return nil, err
 		}
 		for ; len(table) > 0; table = table[entry:] {
-			addr := word(table[ip.Offset:], long)
 			// The number of those who trace it is in the low bits
 			// (FTRACE_REF_MAX), FTRACE_FL_ENABLED is the top one.
 			const enabled = 1 << 31
@@ -414,11 +472,15 @@ func (o *op) readFtrace(s *safety) (int, error) {
 			if word(table[flags.Offset:], long)&enabled != 0 {
 				kind = ftraceActive
 			}
-			s.trace = append(s.trace, site{addr, kind})
+			addr := word(table[ip.Offset:], long)
+			if addr < lowest {
+				return nil, fmt.Errorf("%w: record of %#x", errOtherLayout, addr)
+			}
+			trace = append(trace, site{addr, kind})
 		}
 		if page, err = v.Field("next").Pointer(); err != nil {
-			return n, err
+			return nil, err
 		}
 	}
-	return n, fmt.Errorf("more than %d pages: %w", maxFtracePages, ErrBadKernel)
+	return nil, errTooManyPages
 }

@@ -29,6 +29,7 @@ var layouts = map[string]kerneltest.Layout{
 	"new":         {},
 	"pcpu_hot":    {PCPUHot: true},
 	"core_layout": {CoreLayout: true},
+	"places":      {OtherPlaces: true},
 }
 
 func TestSynthetic(t *testing.T) {
@@ -281,6 +282,19 @@ func TestSyntheticInferred(t *testing.T) {
 		}
 		require.NoError(t, err)
 		assert.Equal(t, "demo", mods[0].Name)
+		fn := func(i uint64) uint64 { return kerneltest.SyntheticText + 16*(i+1) }
+		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
+		assert.ErrorContains(t, k.Probeable(fn(400)+1), "ftrace")
+		n, err := k.FtraceSites()
+		require.NoError(t, err)
+		assert.Equal(t, 4, n)
+
+		// Tables of a layout that isn't known are left alone.
+		s.Put64(s.Sym["blacklist entry"]+16, 5)
+		s.Put64(s.Sym["ftrace page"]+8, s.Sym["blacklist entry"])
+		k = discover(t, s)
+		require.NoError(t, k.Probeable(fn(200)))
+		require.NoError(t, k.Probeable(fn(400)+1))
 	}
 }
 

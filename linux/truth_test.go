@@ -167,6 +167,14 @@ func TestInfer(t *testing.T) {
 				require.NoError(t, err)
 				assert.Equal(t, want.Offset, got.Offset, path)
 			}
+			if without == "types" { // the tables of places for probes
+				want, err := k.FtraceSites()
+				require.NoError(t, err)
+				got, err := k2.FtraceSites()
+				require.NoError(t, err)
+				assert.Equal(t, want, got)
+				assert.Equal(t, rung(k, "probeable"), rung(k2, "probeable"))
+			}
 			want, err := k.Processes(true)
 			require.NoError(t, err)
 			got, err := k2.Processes(true)
@@ -178,6 +186,16 @@ func TestInfer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// rung returns what was found in one of the steps of discovery.
+func rung(k *linux.Kernel, name string) string {
+	for _, r := range k.Explain() {
+		if r.Name == name {
+			return r.Found
+		}
+	}
+	return ""
 }
 
 // TestProcesses checks what is known of every booted guest.

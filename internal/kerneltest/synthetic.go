@@ -14,10 +14,11 @@ import (
 
 // A Layout says what differs between kernels.
 type Layout struct {
-	CoreLayout bool // struct module has core_layout (before 6.4) instead of mem[]
-	PCPUHot    bool // current is in pcpu_hot (6.2 to 6.14) instead of current_task
-	NoTypes    bool // no BTF
-	NoData     bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
+	CoreLayout  bool // struct module has core_layout (before 6.4) instead of mem[]
+	PCPUHot     bool // current is in pcpu_hot (6.2 to 6.14) instead of current_task
+	NoTypes     bool // no BTF
+	OtherPlaces bool // the tables of where no probe may be have a layout of their own
+	NoData      bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
 }
 
 // Where things are in a Synthetic guest.
@@ -240,6 +241,10 @@ func (s *Synthetic) structs() map[string]struct {
 		"ftrace_page":            {24, []synField{{0, "next", "*ftrace_page"}, {8, "records", "*dyn_ftrace"}, {16, "index", "int"}}},
 		"syscall_metadata":       {48, []synField{{0, "name", "*char"}, {8, "syscall_nr", "int"}, {12, "nb_args", "u8"}, {16, "types", "*"}, {24, "args", "*"}}},
 	}
+	if s.layout.OtherPlaces {
+		m["kprobe_blacklist_entry"] = st{40, []synField{{0, "list", "list_head"}, {24, "start_addr", "u64"}, {32, "end_addr", "u64"}}}
+		m["dyn_ftrace"] = st{24, []synField{{8, "ip", "u64"}, {16, "flags", "u64"}}}
+	}
 	mm := m["mm_struct"]
 	for i, name := range []string{"start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "start_stack", "arg_start", "arg_end", "env_start", "env_end"} {
 		mm.fields = append(mm.fields, synField{MMStartCode + uint32(8*i), name, "u64"})
@@ -310,12 +315,16 @@ func (s *Synthetic) places() {
 	s.sym('T', "__noinstr_text_start", at(100))
 	s.sym('T', "__noinstr_text_end", at(110))
 
-	head, entry := s.data(16), s.data(32)
+	moved := uint64(0)
+	if s.layout.OtherPlaces {
+		moved = 8
+	}
+	head, entry := s.data(16), s.data(40)
 	s.sym('d', "kprobe_blacklist", head)
 	s.Sym["blacklist entry"] = entry
 	s.list(head, entry)
-	s.Put64(entry+16, at(200))
-	s.Put64(entry+24, at(201))
+	s.Put64(entry+16+moved, at(200))
+	s.Put64(entry+24+moved, at(201))
 
 	relative := func(size uint64, at ...uint64) []byte {
 		var b []byte
@@ -340,14 +349,14 @@ func (s *Synthetic) places() {
 	s.Put64(start, page)
 	s.Put64(page, page2)
 	for i, p := range []uint64{page, page2} {
-		records := s.data(32)
+		records := s.data(48)
 		s.Put64(p+8, records)
 		s.Put32(p+16, 2)
 		for j := range uint64(2) {
-			s.Put64(records+16*j, at(400+10*uint64(i)+j))
+			s.Put64(records+(16+moved)*j+moved, at(400+10*uint64(i)+j))
 		}
 		if i == 1 {
-			s.Put64(records+8, 1<<31|1) // is traced
+			s.Put64(records+8+moved, 1<<31|1) // is traced
 		}
 	}
 }
