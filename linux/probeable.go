@@ -333,21 +333,30 @@ func (o *op) readBlacklist(s *safety) (int, error) {
 		return 0, err
 	}
 	return o.byLayout("kprobe_blacklist_entry.end_addr", func(t *ktype.Types, check bool) (int, error) {
+		from, err := t.Offset("kprobe_blacklist_entry.start_addr")
+		if err != nil {
+			return 0, err
+		}
+		to, err := t.Offset("kprobe_blacklist_entry.end_addr")
+		if err != nil {
+			return 0, err
+		}
+		long := o.bits / 8
+		var entry [128]byte
+		size, err := t.Sizeof("kprobe_blacklist_entry")
+		if err != nil || size > uint64(len(entry)) || max(from.Offset, to.Offset)+uint64(long) > size {
+			return 0, errors.Join(fmt.Errorf("struct kprobe_blacklist_entry of %d bytes: %w", size, ErrBadKernel), err)
+		}
 		spans, err := again(func() ([]span, error) {
 			var spans []span
 			for at, err := range t.List(o, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
 				if err != nil {
 					return nil, err
 				}
-				e := t.At(o, "kprobe_blacklist_entry", at)
-				start, err := e.Field("start_addr").Uint()
-				if err != nil {
+				if err := o.Read(at, entry[:size]); err != nil {
 					return nil, err
 				}
-				end, err := e.Field("end_addr").Uint()
-				if err != nil {
-					return nil, err
-				}
+				start, end := word(entry[from.Offset:], long), word(entry[to.Offset:], long)
 				if check && (start < s.text.start || end < start) {
 					return nil, fmt.Errorf("%w: entry of %#x to %#x", errOtherLayout, start, end)
 				}
