@@ -73,6 +73,7 @@ func TestFromImageErrors(t *testing.T) {
 
 // Tables made to cost time: any number of starts fits every marker.
 func TestFromImageWorkIsBounded(t *testing.T) {
+	large(t)
 	t.Parallel()
 	l := layouts[5]
 	var syms []Symbol
@@ -157,6 +158,14 @@ func BenchmarkFromImage(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// large skips a test of bounds, on megabytes of tables, in short runs: under the
+// race detector it takes ten times as long, and nothing here is concurrent.
+func large(t *testing.T) {
+	if testing.Short() {
+		t.Skip("megabytes of tables: in the run that isn't short")
 	}
 }
 

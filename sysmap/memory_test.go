@@ -182,6 +182,7 @@ func (f pagesOf) Read(addr uint64, b []byte) error {
 // Guests that cost time: everything looks like some part of the tables. It ends, in
 // an error, with no more pages read than the bound says.
 func TestFromMemoryHostile(t *testing.T) {
+	large(t)
 	t.Parallel()
 	const base = 0xffffffff81000000
 	le := binary.LittleEndian
@@ -285,6 +286,7 @@ func TestFromMemoryUnreadable(t *testing.T) {
 
 // The quick way reads what is in the tables, and little more.
 func TestFromMemoryIsQuick(t *testing.T) {
+	large(t)
 	t.Parallel()
 	const n = 40000
 	for _, i := range []int{0, 5, 9, 11, 14} {
@@ -443,6 +445,7 @@ func rawTables(va uint64, tok func(i int) string, n int, name func(i int) []byte
 // Tables that are right but for one thing. Not parallel: it looks at what is
 // allocated.
 func TestHostileTables(t *testing.T) {
+	large(t)
 	const va = 0xffffffff81000000
 	const n = 80000
 	long := func(c int) func(int) string {
