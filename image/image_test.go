@@ -389,7 +389,11 @@ func TestXenPV32(t *testing.T) {
 // Any list of extents is the memory that a map of bytes, filled in the order of
 // the rule, is.
 func TestLayOutModel(t *testing.T) {
-	for seed := range uint64(300) {
+	seeds := uint64(300)
+	if testing.Short() {
+		seeds = 50
+	}
+	for seed := range seeds {
 		rnd := rand.New(rand.NewPCG(seed, 1))
 		file := make([]byte, 8<<12)
 		for i := range file {

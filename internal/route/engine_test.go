@@ -128,7 +128,7 @@ func TestEveryInstruction(t *testing.T) {
 			probed := 0
 			var stats breakpoint.Stats
 			for i, in := range m.Insns() {
-				if testing.Short() && (i+cfg.VCPUs)%6 != 0 {
+				if testing.Short() && (i+cfg.VCPUs)%10 != 0 {
 					continue
 				}
 				// The first instruction of the guest's int3 handler looks how it was
