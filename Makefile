@@ -78,7 +78,7 @@ unit:
 fuzz:
 	@tools/fuzz "$(GO)" $(FUZZTIME)
 fuzz-beside:
-	@nice $(MAKE) -j1 fuzz
+	@nice $(MAKE) fuzz
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
@@ -131,9 +131,8 @@ demo-xen: deps-lab $(IN_DOM0)
 # Emulators leave part of a second processor: fuzzing gets that.
 test: check
 	@$(MAKE) -j2 test-emulators fuzz-beside
-test-emulators:
-	@$(MAKE) -j1 test-qemu
-	@$(MAKE) -j1 lab-short
+test-emulators: test-qemu
+	@$(MAKE) lab-short
 
 test-all: lab-test lab-image
 	@$(MAKE) test-qemu QEMU_GUESTS=.

@@ -19,6 +19,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/internal/console"
 )
 
 // opened are what the guest opens in the demonstration; the last one isn't there.
@@ -262,7 +264,7 @@ func keepGuest(ctx context.Context, g *guest, probe string) error {
 		case line := <-lines:
 			var answer []string
 			var reply string
-			if answer, reply, err = g.do(ctx, line); errors.Is(err, errCommand) {
+			if answer, reply, err = g.do(ctx, line); errors.Is(err, console.ErrCommand) {
 				reply, err = err.Error(), nil
 			}
 			fmt.Println(strings.Join(append(answer, reply), "\n"))

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/internal/cpio"
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 )
@@ -124,11 +124,8 @@ type guest struct {
 	dir     string
 	console *port
 	conn    net.Conn
-	lines   chan string
+	client  *console.Client
 	stderr  tail
-
-	mu  sync.Mutex
-	tag int
 }
 
 // The command line of the guest's kernel. What costs an emulated CPU much of its
@@ -159,7 +156,7 @@ func bootGuest(ctx context.Context, p *guestParts, c guestConfig, accel string, 
 	if err != nil {
 		return nil, err
 	}
-	g := &guest{accel: accel, dir: dir, gdb: filepath.Join(dir, "gdb.sock"), lines: make(chan string, 1024)}
+	g := &guest{accel: accel, dir: dir, gdb: filepath.Join(dir, "gdb.sock")}
 	defer func() {
 		if err != nil {
 			g.close()
@@ -248,77 +245,30 @@ func (g *guest) waitReady(ctx context.Context) error {
 	case <-ctx.Done():
 		return interrupted(ctx)
 	}
-	go g.read()
-	var last []string
-	for {
-		select {
-		case line, ok := <-g.lines:
-			if !ok {
-				return fmt.Errorf("%w\n%s", g.gone(), strings.Join(last, "\n"))
-			}
-			if _, ready, ok := strings.Cut(line, "GUEST READY "); ok {
-				g.ready = ready
-				return nil
-			}
-			last = append(last[max(0, len(last)-19):], line)
-		case <-ctx.Done():
-			return fmt.Errorf("%w\n%s", interrupted(ctx), strings.Join(last, "\n"))
-		}
+	g.client = console.New(g.conn)
+	var err error
+	if g.ready, err = g.client.Ready(ctx); err != nil {
+		return fmt.Errorf("%w\n%s", g.failure(ctx, err), g.client.Tail())
 	}
+	return nil
 }
-
-// read passes on the lines of the guest's console until its end.
-func (g *guest) read() {
-	defer close(g.lines)
-	for in := bufio.NewReader(g.conn); ; {
-		line, err := in.ReadString('\n')
-		if line = strings.TrimRight(line, "\r\n"); line != "" {
-			select {
-			case g.lines <- line:
-			case <-g.dead:
-				return
-			}
-		}
-		if err != nil {
-			return
-		}
-	}
-}
-
-// errCommand says that the guest's init could not do something.
-var errCommand = errors.New("the guest")
 
 // do has the guest's init execute a command, as described in lab/guestinit, and
 // returns the lines that came before the reply, and the reply.
 func (g *guest) do(ctx context.Context, command string) (lines []string, reply string, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.tag++
-	tag := fmt.Sprintf("@%d ", g.tag)
-	if _, err := io.WriteString(g.conn, tag+command+"\n"); err != nil {
-		return nil, "", err
+	reply, lines, err = g.client.Do(ctx, command)
+	return lines, reply, g.failure(ctx, err)
+}
+
+// failure says more about an error of the console's.
+func (g *guest) failure(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, console.ErrClosed):
+		return g.gone()
+	case err != nil && ctx.Err() != nil:
+		return interrupted(ctx)
 	}
-	for {
-		select {
-		case line, ok := <-g.lines:
-			if !ok {
-				return nil, "", g.gone()
-			}
-			_, answer, ok := strings.Cut(line, tag)
-			if !ok {
-				if text, ok := strings.CutPrefix(line, "| "); ok {
-					lines = append(lines, text)
-				}
-				continue
-			}
-			if reply, ok := strings.CutPrefix(answer, "DONE "); ok {
-				return lines, reply, nil
-			}
-			return nil, "", fmt.Errorf("%w: %s", errCommand, strings.TrimPrefix(answer, "ERR "))
-		case <-ctx.Done():
-			return nil, "", interrupted(ctx)
-		}
-	}
+	return err
 }
 
 // gone is why there is no guest any more.

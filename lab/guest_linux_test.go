@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/internal/cpio"
 )
 
@@ -165,7 +166,7 @@ func TestShowOpens(t *testing.T) {
 			require.NoError(t, err)
 			assert.Equal(t, "6.1.0-test 2", g.ready)
 			_, _, err = g.do(t.Context(), "nonsense")
-			require.ErrorIs(t, err, errCommand)
+			require.ErrorIs(t, err, console.ErrCommand)
 			err = showOpens(t.Context(), g, p.programs["vmprobebio"])
 			if want == "" {
 				assert.NoError(t, err)

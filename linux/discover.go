@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"slices"
 	"strings"
@@ -213,7 +214,7 @@ func (img *image) find() error {
 // makes sure that they are.
 func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	if opts.Symbols != nil {
-		if err := k.fit(opts.Symbols); err != nil {
+		if err := k.fit(opts.Symbols, "as given"); err != nil {
 			return err
 		}
 		return k.identify(ctx)
@@ -237,7 +238,7 @@ func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 		if err := done(ctx); err != nil {
 			return err
 		}
-		return fmt.Errorf("%w: %w", ErrNoSymbols, err)
+		return k.symbolsFromFile(ctx, opts, fmt.Errorf("%w: %w", ErrNoSymbols, err))
 	}
 	k.syms = m
 	k.explain("symbols", nil, fmt.Sprintf("%s; every name and marker fits, addresses rise", t.Layout),
@@ -253,8 +254,65 @@ func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	return nil
 }
 
+// maxSymbolFiles bounds how many files are tried.
+const maxSymbolFiles = 16
+
+// symbolsFromFile takes the symbols of a kernel that has none, as why says, from
+// the first file that fits it.
+func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) error {
+	if opts.SymbolFiles == nil {
+		return why
+	}
+	var rel string
+	if at, err := k.findBanner(ctx); err == nil {
+		if s, err := k.ReadString(at, 1024); err == nil {
+			rel = safeRelease(release(s))
+		}
+	}
+	before := k.rungs
+	errs := []error{why}
+	for i, path := range opts.SymbolFiles(rel) {
+		if err := done(ctx); err != nil {
+			return err
+		}
+		if i == maxSymbolFiles {
+			break
+		}
+		m, err := sysmap.ParseFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = k.fit(m, "of "+path)
+		}
+		if err == nil {
+			err = k.identify(ctx)
+		}
+		if err == nil {
+			return nil
+		}
+		k.syms, k.rungs = nil, before
+		// That a file found by its name is of another kernel is no error of the user's.
+		errs = append(errs, fmt.Errorf("%s: %v", path, err))
+	}
+	return errors.Join(errs...)
+}
+
+// safeRelease returns a release as it may be part of a path, else "".
+func safeRelease(s string) string {
+	const maxRelease = 64 // __NEW_UTS_LEN
+	ok := s != "" && s[0] != '.' && len(s) <= maxRelease
+	for _, c := range []byte(s) {
+		ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || isDigit(c) || strings.IndexByte("._+~-", c) >= 0)
+	}
+	if !ok {
+		return ""
+	}
+	return s
+}
+
 // fit moves symbols from where they were linked to where the kernel is.
-func (k *Kernel) fit(m *sysmap.Map) error {
+func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 	text, err := m.Lookup("_text")
 	if err != nil {
 		return fmt.Errorf("%w: no _text among them", ErrWrongSymbols)
@@ -279,7 +337,7 @@ func (k *Kernel) fit(m *sysmap.Map) error {
 		k.syms = m.Slide(slide)
 		why = fmt.Sprintf("moved by %#x to where the image is", slide)
 	}
-	k.explain("symbols", nil, why, "%d, as given", m.Len())
+	k.explain("symbols", nil, why, "%d, %s", m.Len(), whose)
 	return nil
 }
 

@@ -61,6 +61,12 @@ type Options struct {
 	// Symbols, if not nil, replaces the guest's own symbol table. The addresses
 	// may be those the kernel was linked at.
 	Symbols *sysmap.Map
+	// SymbolFiles, if not nil, returns files that may have the symbols of a kernel
+	// that carries none itself, best first (see [sysmap.ParseFile]). The first
+	// that fits is used. The release is the kernel's ("6.1.0-56-amd64") or "";
+	// as it comes from the guest, only letters, digits and "._+~-" are in it, and
+	// it doesn't begin with a dot.
+	SymbolFiles func(release string) []string
 	// Types, if not nil, replaces the guest's own type information.
 	Types *ktype.Types
 	// Offsets are those that XenAccess' and LibVMI's configuration files have, by
@@ -153,7 +159,11 @@ func (k *Kernel) Banner() string { return k.banner }
 
 // Release returns what uname -r prints, the third word of the banner.
 func (k *Kernel) Release() string {
-	if f := strings.Fields(k.banner); len(f) > 2 {
+	return release(k.banner)
+}
+
+func release(banner string) string {
+	if f := strings.Fields(banner); len(f) > 2 {
 		return f[2]
 	}
 	return ""

@@ -2,9 +2,11 @@ package linux_test
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -295,6 +297,56 @@ func TestSyntheticInferred(t *testing.T) {
 		k = discover(t, s)
 		require.NoError(t, k.Probeable(fn(200)))
 		require.NoError(t, k.Probeable(fn(400)+1))
+	}
+}
+
+// TestSymbolFiles finds the symbols of a kernel that has none in files here.
+func TestSymbolFiles(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{NoSymbols: true})
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, b, 0o600))
+		return path
+	}
+	good := write("good", s.SystemMap())
+	moved := bytes.ReplaceAll(s.SystemMap(), []byte(fmt.Sprintf("%016x D linux_banner", s.Sym["linux_banner"])), []byte("ffffffff81020040 D linux_banner"))
+	other := write("other", moved)
+	noise := write("noise", []byte("System.map it isn't"))
+	var asked string
+	files := func(paths ...string) *linux.Options {
+		return &linux.Options{SymbolFiles: func(release string) []string { asked = release; return paths }}
+	}
+
+	_, err := linux.Discover(t.Context(), s.Machine(), nil)
+	require.ErrorIs(t, err, linux.ErrNoSymbols)
+	k, err := linux.Discover(t.Context(), s.Machine(), files(filepath.Join(dir, "none"), noise, other, good))
+	require.NoError(t, err)
+	assert.Equal(t, "9.9.9-synthetic", asked)
+	sym, err := k.Symbols().Lookup("fn_0007")
+	require.NoError(t, err)
+	assert.Equal(t, s.Sym["fn_0007"], sym.Addr)
+	assert.Equal(t, "of "+good, strings.SplitN(rung(k, "symbols"), ", ", 2)[1])
+	assert.Len(t, k.Explain(), 6, "%v", k.Explain())
+
+	_, err = linux.Discover(t.Context(), s.Machine(), files(noise, other))
+	require.ErrorIs(t, err, linux.ErrNoSymbols)
+	require.NotErrorIs(t, err, linux.ErrWrongSymbols, "the user has named no file")
+	assert.ErrorContains(t, err, other)
+
+	// What the guest says of itself is made part of a path.
+	for banner, want := range map[string]string{
+		"Linux version 6.1.0-56+deb12~1-amd64 (x) #1": "6.1.0-56+deb12~1-amd64",
+		"Linux version 6/../../etc/passwd (x) #1":     "",
+		"Linux version 6%s (x) #1":                    "",
+		"Linux version .6 (x) #1":                     "",
+	} {
+		b := s.Bytes(s.Sym["linux_banner"])
+		copy(b, banner+"\x00")
+		asked = "not asked"
+		_, err = linux.Discover(t.Context(), s.Machine(), files())
+		require.ErrorIs(t, err, linux.ErrNoSymbols)
+		assert.Equal(t, want, asked, banner)
 	}
 }
 

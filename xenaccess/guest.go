@@ -20,7 +20,9 @@ type Options struct {
 	// Symbols is a file with the kernel's symbols: its vmlinux or vmlinuz, its
 	// System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
 	// file named by the environment variable VMPROBES_SYMBOLS, else what the
-	// configuration says, else the guest's own table, found in its memory.
+	// configuration says, else the guest's own table, found in its memory; if it
+	// has none, the file that it was booted from, or one of its release in /boot
+	// or among the debug symbols here (/usr/lib/debug).
 	Symbols string
 	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF,
 	// or a Volatility 3 symbol file. Empty means: the guest's own, if it has any.
@@ -121,18 +123,13 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		}
 	}
 	if symbols == "" {
+		lo.SymbolFiles = func(release string) []string { return symbolFiles(t.Info().Kernel, release) }
 		k, err := linux.Discover(ctx, t, lo)
-		if err == nil {
-			return k, nil
-		}
-		if !errors.Is(err, linux.ErrNoSymbols) {
-			return nil, err
-		}
-		// A kernel built without a table: take the file that it was booted from.
-		if symbols = t.Info().Kernel; symbols == "" {
-			return nil, fmt.Errorf("%w: name the kernel's vmlinux, vmlinuz, System.map or saved /proc/kallsyms "+
+		if errors.Is(err, linux.ErrNoSymbols) {
+			err = fmt.Errorf("%w: name the kernel's vmlinux, vmlinuz, System.map or saved /proc/kallsyms "+
 				"in Options.Symbols or %s", err, symbolsEnv)
 		}
+		return k, err
 	}
 	if lo.Symbols, err = sysmap.ParseFile(symbols); err != nil {
 		return nil, fmt.Errorf("%w: %w", linux.ErrNoSymbols, err)
@@ -142,6 +139,28 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		return nil, fmt.Errorf("%s: %w", symbols, err)
 	}
 	return k, nil
+}
+
+// symbolPlaces is where distributions put the files of a kernel, by its release:
+// an administrator may have installed here what the guest runs.
+var symbolPlaces = []string{
+	"/boot/System.map-%s", "/usr/lib/debug/boot/System.map-%s", "/usr/lib/debug/boot/vmlinux-%s",
+	"/usr/lib/debug/lib/modules/%s/vmlinux", "/boot/vmlinux-%s", "/boot/vmlinuz-%s",
+}
+
+// symbolFiles returns the files that may have the symbols of a kernel that was
+// built without a table of them: the one that it was booted from, if that is
+// known, and those of its release.
+func symbolFiles(booted, release string) (files []string) {
+	if booted != "" {
+		files = append(files, booted)
+	}
+	if release != "" {
+		for _, place := range symbolPlaces {
+			files = append(files, fmt.Sprintf(place, release))
+		}
+	}
+	return files
 }
 
 // configured returns what the configuration says of the guest called name.

@@ -207,3 +207,24 @@ func TestConfigured(t *testing.T) {
 	assert.Contains(t, g.Linux().Explain()[2].String(), "as given")
 	require.NoError(t, g.Close())
 }
+
+// TestSymbolPlaces opens a guest whose kernel has no symbols, and whose System.map
+// is here, as in /boot.
+func TestSymbolPlaces(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{NoSymbols: true})
+	path := s.WriteImage(t)
+	opts := &xenaccess.Options{Config: "-", Cache: "-"}
+	dir := t.TempDir()
+	defer xenaccess.SetSymbolPlaces(dir+"/System.map-%s", dir+"/vmlinuz-%s")()
+	_, err := xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.ErrorIs(t, err, linux.ErrNoSymbols)
+	assert.ErrorContains(t, err, "VMPROBES_SYMBOLS")
+
+	require.NoError(t, os.WriteFile(dir+"/System.map-9.9.9-synthetic", s.SystemMap(), 0o600))
+	g, err := xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.NoError(t, err)
+	defer g.Close()
+	at, err := g.Symbol("init_task")
+	require.NoError(t, err)
+	assert.Equal(t, s.Sym["init_task"], at)
+}

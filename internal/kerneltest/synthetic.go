@@ -17,6 +17,7 @@ type Layout struct {
 	CoreLayout  bool // struct module has core_layout (before 6.4) instead of mem[]
 	PCPUHot     bool // current is in pcpu_hot (6.2 to 6.14) instead of current_task
 	NoTypes     bool // no BTF
+	NoSymbols   bool // no table of symbols (CONFIG_KALLSYMS=n)
 	OtherPlaces bool // the tables of where no probe may be have a layout of their own
 	NoData      bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
 }
@@ -115,7 +116,9 @@ func NewSynthetic(l Layout) *Synthetic {
 	s.tasks()
 	s.modules()
 	s.sym('B', "_end", synData+synDataSize-8)
-	s.kallsyms()
+	if !l.NoSymbols {
+		s.kallsyms()
+	}
 	if s.ro > synROData+synRODataSize || s.rw > synData+synDataSize-16<<10 || s.mod > synModules+synModulesSize {
 		panic("kerneltest: a synthetic kernel that is too large")
 	}
@@ -570,6 +573,15 @@ func (s *Synthetic) modules() {
 	s.Put64(bm+24, b)
 	s.Put64(b, s.put(&s.mod, blob))
 	s.Put32(b+24, uint32(len(blob)))
+}
+
+// SystemMap is what the kernel's System.map would have in it.
+func (s *Synthetic) SystemMap() []byte {
+	var b []byte
+	for _, sym := range s.syms {
+		b = fmt.Appendf(b, "%016x %c %s\n", sym.addr, sym.typ, sym.name)
+	}
+	return b
 }
 
 // kallsyms writes the symbols as kernels from 6.15 to 6.19 have them, without any

@@ -1,21 +1,19 @@
 package qemutest
 
 import (
-	"bufio"
 	"bytes"
+	"context"
 	"errors"
-	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/internal/cpio"
 	"github.com/vmprobes/vmprobes/internal/kerneltest"
 )
@@ -26,11 +24,7 @@ type Linux struct {
 	*VM
 	Ready string // what the init said: the kernel's release and its number of CPUs
 
-	c     net.Conn
-	lines chan string
-
-	mu  sync.Mutex
-	tag int
+	console *console.Client
 }
 
 // readyTimeout is for an emulated boot on a busy machine; it takes four seconds
@@ -71,43 +65,18 @@ func StartLinux(tb testing.TB, series string, c Config) *Linux {
 		c.MB = 256
 	}
 	v := Start(tb, c)
-	g := &Linux{VM: v, lines: make(chan string, 1024)}
-	if g.c, err = net.Dial("unix", v.serial); err != nil {
+	conn, err := net.Dial("unix", v.serial)
+	if err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { g.c.Close() })
-	go g.read()
-	timeout := time.After(readyTimeout)
-	for {
-		select {
-		case line, ok := <-g.lines:
-			if !ok {
-				tb.Fatalf("the guest's console is gone: %s", v.out.String())
-			}
-			if strings.Contains(line, "Kernel panic") {
-				tb.Fatalf("the guest: %s", line)
-			}
-			if _, ready, ok := strings.Cut(line, "GUEST READY "); ok {
-				g.Ready = ready
-				return g
-			}
-		case <-timeout:
-			tb.Fatal("the guest isn't ready")
-		}
+	tb.Cleanup(func() { conn.Close() })
+	g := &Linux{VM: v, console: console.New(conn)}
+	ctx, cancel := context.WithTimeout(tb.Context(), readyTimeout)
+	defer cancel()
+	if g.Ready, err = g.console.Ready(ctx); err != nil {
+		tb.Fatalf("the guest isn't ready: %v: %s", err, v.out.String())
 	}
-}
-
-func (g *Linux) read() {
-	defer close(g.lines)
-	for in := bufio.NewReader(g.c); ; {
-		line, err := in.ReadString('\n')
-		if line = strings.TrimRight(line, "\r\n"); line != "" {
-			g.lines <- line
-		}
-		if err != nil {
-			return
-		}
-	}
+	return g
 }
 
 // Do sends a command and returns the answer.
@@ -118,36 +87,9 @@ func (g *Linux) Do(command string) (string, error) {
 
 // DoLines is like Do and returns the lines before the answer, too.
 func (g *Linux) DoLines(command string) (reply string, lines []string, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.tag++
-	tag := fmt.Sprintf("@%d ", g.tag)
-	if _, err := io.WriteString(g.c, tag+command+"\n"); err != nil {
-		return "", nil, err
-	}
-	timeout := time.After(readyTimeout)
-	for {
-		select {
-		case line, ok := <-g.lines:
-			if !ok {
-				return "", lines, errors.New("the guest's console is gone")
-			}
-			if extra, ok := strings.CutPrefix(line, "| "); ok {
-				lines = append(lines, extra)
-				continue
-			}
-			_, answer, ok := strings.Cut(line, tag)
-			if !ok {
-				continue
-			}
-			if reply, ok := strings.CutPrefix(answer, "DONE "); ok {
-				return reply, lines, nil
-			}
-			return "", lines, fmt.Errorf("guest command %q: %s", command, answer)
-		case <-timeout:
-			return "", lines, fmt.Errorf("guest command %q: no answer", command)
-		}
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
+	defer cancel()
+	return g.console.Do(ctx, command)
 }
 
 // Must is Do for commands that work.

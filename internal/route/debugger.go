@@ -643,20 +643,7 @@ func (d *Debugger) Close(answer func(*breakpoint.Stop) error) error {
 		defer func() { attempts(d.hv.Unpause) }()
 	}
 	// No vCPU runs: all their events are latched.
-	for range 8*d.nvcpu + 8 {
-		var s breakpoint.Stop
-		ok, err := d.poll(&s)
-		if err != nil {
-			errs = errors.Join(errs, err)
-			continue
-		}
-		if !ok {
-			break
-		}
-		if err := answer(&s); err != nil {
-			errs = errors.Join(errs, err)
-		}
-	}
+	errs = errors.Join(errs, drain(8*d.nvcpu+8, d.poll, answer))
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.step != nil && !d.step.done {

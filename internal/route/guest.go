@@ -281,3 +281,20 @@ func attempts(f func() error) (err error) {
 	}
 	return err
 }
+
+// drain gives answer what poll has, at most n stops: a paused guest has no more.
+func drain(n int, poll func(*breakpoint.Stop) (bool, error), answer func(*breakpoint.Stop) error) (errs error) {
+	for range n {
+		var s breakpoint.Stop
+		ok, err := poll(&s)
+		switch {
+		case err != nil:
+			errs = errors.Join(errs, err)
+		case !ok:
+			return errs
+		default:
+			errs = errors.Join(errs, answer(&s))
+		}
+	}
+	return errs
+}

@@ -433,20 +433,7 @@ func (m *MonitorRoute) Close(answer func(*breakpoint.Stop) error) error {
 	}
 	// A ring holds eight requests; a vCPU that found it full puts its own there
 	// when there is room.
-	for range 4*m.nvcpu + 16 {
-		var s breakpoint.Stop
-		ok, err := m.poll(&s)
-		if err != nil {
-			errs = errors.Join(errs, err)
-			continue
-		}
-		if !ok {
-			break
-		}
-		if err := answer(&s); err != nil {
-			errs = errors.Join(errs, err)
-		}
-	}
+	errs = errors.Join(errs, drain(4*m.nvcpu+16, m.poll, answer))
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	off := func(what string, f func() error) {

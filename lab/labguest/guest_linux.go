@@ -1,7 +1,6 @@
 package labguest
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 )
 
@@ -23,14 +23,9 @@ type Guest struct {
 	config Config
 	domID  uint32
 	tty    *os.File
+	client *console.Client
 	ready  string
-
-	lines chan string   // what the guest prints
-	gone  chan struct{} // closed when the console ends
-	stop  sync.Once
-
-	mu  sync.Mutex // one command at a time
-	tag int
+	stop   sync.Once
 }
 
 func start(ctx context.Context, c Config) (*Guest, error) {
@@ -52,10 +47,10 @@ func start(ctx context.Context, c Config) (*Guest, error) {
 	if _, err := output(ctx, "xl", "create", "-e", path); err != nil {
 		return nil, err
 	}
-	g := &Guest{config: c, lines: make(chan string, 1024), gone: make(chan struct{})}
+	g := &Guest{config: c}
 	err := g.connect(ctx)
 	if err == nil {
-		g.ready, err = g.waitReady(ctx)
+		g.ready, err = g.client.Ready(ctx)
 	}
 	if err != nil {
 		err = fmt.Errorf("%w\n%s", err, g.tail())
@@ -126,49 +121,8 @@ func (g *Guest) open(tty string) error {
 		return fmt.Errorf("%s: %w", tty, err)
 	}
 	g.tty = os.NewFile(uintptr(fd), tty)
-	go func() {
-		defer close(g.gone)
-		for in := bufio.NewReader(g.tty); ; {
-			line, err := in.ReadString('\n')
-			if line = strings.TrimRight(line, "\r\n"); line != "" {
-				select {
-				case g.lines <- line:
-				default: // nobody listens; the log has it
-				}
-			}
-			if err != nil {
-				return
-			}
-		}
-	}()
+	g.client = console.New(g.tty)
 	return nil
-}
-
-// line returns the next line the guest prints.
-func (g *Guest) line(ctx context.Context) (string, error) {
-	select {
-	case line := <-g.lines:
-		if strings.Contains(line, "Kernel panic") {
-			return "", fmt.Errorf("the guest died: %s", line)
-		}
-		return line, nil
-	case <-g.gone:
-		return "", errors.New("the guest's console is gone")
-	case <-ctx.Done():
-		return "", ctx.Err()
-	}
-}
-
-func (g *Guest) waitReady(ctx context.Context) (string, error) {
-	for {
-		line, err := g.line(ctx)
-		if err != nil {
-			return "", fmt.Errorf("wait for the guest: %w", err)
-		}
-		if _, ready, ok := strings.Cut(line, "GUEST READY "); ok {
-			return ready, nil
-		}
-	}
 }
 
 // Command sends a command and returns what the guest answered, without the
@@ -180,32 +134,11 @@ func (g *Guest) Command(ctx context.Context, command string) (string, error) {
 
 // Output is like Command and returns the "| " lines before the answer too.
 func (g *Guest) Output(ctx context.Context, command string) (reply string, lines []string, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.tag++
-	tag := fmt.Sprintf("@%d ", g.tag)
-	if _, err := g.tty.WriteString(tag + command + "\n"); err != nil {
-		return "", nil, fmt.Errorf("guest command %q: %w", command, err)
+	reply, lines, err = g.client.Do(ctx, command)
+	if err != nil && !errors.Is(err, console.ErrCommand) {
+		err = fmt.Errorf("%w\n%s", err, g.tail())
 	}
-	for {
-		line, err := g.line(ctx)
-		if err != nil {
-			return "", lines, fmt.Errorf("guest command %q: %w\n%s", command, err, g.tail())
-		}
-		if extra, ok := strings.CutPrefix(line, "| "); ok {
-			lines = append(lines, extra)
-			continue
-		}
-		// The kernel may have printed something in front of the reply.
-		_, answer, ok := strings.Cut(line, tag)
-		if !ok {
-			continue
-		}
-		if reply, ok := strings.CutPrefix(answer, "DONE "); ok {
-			return reply, lines, nil
-		}
-		return "", lines, fmt.Errorf("guest command %q: %s", command, strings.TrimPrefix(answer, "ERR "))
-	}
+	return reply, lines, err
 }
 
 // DomID returns the guest's domain id.

@@ -1,0 +1,9 @@
+package xenaccess
+
+// SetSymbolPlaces has files of kernels looked for elsewhere, until the returned
+// function is called.
+func SetSymbolPlaces(places ...string) (restore func()) {
+	was := symbolPlaces
+	symbolPlaces = places
+	return func() { symbolPlaces = was }
+}
