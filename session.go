@@ -393,7 +393,8 @@ func (s *Session) endIdle() {
 
 // Loop runs the guest and calls handlers, in the caller's goroutine, until one
 // of them returns something else than Continue (then Loop returns nil), ctx is
-// done (then its cause), the domain is gone (ErrDomainGone) or something fails.
+// done (then an error that wraps both ctx.Err and its cause), the domain is gone
+// (ErrDomainGone) or something fails.
 // The probes stay registered: Loop may be called again.
 //
 // If a handler panics, the Session is closed, and so the guest restored, before
@@ -407,6 +408,7 @@ func (s *Session) Loop(ctx context.Context) error {
 }
 
 func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) {
+	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s.mu.Lock()
@@ -445,6 +447,11 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	s.log.Debug("loop ends", "action", int(v), "err", err)
 	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		err = context.Cause(ctx)
+		// A cause need not be a context.Canceled: those of signal.NotifyContext
+		// aren't in Go 1.26.0.
+		if ended := caller.Err(); ended != nil && !errors.Is(err, ended) {
+			err = fmt.Errorf("%w: %w", ended, err)
+		}
 	}
 	return s.fail("loop", nil, err)
 }

@@ -799,8 +799,14 @@ func (v view) find(addr uint64) (i int, end uint64, ok bool) {
 	if !ok {
 		return 0, 0, false
 	}
-	i, end, ok = v.t.find(a)
-	return i, v.shift(end), ok
+	if i, end, ok = v.t.find(a); !ok {
+		return 0, 0, false
+	}
+	// Not shift(end): the end of the last page is no address of a 32-bit table.
+	if end = addr + (end - a); end < addr {
+		end = math.MaxUint64
+	}
+	return i, end, true
 }
 
 // Next returns the address of the next symbol above addr, of whatever kind.
