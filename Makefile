@@ -21,7 +21,7 @@ export CGO_ENABLED = 1
 help:
 	@echo 'make demo        boot Linux in QEMU, run vmprobebio on it'
 	@echo 'make demo-xen    the same with a PV guest on a real Xen (HOST=hvm: PVH)'
-	@echo 'make test        check, fuzz, then QEMU guests and the lab in short'
+	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
 	@echo 'make check       what needs no emulator (2 minutes)'
 	@echo 'make test-qemu   Linux guests in QEMU'
@@ -62,7 +62,7 @@ lint:
 	$(GO) run $(STATICCHECK) ./...
 
 # Other systems, each with a standard library to compile first.
-vet-all:
+vet-all: deps-go
 	GOOS=windows CGO_ENABLED=0 $(GO) vet ./...
 	GOOS=freebsd CGO_ENABLED=0 $(GO) vet ./...
 	GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
@@ -80,7 +80,8 @@ unit:
 
 .PHONY: fuzz fuzz-beside bench
 fuzz:
-	@tools/fuzz "$(GO)" $(FUZZTIME)
+	@mkdir -p bin
+	@tools/fuzz "$(GO)" $(FUZZTIME) bin/fuzz.failed
 fuzz-beside:
 	@nice $(MAKE) fuzz
 
@@ -134,7 +135,8 @@ demo-xen: deps-lab $(IN_DOM0)
 .PHONY: test test-all test-emulators test-qemu lab-build lab-short lab-test lab-image lab-shell
 # Emulators leave part of a second processor: fuzzing gets that.
 test: check
-	@$(MAKE) -j2 test-emulators fuzz-beside
+	@rm -f bin/fuzz.failed
+	@$(MAKE) -j2 test-emulators fuzz-beside || { cat bin/fuzz.failed 2>/dev/null; exit 1; }
 test-emulators: test-qemu
 	@$(MAKE) lab-short
 

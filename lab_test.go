@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"os"
 	"os/exec"
@@ -24,6 +23,7 @@ import (
 
 	"github.com/vmprobes/vmprobes"
 	"github.com/vmprobes/vmprobes/internal/qemutest"
+	"github.com/vmprobes/vmprobes/internal/texthash"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/lab/labguest"
 	"github.com/vmprobes/vmprobes/linux"
@@ -376,16 +376,15 @@ func hashOf(t testing.TB, s *vmprobes.Session) string {
 	require.NoError(t, err)
 	end, err := s.Lookup("_etext")
 	require.NoError(t, err)
-	ieee, castagnoli := crc32.NewIEEE(), crc32.New(crc32.MakeTable(crc32.Castagnoli))
+	hash := new(texthash.Hash)
 	buf := make([]byte, 64<<10)
 	for a := start; a < end; a += vmprobes.Addr(len(buf)) {
 		n := min(len(buf), int(end-a))
 		_, err := s.ReadMemory(buf[:n], a)
 		require.NoError(t, err)
-		ieee.Write(buf[:n])
-		castagnoli.Write(buf[:n])
+		hash.Write(buf[:n])
 	}
-	return fmt.Sprintf("%08x%08x", ieee.Sum32(), castagnoli.Sum32())
+	return hash.String()
 }
 
 // testHits compares hits at a function's entry with the guest's own count, and

@@ -2,8 +2,6 @@ package image_test
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -15,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/image"
+	"github.com/vmprobes/vmprobes/internal/texthash"
 	"github.com/vmprobes/vmprobes/lab/labguest"
 	"github.com/vmprobes/vmprobes/paging"
 )
@@ -77,8 +76,7 @@ func TestXlDumpCore(t *testing.T) {
 	text := make([]byte, etext-stext)
 	_, err = mem.Read(paging.Root(c.CR3), paging.VAddr(stext), text)
 	require.NoError(t, err)
-	sum := sha256.Sum256(text)
-	assert.Contains(t, hash, hex.EncodeToString(sum[:]), "the kernel's text, through its page tables")
+	assert.Contains(t, hash, texthash.Sum(text).String(), "the kernel's text, through its page tables")
 
 	kernelGS := c.GSBase
 	if conf.Kind == labguest.PV && !c.InKernel || conf.Kind != labguest.PV && c.CS&3 != 0 {

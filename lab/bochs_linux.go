@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,9 +72,17 @@ func (c *cache) fetchBochs(ctx context.Context) (string, error) {
 		return "", err
 	}
 	archive := filepath.Join(dir, bochsArchive)
-	if _, err := os.Stat(archive); err == nil {
+	if err := checkSHA256(archive, bochsSHA256); err == nil {
 		return archive, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		progress("%v: fetching it again", err)
 	}
+	tmp, err := os.MkdirTemp(c.dir, "fetch-*")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(tmp) }()
+	fetched := filepath.Join(tmp, bochsArchive)
 	repositories, err := output(ctx, "", "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
 	if err != nil {
 		return "", err
@@ -85,15 +96,34 @@ func (c *cache) fetchBochs(ctx context.Context) (string, error) {
 		}
 		tried = append(tried, uri)
 		progress("fetch %s", uri)
-		// Into place only with the right sum: apt-helper sees to that.
-		args := append(aptOptions()[1:], "download-file", uri, archive, "SHA256:"+bochsSHA256)
-		if _, err = output(ctx, dir, "/usr/lib/apt/apt-helper", args...); err == nil {
-			return archive, nil
+		args := append(aptOptions()[1:], "download-file", uri, fetched, "SHA256:"+bochsSHA256)
+		if _, err = output(ctx, tmp, "/usr/lib/apt/apt-helper", args...); err == nil {
+			err = checkSHA256(fetched, bochsSHA256)
+		}
+		if err == nil {
+			return archive, os.Rename(fetched, archive)
 		}
 		failed = append(failed, err)
 	}
 	return "", fmt.Errorf("%w\n(put the file, with the SHA-256 sum %s, at %s)",
 		errors.Join(append(failed, fmt.Errorf("%d repositories tried", len(tried)))...), bochsSHA256, archive)
+}
+
+// checkSHA256 returns nil if the file has that sum.
+func checkSHA256(path, want string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return err
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != want {
+		return fmt.Errorf("%s: SHA-256 sum %s, want %s", path, got, want)
+	}
+	return nil
 }
 
 // bochs runs the hvm host where there is no hardware for it: its model of an
@@ -166,6 +196,9 @@ debug: action=ignore
 const bochsIPS = 150_000_000
 
 func (b *bochs) start(ctx context.Context, m *machine) error {
+	if m.built.Bochs == "" { // by an older lab, or where KVM nests
+		return fmt.Errorf("the hvm host has no Bochs: run \"lab build hvm\" again, on a machine whose KVM doesn't nest")
+	}
 	console, err := newPort("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err

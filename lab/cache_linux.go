@@ -90,9 +90,6 @@ func (c *cache) load(host string) (*built, error) {
 	if err := json.Unmarshal(raw, &b); err != nil {
 		return nil, fmt.Errorf("%s: %w (run \"lab build %s\" again)", c.statePath(host), err, host)
 	}
-	if host == job.HVM && b.Bochs == "" { // built by an older lab
-		return nil, fmt.Errorf("the %s host lacks its emulator: run \"lab build %s\" again", host, host)
-	}
 	for _, f := range b.files() {
 		if _, err := os.Stat(f); err != nil {
 			return nil, fmt.Errorf("%w (run \"lab build %s\" again)", err, host)

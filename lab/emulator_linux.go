@@ -49,13 +49,16 @@ func chooseEmulator(ctx context.Context, host, accel string) (emulator, error) {
 		return nil, &exitError{codeUsage, fmt.Errorf("--accel %s: want auto, kvm, tcg or bochs", accel)}
 	}
 	if needsVMX {
-		if kvmNests() == nil && kvmWorks(ctx) == nil {
+		if kvmRunsXen(ctx) {
 			return &qemu{kvm: true}, nil
 		}
 		return &bochs{}, requireTools(job.HVM)
 	}
 	return &qemu{}, requireTools(job.PVStock)
 }
+
+// kvmRunsXen tells whether the hvm host needs no Bochs on this machine.
+func kvmRunsXen(ctx context.Context) bool { return kvmNests() == nil && kvmWorks(ctx) == nil }
 
 // kvmNests tells whether a guest of this machine could have guests itself.
 func kvmNests() error {

@@ -217,7 +217,13 @@ func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 		if err := k.fit(opts.Symbols, "as given"); err != nil {
 			return err
 		}
-		return k.identify(ctx)
+		if err := k.identify(ctx); err != nil {
+			return err
+		}
+		if err := k.confirm(); err != nil && !errors.Is(err, errUnconfirmed) {
+			return err
+		}
+		return nil
 	}
 	before := k.rungs
 	if opts.Cache != "" && k.cached(opts.Cache) {
@@ -287,6 +293,9 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 		}
 		if err == nil {
 			err = k.identify(ctx)
+		}
+		if err == nil {
+			err = k.confirm()
 		}
 		if err == nil {
 			return nil
@@ -375,6 +384,40 @@ func (k *Kernel) identify(ctx context.Context) error {
 	} else {
 		k.explain("build id", errors.New("no note of it"), "", "")
 	}
+	return nil
+}
+
+// errUnconfirmed: nothing shows that symbols are of this build of the kernel.
+var errUnconfirmed = errors.New("nothing in it can be compared with the guest")
+
+// confirm makes sure that symbols from a file without a version string, as a
+// System.map is, are those of the very build that runs: the system calls, of which
+// all parts of a kernel have some, are where the guest's table of them says.
+func (k *Kernel) confirm() error {
+	if k.syms.Banner() != "" {
+		return nil // identify has compared it
+	}
+	at, err := k.symbol("sys_call_table")
+	if err != nil {
+		return fmt.Errorf("%w: %w", errUnconfirmed, err)
+	}
+	const calls = 128 // fewer than any kernel has
+	long := k.bits / 8
+	table := make([]byte, calls*long)
+	if err := k.Read(at, table); err != nil {
+		return fmt.Errorf("%w: sys_call_table: %w", ErrWrongSymbols, err)
+	}
+	good := 0
+	for i := range calls {
+		if _, off, ok := k.syms.Find(word(table[i*long:], long)); ok && off == 0 {
+			good++
+		}
+	}
+	// Somebody may have put functions of his own there.
+	if good < calls*3/4 {
+		return fmt.Errorf("%w: %d of the guest's first %d system calls are where they say", ErrWrongSymbols, good, calls)
+	}
+	k.explain("build", nil, "", "%d of the first %d system calls are where the symbols say", good, calls)
 	return nil
 }
 

@@ -10,8 +10,8 @@
 //  3. the image holds the kernel's own symbol table (kallsyms);
 //  4. the symbols lead to the version string and the build id;
 //  5. … and to the kernel's own type information (BTF), where it has any;
-//  6. symbols and types lead to tasks, modules, system calls and to the kernel's
-//     lists of places where no breakpoint may be.
+//  6. symbols and types lead to tasks, modules and system calls, and symbols to the
+//     kernel's lists of places where no breakpoint may be.
 //
 // A rung that is missing can be replaced by a file ([Options]).
 //

@@ -3,6 +3,7 @@ package linux
 import (
 	"io"
 	"strings"
+	"time"
 
 	"github.com/vmprobes/vmprobes/sysmap"
 )
@@ -29,6 +30,9 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 	c.typesOnce.Do(func() {})
 	return c, err
 }
+
+// RetrySafety sets how long tables that were not understood are taken for that.
+func RetrySafety(d time.Duration) { retrySafety = d }
 
 // BuildID finds the build id among notes.
 var BuildID = buildID

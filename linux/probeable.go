@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -25,6 +26,8 @@ type safety struct {
 	reach uint64 // size of the largest of them
 	sites []site // instructions that the kernel rewrites, by address
 	trace []site // entries of functions that ftrace may rewrite, by address
+
+	unsure time.Time // when a table was not understood, if one was
 }
 
 type span struct {
@@ -219,12 +222,15 @@ func (k *Kernel) boundary(addr uint64) error {
 	return nil
 }
 
-// safety returns what was read before. If it couldn't be, it is read again: the
-// guest may have been changing it.
+// retrySafety is how long tables that were not understood are taken for that.
+var retrySafety = 5 * time.Second
+
+// safety returns what was read before. If it couldn't be, or not all of it, it is
+// read again: the guest may have been changing it.
 func (k *Kernel) safety() (*safety, error) {
 	k.safeMu.Lock()
 	defer k.safeMu.Unlock()
-	if k.safe == nil {
+	if k.safe == nil || !k.safe.unsure.IsZero() && time.Since(k.safe.unsure) > retrySafety {
 		s, err := k.begin("places for probes").readSafety()
 		if err != nil {
 			return nil, err
@@ -263,8 +269,11 @@ func (o *op) readSafety() (*safety, error) {
 	} {
 		n, err := part.read(s)
 		switch {
-		case errors.Is(err, sysmap.ErrNotFound), errors.Is(err, errOtherLayout):
+		case errors.Is(err, sysmap.ErrNotFound):
 			o.log.Debug("not in this kernel", "what", part.name, "err", err)
+		case errors.Is(err, errOtherLayout):
+			o.log.Warn("not understood in this kernel", "what", part.name, "err", err)
+			s.unsure = time.Now()
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", part.name, err)
 		default:
@@ -314,7 +323,12 @@ func (o *op) byLayout(path string, read func(t *ktype.Types, check bool) (int, e
 	if err != nil {
 		return 0, err
 	}
-	n, err := read(usual, true)
+	var n int
+	for range listTries { // the guest may be adding to it
+		if n, err = read(usual, true); !errors.Is(err, errOtherLayout) {
+			break
+		}
+	}
 	if err == nil || o.spent != nil || errors.Is(err, errTooManyPages) {
 		return n, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -297,6 +298,11 @@ func TestSyntheticInferred(t *testing.T) {
 		k = discover(t, s)
 		require.NoError(t, k.Probeable(fn(200)))
 		require.NoError(t, k.Probeable(fn(400)+1))
+		// … but not for ever: the guest may have been changing them.
+		s.Put64(s.Sym["blacklist entry"]+16, fn(200))
+		linux.RetrySafety(0)
+		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
+		linux.RetrySafety(time.Minute)
 	}
 }
 
@@ -312,6 +318,8 @@ func TestSymbolFiles(t *testing.T) {
 	good := write("good", s.SystemMap())
 	moved := bytes.ReplaceAll(s.SystemMap(), []byte(fmt.Sprintf("%016x D linux_banner", s.Sym["linux_banner"])), []byte("ffffffff81020040 D linux_banner"))
 	other := write("other", moved)
+	// Of a build with the same release, and data at the same place.
+	rebuilt := write("rebuilt", regexp.MustCompile(`(?m)^([0-9a-f]{15}).( t fn_)`).ReplaceAll(s.SystemMap(), []byte("${1}8$2")))
 	noise := write("noise", []byte("System.map it isn't"))
 	var asked string
 	files := func(paths ...string) *linux.Options {
@@ -320,15 +328,29 @@ func TestSymbolFiles(t *testing.T) {
 
 	_, err := linux.Discover(t.Context(), s.Machine(), nil)
 	require.ErrorIs(t, err, linux.ErrNoSymbols)
-	k, err := linux.Discover(t.Context(), s.Machine(), files(filepath.Join(dir, "none"), noise, other, good))
+	k, err := linux.Discover(t.Context(), s.Machine(), files(filepath.Join(dir, "none"), noise, other, rebuilt, good))
 	require.NoError(t, err)
 	assert.Equal(t, "9.9.9-synthetic", asked)
 	sym, err := k.Symbols().Lookup("fn_0007")
 	require.NoError(t, err)
 	assert.Equal(t, s.Sym["fn_0007"], sym.Addr)
 	assert.Equal(t, "of "+good, strings.SplitN(rung(k, "symbols"), ", ", 2)[1])
-	assert.Len(t, k.Explain(), 6, "%v", k.Explain())
+	assert.Len(t, k.Explain(), 7, "%v", k.Explain())
 
+	_, err = linux.Discover(t.Context(), s.Machine(), files(rebuilt))
+	require.ErrorIs(t, err, linux.ErrNoSymbols)
+	assert.ErrorContains(t, err, "of the guest's first 128 system calls")
+	m, err := sysmap.ParseFile(rebuilt)
+	require.NoError(t, err)
+	_, err = linux.Discover(t.Context(), s.Machine(), &linux.Options{Symbols: m})
+	require.ErrorIs(t, err, linux.ErrWrongSymbols)
+	unknown := write("unknown", bytes.ReplaceAll(s.SystemMap(), []byte("sys_call_table"), []byte("sys_call_tables")))
+	_, err = linux.Discover(t.Context(), s.Machine(), files(unknown))
+	require.ErrorIs(t, err, linux.ErrNoSymbols, "what isn't named by the user must be confirmed")
+	m, err = sysmap.ParseFile(unknown)
+	require.NoError(t, err)
+	_, err = linux.Discover(t.Context(), s.Machine(), &linux.Options{Symbols: m})
+	require.NoError(t, err)
 	_, err = linux.Discover(t.Context(), s.Machine(), files(noise, other))
 	require.ErrorIs(t, err, linux.ErrNoSymbols)
 	require.NotErrorIs(t, err, linux.ErrWrongSymbols, "the user has named no file")

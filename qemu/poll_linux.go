@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"net"
+	"os"
 	"runtime"
 	"syscall"
 	"time"
@@ -17,14 +18,15 @@ type poller struct {
 	try func(fd uintptr) bool
 	b   []byte
 	n   int
+	err error
 }
 
 // read returns how much of b it has filled from c in that time: 0 if nothing came,
-// or the connection has something to say that a usual Read will tell.
-func (p *poller) read(c net.Conn, b []byte) int {
+// or the connection's end, which a usual Read will tell.
+func (p *poller) read(c net.Conn, b []byte) (int, error) {
 	if p.try == nil {
 		p.try = func(fd uintptr) bool {
-			p.n, _ = syscall.Read(int(fd), p.b)
+			p.n, p.err = syscall.Read(int(fd), p.b)
 			return true
 		}
 		// With one processor it would keep QEMU from answering.
@@ -33,18 +35,23 @@ func (p *poller) read(c net.Conn, b []byte) int {
 		}
 	}
 	if p.raw == nil {
-		return 0
+		return 0, nil
 	}
-	p.b, p.n = b, 0
+	p.b = b
 	for begin := time.Now(); ; {
+		p.n, p.err = 0, nil
 		if err := p.raw.Read(p.try); err != nil { // closed, or past the deadline
-			return 0
+			return 0, nil
 		}
-		if p.n > 0 {
-			return p.n
-		}
-		if time.Since(begin) > pollFor {
-			return 0
+		switch {
+		case p.err == syscall.EAGAIN || p.err == syscall.EINTR:
+			if time.Since(begin) > pollFor {
+				return 0, nil
+			}
+		case p.err != nil: // and it is told only once
+			return 0, &net.OpError{Op: "read", Net: c.RemoteAddr().Network(), Addr: c.RemoteAddr(), Err: os.NewSyscallError("read", p.err)}
+		default:
+			return p.n, nil
 		}
 	}
 }

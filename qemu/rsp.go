@@ -214,8 +214,8 @@ func (s *stub) fill() error {
 		s.in = append(make([]byte, 0, 2*cap(s.in)+chunk), s.in...)
 	}
 	free := s.in[len(s.in):cap(s.in)]
-	n, err := s.poll.read(s.c, free), error(nil)
-	if n == 0 {
+	n, err := s.poll.read(s.c, free)
+	if n == 0 && err == nil {
 		n, err = s.c.Read(free)
 	}
 	s.in = s.in[:len(s.in)+n]

@@ -144,8 +144,9 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 // symbolPlaces is where distributions put the files of a kernel, by its release:
 // an administrator may have installed here what the guest runs.
 var symbolPlaces = []string{
-	"/boot/System.map-%s", "/usr/lib/debug/boot/System.map-%s", "/usr/lib/debug/boot/vmlinux-%s",
-	"/usr/lib/debug/lib/modules/%s/vmlinux", "/boot/vmlinux-%s", "/boot/vmlinuz-%s",
+	// First those with a version string to compare.
+	"/usr/lib/debug/boot/vmlinux-%s", "/usr/lib/debug/lib/modules/%s/vmlinux", "/boot/vmlinux-%s", "/boot/vmlinuz-%s",
+	"/boot/System.map-%s", "/usr/lib/debug/boot/System.map-%s",
 }
 
 // symbolFiles returns the files that may have the symbols of a kernel that was

@@ -365,6 +365,11 @@ func (s *Synthetic) places() {
 }
 
 func (s *Synthetic) syscalls() {
+	table := s.data(8 * 128)
+	s.sym('D', "sys_call_table", table)
+	for i := range uint64(128) {
+		s.Put64(table+8*i, s.Sym[fmt.Sprintf("fn_%04d", 2*i)])
+	}
 	for i, c := range []struct {
 		name string
 		args [][2]string

@@ -5,18 +5,18 @@ import (
 	"debug/elf"
 	"encoding/hex"
 	"fmt"
-	"hash/crc32"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/internal/texthash"
 )
 
 // int3User executes n int3 in user mode under a SIGTRAP handler of our own
@@ -139,40 +139,32 @@ func text(symbol string, size uint64) (string, error) {
 	return fmt.Sprintf("text %#x %s", address, hex.EncodeToString(b)), nil
 }
 
-// textBounds is read once: the kernel makes /proc/kallsyms anew for each reader.
-var textBounds = sync.OnceValues(func() ([2]uint64, error) {
-	var bounds [2]uint64
-	for i, name := range []string{"_stext", "_etext"} {
-		found, err := addresses(name)
-		if err != nil {
-			return bounds, err
-		}
-		bounds[i] = found[0]
-	}
-	return bounds, nil
-})
+// textBounds are read once: the kernel makes /proc/kallsyms anew for each reader.
+var textBounds struct{ start, end uint64 }
 
 func textHash() (string, error) {
-	bounds, err := textBounds()
-	if err != nil {
-		return "", err
+	if textBounds.end == 0 {
+		start, err := addresses("_stext")
+		if err != nil {
+			return "", err
+		}
+		end, err := addresses("_etext")
+		if err != nil {
+			return "", err
+		}
+		textBounds.start, textBounds.end = start[0], end[0]
 	}
-	start, end := bounds[0], bounds[1]
-	var ieee, castagnoli uint32
+	start, end := textBounds.start, textBounds.end
+	hash := new(texthash.Hash)
 	for at := start; at < end; at += uint64(len(kernelBuffer)) {
 		b := kernelBuffer[:min(uint64(len(kernelBuffer)), end-at)]
 		if err := kernelMemory(at, b); err != nil {
 			return "", err
 		}
-		ieee = crc32.Update(ieee, crc32.IEEETable, b)
-		castagnoli = crc32.Update(castagnoli, castagnoliTable, b)
+		_, _ = hash.Write(b)
 	}
-	return fmt.Sprintf("texthash %08x%08x bytes=%d", ieee, castagnoli, end-start), nil
+	return fmt.Sprintf("texthash %v bytes=%d", hash, end-start), nil
 }
-
-// Checksums that processors have instructions for: an emulator needs seconds for
-// SHA-256. It is accidents that they are to show.
-var castagnoliTable = crc32.MakeTable(crc32.Castagnoli)
 
 // trouble matches what a damaged kernel logs.
 var trouble = regexp.MustCompile(`BUG:|Oops|int3|WARNING:|general protection|invalid opcode|Call Trace|soft lockup|rcu.*stall|Kernel panic|segfault|traps:|unhandled`)
