@@ -2,6 +2,7 @@ package vmprobes_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -80,7 +81,7 @@ func TestQEMU(t *testing.T) {
 // examples builds the programs that testExamples runs.
 func examples(t *testing.T) {
 	dir := t.TempDir()
-	for _, name := range []string{"vmprobebio", "opens", "process-list", "module-list", "guest-info", "map-symbol"} {
+	for _, name := range []string{"vmprobebio", "opens", "process-list", "module-list", "guest-info", "map-symbol", "map-addr", "process-data", "dump-memory", "process-list-file"} {
 		out, err := exec.Command("go", "build", "-o", dir+"/", "./examples/"+name).CombinedOutput()
 		require.NoError(t, err, "%s", out)
 	}
@@ -92,6 +93,29 @@ func testInfo(t labTest) {
 	assert.Contains(t, strings.Join(run(t, "guest-info", t.g.Name()), "\n"), "Linux version "+t.cfg.Kernel)
 	page := run(t, "map-symbol", t.g.Name(), "linux_banner")
 	assert.Len(t, page, 257)
+	s := t.open(nil)
+	banner, err := s.Lookup("linux_banner")
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+	assert.Equal(t, page, run(t, "map-addr", t.g.Name(), fmt.Sprintf("%x", uint64(banner))))
+
+	// Where the parts of init's memory are, as the guest says in proc(5)'s order.
+	stat := strings.Fields(t.lines("stat")[0])
+	data := run(t, "process-data", t.g.Name(), "1")
+	for name, field := range map[string]int{
+		"start_code": 26, "end_code": 27, "start_stack": 28, "start_data": 45, "end_data": 46, "start_brk": 47,
+		"arg_start": 48, "arg_end": 49, "env_start": 50, "env_end": 51,
+	} {
+		addr, err := strconv.ParseUint(stat[field-1], 10, 64)
+		require.NoError(t, err)
+		assert.Contains(t, data, fmt.Sprintf("%s = 0x%.8x", name, addr))
+	}
+
+	image := filepath.Join(t.TempDir(), "memory")
+	run(t, "dump-memory", t.g.Name(), image)
+	live, saved := run(t, "process-list", t.g.Name()), run(t, "process-list-file", image)
+	assert.InDelta(t, len(live), len(saved), 3) // workers come and go
+	assert.Equal(t, live[:20], saved[:20])
 }
 
 // testKilled kills a tool in the middle of hits: the next one repairs what it left.

@@ -38,6 +38,7 @@
 //	                        DONE dmesg bad=N boot=M (M: before GUEST READY)
 //	modules                 "| " lines of /proc/modules
 //	ps                      "| " lines of the processes
+//	stat                    "| " line of /proc/1/stat
 //	sleep MILLISECONDS      nothing, later
 //	poweroff                shut the guest down
 package main

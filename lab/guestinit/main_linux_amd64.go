@@ -192,6 +192,8 @@ func (g *guest) command(words []string) (string, error) {
 		return g.dmesg()
 	case "modules":
 		return printFile("modules", "/proc/modules")
+	case "stat":
+		return printFile("stat", "/proc/1/stat")
 	case "ps":
 		return ps()
 	case "sleep":
