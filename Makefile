@@ -26,7 +26,7 @@ help:
 	@echo 'make check       what needs no emulator (2 minutes)'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
-	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS))'
+	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
 	@echo 'make lab-shell   a dom0 prompt (HOST=pv or hvm)'
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
@@ -168,10 +168,12 @@ lab-short: lab-build
 		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h)" || exit 1; \
 	done
 
+# Guests to test, of a host's: all.
+GUESTS = .
 lab-test: lab-build
 	@for h in $(HOSTS); do \
-		echo "== lab: $$h"; \
-		$(IN_LAB) $$h --timeout 80m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 80m -test.run "$$(tools/labtests $$h)" || exit 1; \
+		echo "== lab: $$h, guests $(GUESTS)"; \
+		$(IN_LAB) $$h --timeout 80m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 80m -test.run "$$(tools/labtests $$h)/($(GUESTS))" || exit 1; \
 	done
 
 lab-shell: deps-lab $(IN_DOM0)

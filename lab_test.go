@@ -65,10 +65,13 @@ func (t labTest) rounds() int {
 	case testing.Short():
 		return 2
 	}
-	if !t.patched() || t.cfg.VCPUs != 2 || t.cfg.Kernel != "6.1" {
-		return 5
+	switch {
+	case t.patched() && t.cfg.VCPUs == 2 && t.cfg.Kernel == "6.1":
+		return 50
+	case labguest.Host() == "hvm":
+		return 2
 	}
-	return 50
+	return 5
 }
 
 // hits is how many of n hits to make: all, but for a short run on PV guests, whose
