@@ -618,11 +618,16 @@ func (e *Engine) handle(s *Stop, live bool) (Verdict, error) {
 }
 
 // foreign answers a breakpoint that is none of ours. If the byte is no longer an
-// int3, it was: it has been removed since, and the instruction is executed.
+// int3, it was: it has been removed since, and the instruction is executed. As
+// long as that can't be told the guest is given nothing: the vCPU comes to the
+// place again.
 func (e *Engine) foreign(s *Stop) error {
 	var b [1]byte
-	err := e.drv.Read(s.Regs.CR3, s.Regs.IP, b[:])
-	if err == nil && b[0] != 0xcc {
+	err := e.again(func() error { return e.drv.Read(s.Regs.CR3, s.Regs.IP, b[:]) })
+	if err != nil {
+		return errors.Join(fmt.Errorf("vCPU %d: read the breakpoint at %#x: %w", s.VCPU, s.Regs.IP, err), e.resume(s))
+	}
+	if b[0] != 0xcc {
 		e.stats.Stale++
 		e.log.Debug("breakpoint was removed", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
 		return e.resume(s)

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -899,9 +900,10 @@ func (m *Machine) loop(stop, done chan struct{}) {
 			runtime.Gosched()
 		}
 		m.mu.Lock()
-		n := m.run(512, true)
+		// It may do nothing because somebody waits for the machine, too.
+		idle := m.run(512, true) == 0 && !slices.ContainsFunc(m.v, m.runnable)
 		m.mu.Unlock()
-		if n == 0 && m.waiters.Load() == 0 {
+		if idle && m.waiters.Load() == 0 {
 			select {
 			case <-stop:
 				return
