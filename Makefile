@@ -23,7 +23,7 @@ help:
 	@echo 'make demo-xen    the same with a PV guest on a real Xen (HOST=hvm: PVH)'
 	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
-	@echo 'make check       what needs no emulator (2 minutes)'
+	@echo 'make check       what needs no emulator (3 minutes)'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
@@ -80,7 +80,7 @@ unit:
 
 .PHONY: fuzz fuzz-beside bench
 fuzz:
-	@mkdir -p bin
+	@mkdir -p bin && rm -f bin/fuzz.failed
 	@tools/fuzz "$(GO)" $(FUZZTIME) bin/fuzz.failed
 fuzz-beside:
 	@nice $(MAKE) fuzz
@@ -135,7 +135,6 @@ demo-xen: deps-lab $(IN_DOM0)
 .PHONY: test test-all test-emulators test-qemu lab-build lab-short lab-test lab-image lab-shell
 # Emulators leave part of a second processor: fuzzing gets that.
 test: check
-	@rm -f bin/fuzz.failed
 	@$(MAKE) -j2 test-emulators fuzz-beside || { cat bin/fuzz.failed 2>/dev/null; exit 1; }
 test-emulators: test-qemu
 	@$(MAKE) lab-short

@@ -64,8 +64,6 @@ func (t labTest) rounds() int {
 		return 1 // an emulator of processors needs its time
 	case testing.Short():
 		return 2
-	}
-	switch {
 	case t.patched() && t.cfg.VCPUs == 2 && t.cfg.Kernel == "6.1":
 		return 50
 	case labguest.Host() == "hvm":

@@ -214,13 +214,8 @@ func (img *image) find() error {
 // makes sure that they are.
 func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	if opts.Symbols != nil {
-		if err := k.fit(opts.Symbols, "as given"); err != nil {
-			return err
-		}
-		if err := k.identify(ctx); err != nil {
-			return err
-		}
-		if err := k.confirm(); err != nil && !errors.Is(err, errUnconfirmed) {
+		// What the user has named need not be confirmed.
+		if err := k.adopt(ctx, opts.Symbols, "as given"); !errors.Is(err, errUnconfirmed) {
 			return err
 		}
 		return nil
@@ -289,13 +284,7 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 			continue
 		}
 		if err == nil {
-			err = k.fit(m, "of "+path)
-		}
-		if err == nil {
-			err = k.identify(ctx)
-		}
-		if err == nil {
-			err = k.confirm()
+			err = k.adopt(ctx, m, "of "+path)
 		}
 		if err == nil {
 			return nil
@@ -318,6 +307,17 @@ func safeRelease(s string) string {
 		return ""
 	}
 	return s
+}
+
+// adopt takes symbols from a file, if they are of the kernel that runs.
+func (k *Kernel) adopt(ctx context.Context, m *sysmap.Map, whose string) error {
+	if err := k.fit(m, whose); err != nil {
+		return err
+	}
+	if err := k.identify(ctx); err != nil {
+		return err
+	}
+	return k.confirm()
 }
 
 // fit moves symbols from where they were linked to where the kernel is.

@@ -339,6 +339,25 @@ func (o *op) byLayout(path string, read func(t *ktype.Types, check bool) (int, e
 	return read(t, false)
 }
 
+// twoWords returns where a struct of at most limit bytes has two words of n bytes,
+// and its size.
+func twoWords(t *ktype.Types, n int, name, a, b string, limit uint64) (offA, offB, size uint64, err error) {
+	fa, err := t.Offset(name + "." + a)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	fb, err := t.Offset(name + "." + b)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	word := uint64(n)
+	size, err = t.Sizeof(name)
+	if err != nil || size < 2*word || size > limit || fa.Offset > size-word || fb.Offset > size-word {
+		return 0, 0, 0, errors.Join(fmt.Errorf("struct %s of %d bytes: %w", name, size, ErrBadKernel), err)
+	}
+	return fa.Offset, fb.Offset, size, nil
+}
+
 // readBlacklist reads kprobe_blacklist (kernel/kprobes.c): functions marked with
 // NOKPROBE_SYMBOL, and what the architecture adds.
 func (o *op) readBlacklist(s *safety) (int, error) {
@@ -347,19 +366,11 @@ func (o *op) readBlacklist(s *safety) (int, error) {
 		return 0, err
 	}
 	return o.byLayout("kprobe_blacklist_entry.end_addr", func(t *ktype.Types, check bool) (int, error) {
-		from, err := t.Offset("kprobe_blacklist_entry.start_addr")
-		if err != nil {
-			return 0, err
-		}
-		to, err := t.Offset("kprobe_blacklist_entry.end_addr")
-		if err != nil {
-			return 0, err
-		}
 		long := o.bits / 8
 		var entry [128]byte
-		size, err := t.Sizeof("kprobe_blacklist_entry")
-		if err != nil || size > uint64(len(entry)) || max(from.Offset, to.Offset)+uint64(long) > size {
-			return 0, errors.Join(fmt.Errorf("struct kprobe_blacklist_entry of %d bytes: %w", size, ErrBadKernel), err)
+		from, to, size, err := twoWords(t, long, "kprobe_blacklist_entry", "start_addr", "end_addr", uint64(len(entry)))
+		if err != nil {
+			return 0, err
 		}
 		spans, err := again(func() ([]span, error) {
 			var spans []span
@@ -370,7 +381,7 @@ func (o *op) readBlacklist(s *safety) (int, error) {
 				if err := o.Read(at, entry[:size]); err != nil {
 					return nil, err
 				}
-				start, end := word(entry[from.Offset:], long), word(entry[to.Offset:], long)
+				start, end := word(entry[from:], long), word(entry[to:], long)
 				if check && (start < s.text.start || end < start) {
 					return nil, fmt.Errorf("%w: entry of %#x to %#x", errOtherLayout, start, end)
 				}
@@ -448,18 +459,10 @@ func (o *op) readFtrace(s *safety) (int, error) {
 }
 
 func (o *op) readFtracePages(t *ktype.Types, head, lowest uint64) (trace []site, err error) {
-	ip, err := t.Offset("dyn_ftrace.ip")
-	if err != nil {
-		return nil, err
-	}
-	flags, err := t.Offset("dyn_ftrace.flags")
-	if err != nil {
-		return nil, err
-	}
-	entry, err := t.Sizeof("dyn_ftrace")
 	long := o.bits / 8
-	if err != nil || entry < 2*uint64(long) || entry > 64 || ip.Offset > entry-uint64(long) || flags.Offset > entry-uint64(long) {
-		return nil, errors.Join(fmt.Errorf("struct dyn_ftrace of %d bytes: %w", entry, ErrBadKernel), err)
+	ip, flags, entry, err := twoWords(t, long, "dyn_ftrace", "ip", "flags", 64)
+	if err != nil {
+		return nil, err
 	}
 	page, err := o.pointer(head)
 	if err != nil {
@@ -492,10 +495,10 @@ func (o *op) readFtracePages(t *ktype.Types, head, lowest uint64) (trace []site,
 			// (FTRACE_REF_MAX), FTRACE_FL_ENABLED is the top one.
 			const enabled = 1 << 31
 			kind := ftraceSite
-			if word(table[flags.Offset:], long)&enabled != 0 {
+			if word(table[flags:], long)&enabled != 0 {
 				kind = ftraceActive
 			}
-			addr := word(table[ip.Offset:], long)
+			addr := word(table[ip:], long)
 			if addr < lowest {
 				return nil, fmt.Errorf("%w: record of %#x", errOtherLayout, addr)
 			}

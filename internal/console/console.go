@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"sync"
 )
@@ -147,5 +146,5 @@ func (c *Client) Do(ctx context.Context, command string) (reply string, lines []
 func (c *Client) Tail() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return strings.Join(slices.Clone(c.tail), "\n")
+	return strings.Join(c.tail, "\n")
 }
