@@ -184,7 +184,7 @@ func Loop(ctx context.Context, p *Probe) error {
 	}
 	err := s.Loop(ctx)
 	if sig := s.guard.signal(); sig != nil && errors.Is(err, ErrClosed) {
-		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: fmt.Errorf("%w (%v)", ErrInterrupted, sig)}
+		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: errors.Join(fmt.Errorf("%w (%v)", ErrInterrupted, sig), s.closeError())}
 	}
 	return err
 }

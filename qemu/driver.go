@@ -38,6 +38,7 @@ type Driver struct {
 	thread  string          // its vCPU's
 	fault   error           // for Wait to return once
 	again   unmoved
+	freezes int // Freezes without their Thaw
 	closed  bool
 }
 
@@ -104,7 +105,11 @@ func (d *Driver) setMode(mode paging.Mode) {
 
 // Caps implements breakpoint.Driver.
 func (d *Driver) Caps() breakpoint.Caps {
-	return breakpoint.Caps{VCPUs: maxVCPUs, Emulate: true, Step: true, CheapStep: true}
+	return breakpoint.Caps{
+		VCPUs: maxVCPUs, Step: true, CheapStep: true,
+		Hidden: !d.vm.info.KVM, // TCG's breakpoints are in no memory
+		LA57:   d.mem.Load().Mode().Kind == paging.FiveLevel,
+	}
 }
 
 // SetKernelRoot fixes the page-table root through which kernel memory is
@@ -235,10 +240,31 @@ func (d *Driver) Patch(addr uint64, b []byte) error {
 
 // Freeze implements breakpoint.Driver. The instruction of a hit may still be
 // stepped meanwhile.
-func (d *Driver) Freeze() error { return d.vm.Freeze() }
+func (d *Driver) Freeze() error {
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := v.freeze(); err != nil {
+		return err
+	}
+	d.freezes++
+	return nil
+}
 
 // Thaw implements breakpoint.Driver.
-func (d *Driver) Thaw() error { return d.vm.Thaw() }
+func (d *Driver) Thaw() error {
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if d.freezes == 0 {
+		return nil
+	}
+	if err := v.thaw(); err != nil {
+		return err
+	}
+	d.freezes--
+	return nil
+}
 
 // InsertBreak implements breakpoint.Driver.
 func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
@@ -518,9 +544,8 @@ func (d *Driver) Resume(s *breakpoint.Stop) error {
 	return v.run(packet)
 }
 
-// Emulate implements breakpoint.Driver: the vCPU executes the instruction
-// itself, alone, and goes on.
-func (d *Driver) Emulate(s *breakpoint.Stop, _ *x86.Insn) error {
+// StepOn implements breakpoint.Driver.
+func (d *Driver) StepOn(s *breakpoint.Stop, _ *x86.Insn) error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -529,7 +554,7 @@ func (d *Driver) Emulate(s *breakpoint.Stop, _ *x86.Insn) error {
 	}
 	p := d.breaks[s.Regs.IP]
 	if p == nil {
-		return fmt.Errorf("emulate at %#x: no breakpoint there", s.Regs.IP)
+		return fmt.Errorf("step on at %#x: no breakpoint there", s.Regs.IP)
 	}
 	if err := d.putRegs(s, true); err != nil {
 		return err
@@ -686,27 +711,35 @@ func (d *Driver) Reinject(s *breakpoint.Stop) error {
 	if p == nil {
 		return d.Resume(s)
 	}
-	return d.Emulate(s, &p.insn)
+	return d.StepOn(s, &p.insn)
 }
 
 // Close implements breakpoint.Driver: it removes all breakpoints and lets the VM
 // run. A stop that waits for its answer is dropped: its vCPU executes the
 // instruction itself.
-func (d *Driver) Close(func(*breakpoint.Stop) error) error {
+func (d *Driver) Close() error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if d.closed {
 		return nil
 	}
+	// Whoever waits for stops is to see that there are no more.
 	d.closed = true
 	v.changed.Broadcast()
-	defer func() {
-		if v.drv == d {
-			v.drv = nil
-		}
-	}()
 	d.pending, d.queued = false, false
+	err := d.leave()
+	if err != nil && v.err == nil {
+		d.closed = false // it may be called again
+	} else if v.drv == d {
+		v.drv = nil
+	}
+	return err
+}
+
+// leave removes all breakpoints and lets the VM run, unless others hold it.
+func (d *Driver) leave() error {
+	v := d.vm
 	if v.gone {
 		return v.err
 	}
@@ -720,6 +753,10 @@ func (d *Driver) Close(func(*breakpoint.Stop) error) error {
 		err = errors.Join(err, d.clear())
 	}
 	v.frozen--
+	if err == nil {
+		v.frozen -= d.freezes
+		d.freezes = 0
+	}
 	return errors.Join(err, v.settle())
 }
 

@@ -460,16 +460,16 @@ func TestHitPackets(t *testing.T) {
 			s.Regs.AX = 0x0102
 			return d.Resume(s)
 		}, []string{"g", "P0=0201000000000000", "cffffffff81000005"}},
-		{"step", nil, func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+		{"step", nil, func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "vCont;s:p01.01", "c"}},
 		{"step, registers", nil, func(d *Driver, s *breakpoint.Stop) error {
 			s.Regs.BX = 1
-			return d.Emulate(s, nil)
+			return d.StepOn(s, nil)
 		}, []string{"g", "P1=0100000000000000", "vCont;s:p01.01", "c"}},
-		{"step, KVM", func(f *fakeStub) { f.kvm = true }, func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+		{"step, KVM", func(f *fakeStub) { f.kvm = true }, func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "z0,ffffffff81000000,1", "vCont;s:p01.01", "Z0,ffffffff81000000,1", "c"}},
 		{"step, 7.2", func(f *fakeStub) { f.version = "" },
-			func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+			func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "vCont;s:p01.01", "p10", "c"}},
 		{"step, look", nil, func(d *Driver, s *breakpoint.Stop) error {
 			if err := d.StepOver(s, fakeText); err != nil {
@@ -520,7 +520,7 @@ func TestHitPackets(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 			assert.Equal(t, test.want, f.packets()[before:])
-			require.NoError(t, d.Close(nil))
+			require.NoError(t, d.Close())
 			assert.Zero(t, f.armed())
 		})
 	}
@@ -551,7 +551,7 @@ func TestUnmovedStep(t *testing.T) {
 	}()
 	var s breakpoint.Stop
 	require.NoError(t, d.Wait(t.Context(), &s))
-	require.NoError(t, d.Emulate(&s, nil))
+	require.NoError(t, d.StepOn(&s, nil))
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	require.ErrorIs(t, d.Wait(ctx, &s), context.DeadlineExceeded)
@@ -590,7 +590,7 @@ func TestGuestLost(t *testing.T) {
 			require.ErrorContains(t, err, want)
 			require.ErrorIs(t, d.Freeze(), breakpoint.ErrGone)
 			require.ErrorIs(t, d.RemoveBreak(fakeText), breakpoint.ErrGone)
-			d.Close(nil)
+			d.Close()
 			require.NoError(t, vm.Close())
 			if strings.HasPrefix(reply, "T0") || strings.HasPrefix(reply, "T1") {
 				assert.Zero(t, f.armed(), "breakpoints are removed")
@@ -671,7 +671,7 @@ func TestDebugRegisters(t *testing.T) {
 	err = d.InsertBreak(fakeText+4, &in)
 	require.ErrorContains(t, err, "four debug registers are in use")
 	require.Error(t, d.InsertBreak(fakeText, &in), "twice")
-	require.NoError(t, d.Close(nil))
+	require.NoError(t, d.Close())
 	assert.Zero(t, f.armed())
 }
 

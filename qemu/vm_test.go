@@ -99,7 +99,7 @@ func TestMemory(t *testing.T) {
 				require.EqualValues(t, 0x500, c.EFER&0x500)
 				require.Zero(t, c.CPL)
 			}
-			require.NoError(t, d.Close(nil))
+			require.NoError(t, d.Close())
 			require.NoError(t, vm.Close())
 			require.Equal(t, "running", guest.Status())
 		})
