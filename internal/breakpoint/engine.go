@@ -689,7 +689,7 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 			best, score = f, n
 		}
 	}
-	if sl == nil && best != nil && best.vcpu != s.VCPU {
+	if sl == nil && best != nil && best.vcpu != s.VCPU && !e.cheap {
 		return nil
 	}
 	return best
