@@ -920,6 +920,7 @@ func FuzzMonitorText(f *testing.F) {
 			m.contains(r.start, 4096)
 		}
 		parseIDT(s, make([]CPU, 2))
+		noWatchpoints(s)
 		if major(versionPrefix(s)) < 0 || len(printable(s)) > 1024 {
 			t.Fatal("not bounded")
 		}
@@ -946,6 +947,16 @@ func FuzzMonitor(f *testing.F) {
 			m.command("info version")
 		}
 	})
+}
+
+func TestNoWatchpoints(t *testing.T) {
+	one := "CPU#0\nRAX=0000000000000000 RBX=0000000000000000\nDR0=0000000000000000 DR1=0000000000000000 DR2=0000000000000000 DR3=0000000000000000 \n" +
+		"DR6=00000000ffff0ff0 DR7=0000000000000400\nEFER=0000000000000500\n"
+	two := one + "\nCPU#1\nDR6=00000000ffff0ff0 DR7=00000000000d0402\n"
+	assert.True(t, noWatchpoints(one))
+	assert.False(t, noWatchpoints(two))
+	assert.False(t, noWatchpoints(""), "who knows")
+	assert.False(t, noWatchpoints("DR7=?"))
 }
 
 func TestParseRAM(t *testing.T) {
