@@ -472,6 +472,7 @@ func (d *Driver) takeOut(addr uint64, p *point) error {
 		return err
 	}
 	p.changed = true
+	d.forgetUnderway(addr)
 	return nil
 }
 
@@ -633,9 +634,9 @@ func (d *Driver) goOn(n int, thread string, p *point, u underway) error {
 	d.pending = true
 	if p.removed {
 		// It is where it is: the rest it executes without us.
-		d.stepped()
-		if addr := d.vm.regs[rIP]; !d.owed(addr) {
-			d.forgetUnderway(addr)
+		addr := d.vm.regs[rIP]
+		d.stepped(addr)
+		if !d.owed(addr) {
 			if err := d.takeOut(addr, p); err != nil {
 				return err
 			}
@@ -790,7 +791,7 @@ func (d *Driver) stepOver(addr uint64, p *point) error {
 		if _, err := d.repeat(addr, p); err != nil {
 			return err
 		}
-		d.stepped()
+		d.stepped(addr)
 		return nil
 	}
 	for range maxTries {
@@ -808,13 +809,13 @@ func (d *Driver) stepOver(addr uint64, p *point) error {
 			break
 		}
 	}
-	d.stepped()
+	d.stepped(addr)
 	return nil
 }
 
-// stepped has Wait return that the vCPU of the pending stop has stepped.
-func (d *Driver) stepped() {
-	d.stop.Reason, d.stop.Regs = breakpoint.Stepped, d.vm.regs.general()
+// stepped has Wait return that the vCPU of the pending stop has stepped at addr.
+func (d *Driver) stepped(addr uint64) {
+	d.stop.Reason, d.stop.Addr, d.stop.Regs = breakpoint.Stepped, addr, d.vm.regs.general()
 	d.queued = true
 	d.vm.changed.Broadcast()
 }

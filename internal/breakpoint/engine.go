@@ -675,7 +675,7 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 	var best *inflight
 	score := 0
 	for _, f := range e.active {
-		if f.slot != sl {
+		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
 			continue
 		}
 		n := 1
