@@ -86,6 +86,13 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if k := guest.Linux(); k != nil {
 		syms = k.Symbols()
 		drv.SetKernelRoot(k.Root())
+		if d, ok := drv.(target.Identified); ok {
+			if sym, err := syms.Lookup("linux_banner"); err == nil && k.Banner() != "" {
+				if err := d.SetIdentity(sym.Addr, []byte(k.Banner())); err != nil {
+					return nil, errors.Join(err, drv.Close())
+				}
+			}
+		}
 		if d, ok := drv.(target.Symbolic); ok {
 			d.UseSymbols(func(name string) (uint64, bool) {
 				sym, err := syms.Lookup(name)

@@ -13,6 +13,7 @@ import (
 const (
 	closeWait = 10 * time.Second
 	failWait  = time.Second
+	cheapWait = 100 * time.Millisecond
 )
 
 // Close takes every breakpoint out, waits until no vCPU executes a slot, and
@@ -137,8 +138,11 @@ func (e *Engine) drain() {
 	begin := time.Now()
 	for len(e.active) > 0 || e.owing.Load() {
 		limit := closeWait
-		if e.owing.Load() {
+		switch {
+		case e.owing.Load():
 			limit = failWait
+		case e.cheap:
+			limit = cheapWait // they are in no code of ours
 		}
 		if time.Since(begin) > limit {
 			return

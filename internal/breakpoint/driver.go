@@ -60,6 +60,9 @@ type Stop struct {
 	Reason Reason
 	// User says that the vCPU was in user mode, where no breakpoint of ours is.
 	User bool
+	// Addr is, of a Stepped stop, the address that StepOver was given, if the driver
+	// can have several under way; else 0.
+	Addr uint64
 	Regs x86.Regs
 }
 

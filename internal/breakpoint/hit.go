@@ -166,6 +166,11 @@ func (e *Engine) take(st *site, s *Stop) *inflight {
 	return f
 }
 
+// maxActive bounds the hits that are on their way. A guest has one for each of its
+// vCPUs and each task that was preempted in a slot; one that wants to use up this
+// process' memory could leave any number behind.
+const maxActive = 1 << 14
+
 func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
 
 // depart marks f as executed by its vCPU.
@@ -194,7 +199,7 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 	var best *inflight
 	score := 0
 	for _, f := range e.active {
-		if f.slot != sl {
+		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
 			continue
 		}
 		n := 1
@@ -208,7 +213,7 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 			best, score = f, n
 		}
 	}
-	if sl == nil && best != nil && best.vcpu != s.VCPU {
+	if sl == nil && best != nil && best.vcpu != s.VCPU && !e.cheap {
 		return nil
 	}
 	return best
@@ -373,6 +378,9 @@ func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 	}
 	if e.cheap && e.cfg.Method == Auto && !e.wantsPost(f, m) {
 		return Continue, e.stepOn(f, s)
+	}
+	if len(e.active) >= maxActive {
+		return Continue, e.giveUp(f, s, fmt.Errorf("%#x (%s): %w: %d hits are on their way and haven't come back", st.addr, in.String(), ErrNoWayPast, maxActive))
 	}
 	f.before = s.Regs
 	if sl := st.slot; sl != nil {
