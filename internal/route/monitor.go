@@ -28,6 +28,7 @@ type MonitorRoute struct {
 	notify  bool // responses are on the ring that Xen hasn't been told of
 	step    *step
 	trapMon bool // debug-exception events are on
+	left    bool // the ring is closed: no more stops
 	closed  bool
 	checked time.Time
 	online  int
@@ -173,6 +174,10 @@ func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		if m.isLeft() {
+			<-ctx.Done()
+			return ctx.Err()
+		}
 		if m.waitFor != ctx || m.waitCtx.Err() != nil {
 			if m.waitEnd != nil {
 				m.waitEnd()
@@ -189,10 +194,19 @@ func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	}
 }
 
+func (m *MonitorRoute) isLeft() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.left
+}
+
 // poll returns one stop, if there is one.
 func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.left {
+		return false, nil
+	}
 	if err := m.flush(); err != nil {
 		return false, err
 	}
@@ -444,6 +458,16 @@ func (m *MonitorRoute) leave() error {
 			return fmt.Errorf("vCPU %d is stopped", v)
 		}
 	}
+	if !m.left {
+		if err := m.detach(); err != nil {
+			return err
+		}
+		m.left = true
+	}
+	return m.thawAll()
+}
+
+func (m *MonitorRoute) detach() error {
 	off := func(what string, f func() error) error {
 		err := attempts(func() error { return already(f()) })
 		if err != nil {
@@ -472,10 +496,7 @@ func (m *MonitorRoute) leave() error {
 	if err := off("stop monitoring breakpoints", func() error { return m.mon.SetSoftwareBreakpoint(false) }); err != nil {
 		return err
 	}
-	if err := off("detach monitor", m.mon.Close); err != nil {
-		return err
-	}
-	return m.thawAll()
+	return off("detach monitor", m.mon.Close)
 }
 
 func regsOfEvent(e *xenctrl.EventRegs) x86.Regs {

@@ -76,7 +76,11 @@ func Verify(t testing.TB, m *Machine, textBefore []byte) {
 		if v.single {
 			t.Errorf("vcpu %d is left single-stepping", v.id)
 		}
-		if v.flags&flTF != 0 {
+		flags := v.flags
+		if v.setRegs != nil { // from a response that the vCPU has not acted on yet
+			flags = v.setRegs.RFLAGS
+		}
+		if flags&flTF != 0 {
 			t.Errorf("vcpu %d is left with TF", v.id)
 		}
 	}
