@@ -96,7 +96,7 @@ func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 			for _, prefix := range []string{"__pfx_", "__cfi_"} {
 				for _, s := range syms.LookupAll(prefix + f.Name) {
 					if s.Addr <= addr && addr < next {
-						return "in the bytes before a function, " + s.Name, nil
+						return fmt.Sprintf("in the bytes before a function, %q", s.Name), nil
 					}
 				}
 			}
@@ -121,7 +121,7 @@ func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 	if base, _, ok := strings.Cut(sym.Name, "."); ok {
 		for _, f := range syms.LookupAll(base) {
 			if s, ok := p.spanAt(f.Addr); ok && p.text.has(f.Addr) {
-				return base + ", of which this is a part, is " + s.why, nil
+				return fmt.Sprintf("%q, of which this is a part, is %s", base, s.why), nil
 			}
 		}
 	}

@@ -193,7 +193,7 @@ func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) erro
 			}
 			skipped := pc >= addr && pc < at
 			if to, ok := target(pc, in.Bytes()); ok && !skipped && to > addr && to <= at {
-				return fmt.Errorf("%#x: the branch at %s+%#x leads there, too", to, part.name, pc-part.start)
+				return fmt.Errorf("%#x: the branch at %q+%#x leads there, too", to, part.name, pc-part.start)
 			}
 			pc += uint64(in.Len)
 		}

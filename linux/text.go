@@ -76,7 +76,7 @@ func (f *function) boundary(addr uint64) error {
 			return fmt.Errorf("%w: %q: %w", ErrNotProbeable, f.name, err)
 		}
 		if in.IsInt3() && !padding {
-			return fmt.Errorf("%#x: %w: a breakpoint of the guest's own at %s+%#x hides where instructions begin", addr, ErrNotProbeable, f.name, at-f.start)
+			return fmt.Errorf("%#x: %w: a breakpoint of the guest's own at %q+%#x hides where instructions begin", addr, ErrNotProbeable, f.name, at-f.start)
 		}
 		padding = in.IsInt3() || leaves(in.Bytes())
 		at += uint64(in.Len)
