@@ -60,6 +60,7 @@ func TestQEMU(t *testing.T) {
 			}{
 				{"Symbols", testSymbols},
 				{"Introspection", testIntrospection},
+				{"Modules", testModules},
 				{"Calls", testCalls},
 				{"Hits", testHits},
 				{"Handlers", testHandlers},
