@@ -107,10 +107,17 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 		}
 	}
 	addr += Addr(p.Offset)
-	if err := s.boundary(uint64(addr)); err != nil && (errors.Is(err, ErrNotBoundary) || s.careful()) {
+	boundary := s.boundary(uint64(addr))
+	if errors.Is(boundary, ErrNotBoundary) {
+		return 0, boundary
+	}
+	if err := s.allowed(uint64(addr)); err != nil {
 		return 0, err
 	}
-	return addr, s.allowed(uint64(addr))
+	if boundary != nil && s.careful() {
+		return 0, fmt.Errorf("%w: %s", boundary, insist)
+	}
+	return addr, nil
 }
 
 // allowed asks the guest's own lists whether a probe may be at addr. What they don't
