@@ -185,3 +185,36 @@ func testModules(t labTest) {
 	t.Logf("%d entries on the blacklist", n)
 	assert.Greater(t, n, 300)
 }
+
+// testBeside compares executions of functions' first instructions with those of the
+// places that stand for them.
+func testBeside(t labTest) {
+	s := t.open(nil)
+	k := s.Guest().Linux()
+	type pair struct{ first, beside *vmprobes.Probe }
+	pairs := make(map[string]pair)
+	for _, name := range onThePath[:8] {
+		sym, err := k.Symbols().Lookup(name)
+		if err != nil {
+			continue // inlined in this kernel
+		}
+		at, err := k.ProbePoint(sym.Addr)
+		if err != nil {
+			require.ErrorIs(t, err, vmprobes.ErrNotProbeable)
+			t.Log(err)
+			continue
+		}
+		p := pair{&vmprobes.Probe{Addr: vmprobes.Addr(sym.Addr)}, &vmprobes.Probe{Addr: vmprobes.Addr(at)}}
+		require.NoError(t, s.Register(p.first, p.beside), name)
+		pairs[name] = p
+	}
+	require.Contains(t, pairs, probed)
+	var reply string
+	serve(t, s, func() { reply = t.ask("open 20 0") })
+	for name, p := range pairs {
+		assert.Equal(t, p.first.Stats(), p.beside.Stats(), name)
+		assert.NotZero(t, p.first.Stats().Hits, name)
+		t.Logf("%s: %d at %v and at %v", name, p.first.Stats().Hits, p.first.Address(), p.beside.Address())
+	}
+	assert.Equal(t, number(t, reply, "total"), pairs[probed].beside.Stats().Hits)
+}

@@ -61,6 +61,7 @@ func TestQEMU(t *testing.T) {
 				{"Symbols", testSymbols},
 				{"Introspection", testIntrospection},
 				{"Modules", testModules},
+				{"Beside", testBeside},
 				{"Calls", testCalls},
 				{"Hits", testHits},
 				{"Handlers", testHandlers},

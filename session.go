@@ -34,8 +34,9 @@ type Options struct {
 	Cache string
 	// IgnoreBlacklist has Register accept addresses that the guest's own kprobes
 	// would refuse: its blacklist, entry code, code that must not be instrumented,
-	// and instructions that the kernel rewrites while it runs. Such a probe can
-	// bring the guest down.
+	// and instructions that the kernel rewrites while it runs; and all addresses
+	// where the guest doesn't tell which these are. Such a probe can bring the guest
+	// down.
 	IgnoreBlacklist bool
 	// Logger receives debug records of what happens (what -D_VERBOSE printed in
 	// C). Nil discards them.

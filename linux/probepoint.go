@@ -53,8 +53,9 @@ func (k *Kernel) Boundary(addr uint64) error {
 //
 //   - ENDBR64 at which a function begins. With indirect branch tracking (CR4.CET) an
 //     indirect call must find it: an int3 there comes first, but when it is emulated by
-//     moving RIP, the processor still waits for an ENDBR64 (SDM 1, 18.3). And the
-//     guest's own tools look for it there (is_endbr in arch/x86/include/asm/ibt.h).
+//     moving RIP, the processor still waits for an ENDBR64 (SDM 1, Indirect Branch
+//     Tracking). And the guest's own tools look for it there (is_endbr in
+//     arch/x86/include/asm/ibt.h).
 //   - The NOP of 5 bytes, behind that or at the function's entry, that ftrace makes
 //     a call when it traces the function. It compares before it writes; an int3 there
 //     turns ftrace off until the guest is booted again.
@@ -99,23 +100,24 @@ func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
 		at += endbrSize
 	}
 	if _, ok := within(p.trace, at, 1); ok {
-		if err := f.traceable(at); err != nil {
-			return 0, err
-		}
+		err = f.traceable(at)
 		at += ftraceSize
 	}
 	if at == addr {
 		return addr, nil
 	}
-	if err = k.beyond(p, text, &f, addr, at); err == nil {
+	if err == nil {
+		err = k.beyond(p, text, &f, addr, at)
+	}
+	if err == nil {
 		return at, nil
 	}
 	if endbr {
-		if terr := k.tracked(); terr == nil {
+		tracked := k.tracked()
+		if tracked == nil {
 			return addr, nil
-		} else {
-			err = errors.Join(err, terr)
 		}
+		err = reasons{err, tracked}
 	}
 	return 0, fmt.Errorf("%#x: %w: it is no place, and %#x, to which it leads, can't stand for it: %w", addr, ErrNotProbeable, at, err)
 }
@@ -124,7 +126,7 @@ const endbrSize = 4
 
 // endbr reports whether a function begins at addr with ENDBR64, or with what the
 // kernel makes of it where no indirect call comes: NOPs of the same size
-// (gen_endbr_poison in arch/x86/include/asm/ibt.h; since 6.15 the second).
+// (gen_endbr_poison in arch/x86/include/asm/ibt.h, which has been changed).
 func (f *function) endbr(addr uint64) bool {
 	if addr != f.start || len(f.code) < endbrSize {
 		return false

@@ -23,8 +23,8 @@ type function struct {
 	code  []byte
 }
 
-// maxFunction bounds what is decoded. The longest function of Debian's 6.12 has 37
-// KiB.
+// maxFunction bounds what is decoded. The longest function of Debian's 6.12, do_jit,
+// has 14,656 bytes.
 const maxFunction = 1 << 20
 
 // functionAt reads the function that addr is in, to its end.
