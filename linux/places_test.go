@@ -279,7 +279,14 @@ func TestModulesComeAndGo(t *testing.T) {
 	s.Put64(prev, next)
 	s.Put64(next+8, prev)
 	require.ErrorIs(t, k.Probeable(text+0x100), linux.ErrNotProbeable)
+	assert.True(t, k.ExpectedFault(text+0x100))
 	require.NoError(t, k.Probeable(s.Sym["text older"]))
+	// Loaded when the session has been open for a while.
+	s.Put64(prev, m+kerneltest.ModuleList)
+	s.Put64(next+8, m+kerneltest.ModuleList)
+	require.NoError(t, k.Probeable(text+0x100))
+	require.ErrorContains(t, k.Probeable(text+0x180), "jump label")
+	assert.True(t, k.ExpectedFault(text+0x130))
 }
 
 // TestDeadCode checks every proposal against the text.
