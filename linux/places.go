@@ -225,13 +225,14 @@ func (k *Kernel) kernelPlaces() (*places, error) {
 	k.safeMu.Lock()
 	defer k.safeMu.Unlock()
 	if k.safe == nil || !k.safe.unsure.IsZero() && time.Since(k.safe.unsure) > retrySafety {
+		boots := k.booting()
 		p, err := k.begin("places for probes").readKernelPlaces()
 		if err != nil {
 			return nil, err
 		}
-		// What is read while the kernel boots isn't complete.
-		if k.booting() != nil {
+		if boots != nil {
 			p.unsure = time.Now()
+			p.unknown = append(p.unknown, errors.New("what was read of them was read while the kernel booted"))
 		}
 		k.safe = p
 	}
@@ -260,8 +261,11 @@ func (o *op) readKernelPlaces() (*places, error) {
 		{"__cpuidle_text_start", "__cpuidle_text_end", "idle code"},
 		{"__static_call_text_start", "__static_call_text_end", "static call trampolines"},
 	} {
-		if a, n, err := o.section(r.start, r.end, size); err == nil && n > 0 {
+		switch a, n, err := o.section(r.start, r.end, size); {
+		case err == nil && n > 0:
 			p.spans = append(p.spans, span{a, a + n, r.why})
+		case err != nil && !errors.Is(err, sysmap.ErrNotFound):
+			p.unknown = append(p.unknown, fmt.Errorf("where %s is: %w", r.why, err))
 		}
 	}
 	// ftrace's trampolines call tracers by an instruction that it rewrites
