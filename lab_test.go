@@ -196,6 +196,8 @@ func TestLab(t *testing.T) {
 			t.Run("Binding", lt(testBinding))
 			t.Run("Symbols", lt(testSymbols))
 			t.Run("Introspection", lt(testIntrospection))
+			t.Run("Modules", lt(testModules))
+			t.Run("Beside", lt(testBeside))
 			t.Run("Lists", lt(testLists))
 			t.Run("Calls", lt(testCalls))
 			t.Run("Hits", lt(testHits))

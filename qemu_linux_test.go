@@ -2,6 +2,7 @@ package vmprobes_test
 
 import (
 	"context"
+	encbin "encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -60,6 +61,8 @@ func TestQEMU(t *testing.T) {
 			}{
 				{"Symbols", testSymbols},
 				{"Introspection", testIntrospection},
+				{"Modules", testModules},
+				{"Beside", testBeside},
 				{"Calls", testCalls},
 				{"Hits", testHits},
 				{"Handlers", testHandlers},
@@ -135,4 +138,58 @@ func testKilled(t labTest) {
 		require.Greater(t, number(t, t.ask("count"), "total"), before, "round %d: the guest stands still", i)
 	}
 	assert.NotContains(t, t.ask("stop"), "BAD")
+}
+
+// TestQEMULocks has a guest that has booted with one of its two CPUs, and has turned
+// its LOCK prefixes into others until the second one comes up.
+func TestQEMULocks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots a guest")
+	}
+	cfg := labguest.Config{Kernel: "6.1", VCPUs: 2}
+	g := &qemuGuest{Linux: qemutest.StartLinux(t, cfg.Kernel, qemutest.Config{VCPUs: cfg.VCPUs, Append: "maxcpus=1"})}
+	lt := labTest{t, g, cfg, ""}
+	s := lt.open(nil)
+	k := s.Guest().Linux()
+	// In a guest that may have two CPUs the section is there as long as it is needed.
+	start, err := s.Lookup("__smp_locks")
+	require.NoError(t, err)
+	end, err := s.Lookup("__smp_locks_end")
+	require.NoError(t, err)
+	text, err := s.Lookup("_stext")
+	require.NoError(t, err)
+	etext, err := s.Lookup("_etext")
+	require.NoError(t, err)
+	table := make([]byte, end-start)
+	_, err = s.ReadMemory(table, start)
+	require.NoError(t, err)
+	locks := 0
+	for i := 0; i < len(table); i += 4 {
+		at := start + vmprobes.Addr(i) + vmprobes.Addr(int64(int32(encbin.LittleEndian.Uint32(table[i:]))))
+		var b [1]byte
+		if at < text || at >= etext {
+			continue
+		}
+		_, err := s.ReadMemory(b[:], at)
+		require.NoError(t, err)
+		if b[0] != 0x3e { // the last page is filled up with zeros, which lead to themselves
+			continue
+		}
+		err = k.Blacklisted(uint64(at))
+		require.ErrorIs(t, err, vmprobes.ErrNotProbeable, "%v", at)
+		if locks++; locks%512 == 0 {
+			require.ErrorIs(t, s.Register(&vmprobes.Probe{Addr: at}), vmprobes.ErrNotProbeable)
+		}
+	}
+	modules := 0
+	for _, f := range moduleFiles(lt, k) {
+		sites, _ := f.sites(t, ".smp_locks", 4)
+		for _, at := range sites {
+			require.ErrorContains(t, k.Blacklisted(at), "LOCK prefix", "%#x", at)
+			modules++
+		}
+	}
+	t.Logf("%d LOCK prefixes in the kernel, %d in modules", locks, modules)
+	assert.Greater(t, locks, 5000)
+	assert.NotZero(t, modules)
 }

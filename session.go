@@ -13,7 +13,7 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/target"
-	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
@@ -34,8 +34,9 @@ type Options struct {
 	Cache string
 	// IgnoreBlacklist has Register accept addresses that the guest's own kprobes
 	// would refuse: its blacklist, entry code, code that must not be instrumented,
-	// and instructions that the kernel rewrites while it runs. Such a probe can
-	// bring the guest down.
+	// and instructions that the kernel rewrites while it runs; and all addresses
+	// where the guest doesn't tell which these are. Such a probe can bring the guest
+	// down.
 	IgnoreBlacklist bool
 	// Logger receives debug records of what happens (what -D_VERBOSE printed in
 	// C). Nil discards them.
@@ -208,8 +209,12 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 		if err != nil {
 			return s.fail("register", p, err)
 		}
+		at, err := s.place(addr)
+		if err != nil {
+			return s.fail("register", p, err)
+		}
 		addrs[i] = addr
-		eps[i] = s.engineProbe(p, addr)
+		eps[i] = s.engineProbe(p, addr, at)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,9 +271,9 @@ func (p *Probe) detach(restored bool) {
 	p.restored = restored
 }
 
-// engineProbe wraps p's handlers for the engine.
-func (s *Session) engineProbe(p *Probe, addr Addr) *breakpoint.Probe {
-	ep := &breakpoint.Probe{Addr: uint64(addr)}
+// engineProbe wraps p's handlers for the engine. The breakpoint stands at at.
+func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
+	ep := &breakpoint.Probe{Addr: uint64(addr), At: uint64(at)}
 	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
 		return s.dispatch(p, c, func(r *Regs) Action {
 			if p.Pre != nil {
@@ -606,78 +611,29 @@ func (s *Session) closeError() error {
 	return s.err
 }
 
-// rewriting reports whether the guest's kernel is changing its own code: whoever
-// does so holds text_mutex (kernel/extable.c).
-func (s *Session) rewriting() bool { return false }
+// rewriting reports whether the guest's kernel is changing its own code.
+func (s *Session) rewriting() bool {
+	k := s.kernel()
+	return k != nil && k.Rewriting()
+}
 
-// scratch proposes dead code for out-of-line execution.
-func (s *Session) scratch(near uint64, try func(addr, size uint64) bool) {
-	// Between the kernel's text sections, which begin at 2 MiB boundaries when the
-	// kernel can isolate page tables, stand thousands of int3 bytes
-	// (arch/x86/kernel/vmlinux.lds.S: ALIGN_ENTRY_TEXT_BEGIN, ":text = 0xcccc").
-	if s.syms != nil {
-		for _, c := range []struct {
-			symbol string
-			before bool
-		}{{"__entry_text_end", false}, {"__entry_text_start", true}, {"_etext", true}} {
-			sym, err := s.syms.Lookup(c.symbol)
-			if err != nil {
-				continue
-			}
-			addr := sym.Addr + 64
-			if c.before {
-				addr = sym.Addr - 1024
-			}
-			if try(addr, 512) {
-				return
-			}
-		}
-	}
-	// Padding between functions, nearest first.
-	const pages, least = 256, 96
-	page := make([]byte, paging.PageSize)
-	base := near &^ (paging.PageSize - 1)
-	for i := range 2*pages + 1 {
-		d := uint64((i+1)/2) * paging.PageSize
-		at := base + d
-		if i%2 == 0 {
-			at = base - d
-		}
-		if s.drv.Read(0, at, page) != nil {
-			continue
-		}
-		run := 0
-		for j, c := range page {
-			if c == 0xcc {
-				run++
-				continue
-			}
-			if run >= least && try(at+uint64(j-run)+16, uint64(run-16)) {
-				return
-			}
-			run = 0
-		}
-		if run >= least && try(at+uint64(len(page)-run)+16, uint64(run-16)) {
-			return
-		}
-	}
+// scratch proposes dead code for out-of-line execution. The engine calls it: what
+// shows its breakpoints is no matter here.
+func (s *Session) scratch(_ uint64, try func(addr, size uint64) bool) {
+	linux.Text{Symbols: s.syms, Read: func(addr uint64, b []byte) (int, error) {
+		return len(b), s.drv.Read(0, addr, b)
+	}}.DeadCode(try)
 }
 
 // boundary checks that addr is the start of an instruction, by decoding from the
 // start of its function, as the kernel's can_probe does.
 func (s *Session) boundary(addr uint64) error {
-	sym, off, ok := s.find(addr)
-	if !ok || off == 0 {
-		return nil
+	if s.syms == nil {
+		return nil // allowed says what that means
 	}
-	const limit = 1 << 20
-	if off > limit {
-		return fmt.Errorf("%#x is %#x bytes behind %s, the nearest symbol: %w", addr, off, sym.Name, ErrNotBoundary)
+	syms := s.syms
+	if _, _, ok := syms.Find(addr); !ok {
+		syms = s.allSymbols()
 	}
-	code := make([]byte, off+15)
-	n, err := s.ReadMemory(code, Addr(sym.Addr))
-	if err != nil && uint64(n) <= off {
-		return err
-	}
-	return x86.FindBoundary(code[:n], sym.Addr, addr)
+	return s.text(syms).Boundary(addr)
 }

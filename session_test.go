@@ -48,6 +48,7 @@ func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Sess
 	for _, s := range m.Symbols() {
 		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
 	}
+	fmt.Fprintf(&b, "%016x T _etext\n", sim.TextBase+uint64(len(before)))
 	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(sim.TextBase+0x100), uint64(sim.TextBase+0x200))
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)

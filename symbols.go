@@ -1,10 +1,8 @@
 package vmprobes
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/linux"
@@ -56,6 +54,19 @@ func (s *Session) Symbolize(addr Addr) (name string, offset uint64, ok bool) {
 	return sym.Name, off, ok
 }
 
+// kernel returns what is known of the guest's kernel, or nil.
+func (s *Session) kernel() *linux.Kernel {
+	if s.guest == nil {
+		return nil
+	}
+	return s.guest.Linux()
+}
+
+// text is the guest's kernel text without breakpoints of the Session.
+func (s *Session) text(syms *sysmap.Map) linux.Text {
+	return linux.Text{Symbols: syms, Read: func(addr uint64, b []byte) (int, error) { return s.ReadMemory(b, Addr(addr)) }}
+}
+
 // find returns the symbol of the kernel, or of a module, that holds addr.
 func (s *Session) find(addr uint64) (sysmap.Symbol, uint64, bool) {
 	if s.syms == nil {
@@ -71,10 +82,11 @@ func (s *Session) find(addr uint64) (sysmap.Symbol, uint64, bool) {
 // allSymbols returns the kernel's symbols with those of its modules, if these can
 // be read.
 func (s *Session) allSymbols() *sysmap.Map {
-	if s.guest == nil || s.guest.Linux() == nil {
+	k := s.kernel()
+	if k == nil {
 		return s.syms
 	}
-	all, err := s.guest.Linux().AllSymbols()
+	all, err := k.AllSymbols()
 	if err != nil {
 		s.log.Debug("symbols of modules", "err", err)
 		return s.syms
@@ -95,24 +107,68 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 		}
 	}
 	addr += Addr(p.Offset)
-	if err := s.boundary(uint64(addr)); err != nil {
+	boundary := s.boundary(uint64(addr))
+	if errors.Is(boundary, ErrNotBoundary) {
+		return 0, boundary
+	}
+	if err := s.allowed(uint64(addr)); err != nil {
 		return 0, err
 	}
-	return addr, s.allowed(uint64(addr))
+	if boundary != nil && s.careful() {
+		return 0, fmt.Errorf("%w: %s", boundary, insist)
+	}
+	return addr, nil
 }
 
-// allowed asks the guest's own lists whether a probe may be at addr.
+// allowed asks the guest's own lists whether a probe may be at addr. What they don't
+// tell is refused.
 func (s *Session) allowed(addr uint64) error {
-	if s.guest == nil || s.guest.Linux() == nil || s.unsafe {
+	if !s.careful() {
 		return nil
 	}
-	err := s.guest.Linux().Blacklisted(addr)
-	if err != nil && !errors.Is(err, linux.ErrNotProbeable) {
-		s.log.Warn("the guest's lists of places without probes can't be read", "err", err)
-		return nil
+	k := s.kernel()
+	if k == nil {
+		return fmt.Errorf("%#x: %w: %w: %s", addr, ErrNotProbeable, s.symErr, insist)
+	}
+	err := k.Blacklisted(addr)
+	if err == nil {
+		if ferr := k.FaultsKnown(addr); ferr != nil {
+			err = fmt.Errorf("%#x: %w: %w", addr, linux.ErrUnknownPlaces, ferr)
+		}
+	}
+	if errors.Is(err, linux.ErrUnknownPlaces) {
+		return fmt.Errorf("%w: %s", err, insist)
 	}
 	return err
 }
+
+// place returns where the breakpoint of a probe at addr has to stand: behind the
+// instructions at a function's entry that do nothing, and that the guest's ftrace
+// rewrites or its processor looks for (ENDBR64), so that both go on as without us.
+// A breakpoint that doesn't show in the guest stands at addr.
+func (s *Session) place(addr Addr) (Addr, error) {
+	k := s.kernel()
+	if k == nil || s.drv.Caps().Hidden {
+		return addr, nil
+	}
+	at, err := k.ProbePoint(uint64(addr))
+	switch {
+	case err == nil:
+		return Addr(at), nil
+	case !s.careful():
+		return addr, nil
+	case errors.Is(err, linux.ErrUnknownPlaces):
+		return 0, fmt.Errorf("%w: %s", err, insist)
+	}
+	return 0, err
+}
+
+// careful reports whether a probe is only for places of which it is known that they
+// are safe. In tests there is nobody to ask.
+func (s *Session) careful() bool { return s.guest != nil && !s.unsafe }
+
+// insist is what to do where a place can't be told to be safe.
+const insist = "a file with the kernel's symbols and types (Options.Symbols, Options.Types) may tell, Options.IgnoreBlacklist takes the risk"
 
 func (p *Probe) checkPlace() error {
 	switch {
@@ -124,41 +180,20 @@ func (p *Probe) checkPlace() error {
 	return nil
 }
 
-// expectedFaults reads the kernel's exception table: the instructions whose
-// fault it expects, and finds by address (arch/x86/include/asm/extable.h).
-// It returns nil, "any may", if the table isn't known.
+// expectedFaults returns what tells whether the kernel expects a fault of an
+// instruction, or nil if that isn't known of any.
 func (s *Session) expectedFaults() func(uint64) bool {
-	if s.syms == nil {
+	if _, err := s.syms.Lookup("__start___ex_table"); err != nil {
 		return nil
 	}
-	start, err1 := s.syms.Lookup("__start___ex_table")
-	stop, err2 := s.syms.Lookup("__stop___ex_table")
-	text, err3 := s.syms.Lookup("_stext")
-	etext, err4 := s.syms.Lookup("_etext")
-	if errors.Join(err1, err2, err3, err4) != nil {
-		return nil
-	}
-	const entry, limit = 12, 1 << 20 // insn, fixup and type, relative to their own places
-	size := stop.Addr - start.Addr
-	if size == 0 || size > limit || size%entry != 0 {
-		return nil
-	}
-	table := make([]byte, size)
-	if err := s.drv.Read(0, start.Addr, table); err != nil {
-		s.log.Debug("exception table not read", "err", err)
-		return nil
-	}
-	faults := make([]uint64, 0, size/entry)
-	for i := uint64(0); i < size; i += entry {
-		rel := int32(binary.LittleEndian.Uint32(table[i:]))
-		faults = append(faults, start.Addr+i+uint64(int64(rel)))
-	}
-	slices.Sort(faults)
 	return func(addr uint64) bool {
-		if addr < text.Addr || addr >= etext.Addr {
-			return true // a module has a table of its own
+		k := s.kernel()
+		if k == nil {
+			return true
 		}
-		_, found := slices.BinarySearch(faults, addr)
-		return found
+		if s.unsafe && k.FaultsKnown(addr) != nil {
+			return false // the risk was taken
+		}
+		return k.ExpectedFault(addr)
 	}
 }

@@ -102,6 +102,9 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	}
 	s := newSession(g.Info(), drv, syms, guest.Err(), opts, g.Close)
 	s.guest = guest
+	if k := guest.Linux(); k != nil {
+		k.SetOverlay(s.eng.Overlay)
+	}
 	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
 }

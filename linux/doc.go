@@ -25,8 +25,11 @@
 //
 // An answer is an error or what the guest's memory says, never a panic, and no
 // answer is worth more than the guest itself: a kernel that lies about its
-// processes is believed. Strings are returned as they are in memory; errors,
-// [Rung.String], [Task.String] and [Syscall.String] are printable.
+// processes is believed. What it doesn't tell of its own text is another thing: there
+// a breakpoint could kill it, so that no place is one for a probe as long as a table
+// of what the kernel rewrites can't be read ([ErrUnknownPlaces]). Strings are
+// returned as they are in memory; errors, [Rung.String], [Task.String] and
+// [Syscall.String] are printable.
 //
 // The guest runs on while its memory is read. Lists are validated on the way and
 // read again when they changed under the reader.

@@ -42,6 +42,10 @@ func FuzzDiscover(f *testing.F) {
 	f.Add(byte(0), patch(sym["kallsyms demo"]+8, 1<<18, sym["ftrace page"]+16, 1<<31-1))
 	f.Add(byte(0), patch(sym["__start_BTF"], 0, sym["linux_banner"], 0))
 	f.Add(byte(3), patch(sym["task 0"]+kerneltest.TaskComm, 0x72657070617773))
+	demo := sym["module demo"]
+	f.Add(byte(0), patch(demo+kerneltest.ModuleJumpEntries+8, 1<<16, demo+kerneltest.ModuleExTable, demo))
+	f.Add(byte(1), patch(demo+kerneltest.ModuleFtrace, sym["text demo"], demo+kerneltest.ModuleNoinstr+8, 1<<32-1))
+	f.Add(byte(0), patch(sym["locks of the kernel"]+24, 1<<64-1, sym["__start___ex_table"], 1<<63))
 	f.Add(byte(2), patch(guests[0].CR3+8*511, guests[0].CR3|3))
 	name := func(s string) uint64 { return uint64(bytes.Index(guests[0].RAM, []byte("\x00"+s+"\x00"))) + 1 }
 	f.Add(byte(0), patch(name("css_set"), 0x7465735f731b63, name("dfl_cgrp"), 0x707267635f6c6658)) // escapes in names of types
@@ -92,7 +96,27 @@ func FuzzDiscover(f *testing.F) {
 		}
 		_, err = k.FtraceSites()
 		printable(err)
-		printable(k.Probeable(kerneltest.SyntheticText + 16*300))
+		places := 0
+		for _, addr := range []uint64{
+			kerneltest.Fn(1), kerneltest.Fn(300), kerneltest.Fn(411), kerneltest.Fn(450), kerneltest.Fn(470),
+			s.Sym["text demo"], s.Sym["text demo"] + 0x100, s.Sym["text demo"] + 0x200,
+		} {
+			printable(k.Probeable(addr))
+			at, err := k.ProbePoint(addr)
+			printable(err)
+			if err == nil {
+				require.LessOrEqual(t, at-addr, uint64(9))
+				require.NoError(t, k.Blacklisted(at))
+			}
+			k.ExpectedFault(addr)
+			printable(k.FaultsKnown(addr))
+		}
+		k.DeadCode(func(addr, size uint64) bool {
+			places++
+			require.LessOrEqual(t, size, uint64(512))
+			return false
+		})
+		require.Less(t, places, 1<<13)
 		_, err = k.PhysToMachine(0)
 		printable(err)
 		for cpu := range 2 {

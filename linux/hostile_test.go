@@ -41,6 +41,14 @@ func TestHostile(t *testing.T) {
 	syscalls := func(k *linux.Kernel) error { _, err := k.Syscalls(); return err }
 	places := func(k *linux.Kernel) error { _, err := k.FtraceSites(); return err }
 	types := func(k *linux.Kernel) error { _, err := k.Types(); return err }
+	place := func(k *linux.Kernel) error { return k.Blacklisted(kerneltest.Fn(1)) }
+	modulePlace := func(k *linux.Kernel) error {
+		mods, err := k.Modules()
+		if err != nil {
+			return err
+		}
+		return k.Blacklisted(mods[0].Base + 0x300)
+	}
 	of := func(pid int, f func(*linux.Kernel, linux.Task) error) func(*linux.Kernel) error {
 		return func(k *linux.Kernel) error {
 			p, err := k.Process(pid)
@@ -104,11 +112,39 @@ func TestHostile(t *testing.T) {
 		"arguments nowhere":   {func(s *guest) { s.Put64(s.Sym["__syscall_meta__openat"]+24, nowhere) }, syscalls, paging.ErrNotMapped},
 		"blacklist in a circle": {func(s *guest) {
 			s.Put64(s.Sym["blacklist entry"], s.Sym["blacklist entry"])
-		}, places, ktype.ErrListCycle},
+		}, place, ktype.ErrListCycle},
 		"2 Gi ftrace records":    {func(s *guest) { s.Put32(s.Sym["ftrace page"]+16, 1<<31-1) }, places, linux.ErrBadKernel},
 		"-1 ftrace records":      {func(s *guest) { s.Put32(s.Sym["ftrace page"]+16, 1<<32-1) }, places, ktype.ErrRange},
 		"ftrace pages in a ring": {func(s *guest) { s.Put64(s.Sym["ftrace page 2"], s.Sym["ftrace page"]) }, places, linux.ErrBadKernel},
-		"BTF that isn't":         {func(s *guest) { s.Put64(s.Sym["__start_BTF"], 0) }, types, nil}, // they are inferred
+		"LOCK prefixes in a circle": {func(s *guest) {
+			s.Put64(s.Sym["locks of the kernel"]+48, s.Sym["locks of the kernel"]+48)
+		}, place, ktype.ErrListCycle},
+		"LOCK prefixes that end before they begin": {func(s *guest) { s.Put64(s.Sym["locks of the kernel"]+24, 0) }, place, linux.ErrBadKernel},
+		"LOCK prefixes in all memory":              {func(s *guest) { s.Put64(s.Sym["locks of the kernel"]+24, 1<<64-4) }, place, linux.ErrBadKernel},
+		"LOCK prefixes nowhere": {func(s *guest) {
+			s.Put64(s.Sym["locks of the kernel"]+16, nowhere)
+			s.Put64(s.Sym["locks of the kernel"]+24, nowhere+16)
+		}, place, paging.ErrNotMapped},
+		"4 Gi jump labels of a module":    {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleJumpEntries+8, 1<<32-1) }, modulePlace, linux.ErrBadKernel},
+		"many jump labels that aren't":    {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleJumpEntries+8, 1<<16) }, modulePlace, paging.ErrNotMapped},
+		"jump labels of a module nowhere": {func(s *guest) { s.Put64(s.Sym["module demo"]+kerneltest.ModuleJumpEntries, nowhere) }, modulePlace, paging.ErrNotMapped},
+		"jump labels at the end of memory": {func(s *guest) {
+			s.Put64(s.Sym["module demo"]+kerneltest.ModuleJumpEntries, 1<<64-16)
+		}, modulePlace, paging.ErrNotMapped},
+		"-1 static calls of a module":       {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleStaticCalls+8, 1<<32-1) }, modulePlace, ktype.ErrRange},
+		"2 Gi static calls of a module":     {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleStaticCalls+8, 1<<31-1) }, modulePlace, linux.ErrBadKernel},
+		"4 Gi ftrace sites of a module":     {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleFtrace+8, 1<<32-1) }, modulePlace, linux.ErrBadKernel},
+		"ftrace sites of a module nowhere":  {func(s *guest) { s.Put64(s.Sym["module demo"]+kerneltest.ModuleFtrace, nowhere) }, modulePlace, paging.ErrNotMapped},
+		"noinstr code outside of a module":  {func(s *guest) { s.Put64(s.Sym["module demo"]+kerneltest.ModuleNoinstr, kerneltest.SyntheticText) }, modulePlace, linux.ErrBadKernel},
+		"4 GiB of noinstr code of a module": {func(s *guest) { s.Put32(s.Sym["module demo"]+kerneltest.ModuleNoinstr+8, 1<<32-1) }, modulePlace, linux.ErrBadKernel},
+		"a module's tables lead elsewhere": {func(s *guest) {
+			// To itself, in the middle of nothing, and to the kernel's text: no sites of its.
+			m := s.Sym["module demo"]
+			s.Put64(m+kerneltest.ModuleJumpEntries, m)
+			s.Put64(m+kerneltest.ModuleStaticCalls, kerneltest.SyntheticText)
+			s.Put64(m+kerneltest.ModuleExTable, m)
+		}, modulePlace, nil},
+		"BTF that isn't": {func(s *guest) { s.Put64(s.Sym["__start_BTF"], 0) }, types, nil}, // they are inferred
 		"BTF of another kernel": {func(s *guest) {
 			// All tasks have another name.
 			for _, pid := range []int{0, 1, 2} {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -108,8 +109,10 @@ type Kernel struct {
 
 	idleAddr atomic.Uint64 // of the idle task, where it isn't a symbol's
 
-	safeMu sync.Mutex
-	safe   *safety // nil until it has been read
+	safeMu  sync.Mutex
+	safe    *places     // of the kernel's text; nil until it has been read
+	booted  atomic.Bool // it was seen to have
+	overlay atomic.Pointer[func(addr uint64, b []byte)]
 }
 
 // A Rung is one step of Discover.
@@ -145,7 +148,11 @@ func (k *Kernel) explain(name string, err error, why, format string, args ...any
 		r.Found = fmt.Sprintf(format, args...)
 	}
 	k.rungMu.Lock()
-	k.rungs = append(k.rungs, r)
+	if i := slices.IndexFunc(k.rungs, func(r Rung) bool { return r.Name == name }); i >= 0 && name == "probeable" {
+		k.rungs[i] = r // it was read again
+	} else {
+		k.rungs = append(k.rungs, r)
+	}
 	k.rungMu.Unlock()
 	k.log.Debug("discover", "rung", name, "found", r.Found, "why", why, "err", err)
 }
@@ -241,18 +248,22 @@ func (k *Kernel) symbol(name string) (uint64, error) {
 
 // section returns what lies between two symbols, in bytes at most limit.
 func (k *Kernel) section(start, stop string, limit uint64) (addr, size uint64, err error) {
-	a, err := k.symbol(start)
+	return section(k.syms, start, stop, limit)
+}
+
+func section(syms *sysmap.Map, start, stop string, limit uint64) (addr, size uint64, err error) {
+	a, err := syms.Lookup(start)
 	if err != nil {
 		return 0, 0, err
 	}
-	b, err := k.symbol(stop)
+	b, err := syms.Lookup(stop)
 	if err != nil {
 		return 0, 0, err
 	}
-	if b < a || b-a > limit {
-		return 0, 0, fmt.Errorf("%s at %#x and %s at %#x: %w", start, a, stop, b, ErrBadKernel)
+	if b.Addr < a.Addr || b.Addr-a.Addr > limit {
+		return 0, 0, fmt.Errorf("%s at %#x and %s at %#x: %w", start, a.Addr, stop, b.Addr, ErrBadKernel)
 	}
-	return a, b - a, nil
+	return a.Addr, b.Addr - a.Addr, nil
 }
 
 // ErrBadKernel: something in the guest's memory is not as any kernel has it.

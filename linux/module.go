@@ -177,14 +177,6 @@ func (o *op) module(types *ktype.Types, at uint64) (m Module, err error) {
 	return m, nil
 }
 
-// moduleText reports whether addr is in the text of a module that runs.
-func (k *Kernel) moduleText(addr uint64) (bool, error) {
-	mods, err := k.Modules()
-	return slices.ContainsFunc(mods, func(m Module) bool {
-		return m.State == ModuleLive && addr >= m.Base && addr-m.Base < m.text
-	}), err
-}
-
 // ModuleSymbols returns the symbols of every loaded module, as /proc/kallsyms
 // shows them.
 func (k *Kernel) ModuleSymbols() ([]sysmap.Symbol, error) {

@@ -155,7 +155,7 @@ func testModules(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
 		{Addr: text, Type: 't', Name: "demo_init", Module: "demo"},
 		{Addr: text + 0x10, Type: 'T', Name: "demo_run", Module: "demo"},
 	}, syms[:2])
-	assert.Len(t, syms, 4)
+	assert.Len(t, syms, 6)
 	all, err := k.AllSymbols()
 	require.NoError(t, err)
 	sym, off, ok := all.Find(text + 0x13)
@@ -192,7 +192,7 @@ func testSyscalls(t *testing.T, k *linux.Kernel) {
 }
 
 func testPlaces(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
-	fn := func(i uint64) uint64 { return kerneltest.SyntheticText + 16*(i+1) }
+	fn, text := kerneltest.Fn, s.Sym["text demo"]
 	for _, c := range []struct {
 		addr uint64
 		why  string
@@ -212,6 +212,26 @@ func testPlaces(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
 		{fn(301) + 1, "jump label"},
 		{fn(301) + 2, ""},
 		{fn(310) + 1, "static call"},
+		{fn(310) + 5, ""},
+		{fn(311) + 5, "static call"}, // of 6 bytes
+		{fn(311) + 6, ""},
+		{fn(320), "LOCK prefix"},
+		{fn(320) + 1, ""},
+		{fn(330), ""}, // what faults may be probed, but not be executed elsewhere
+		{s.Sym["fn_0200.part.0"], `"fn_0200", of which this is a part`},
+		{s.Sym["__SCT__something"], "trampoline"},
+		{s.Sym["__SCT__something"] + 7, "trampoline"},
+		{s.Sym["__SCT__something"] + 8, ""},
+		{s.Sym["ftrace_call"], "ftrace's own call"},
+		{s.Sym["ftrace_call"] + 4, "ftrace's own call"},
+		{s.Sym["ftrace_call"] + 5, ""},
+		{s.Sym["bpf_dispatcher_xdp_func"], "BPF dispatcher"},
+		{s.Sym["bpf_dispatcher_xdp_func"] + 9, ""},
+		{fn(540) - 9, ""},
+		{fn(540) - 8, `in the bytes before a function, "__pfx_fn_0540"`},
+		{fn(540) - 1, `in the bytes before a function, "__pfx_fn_0540"`},
+		{fn(540), ""},
+		{kerneltest.SyntheticEntry, "entry code"},
 		{fn(400), ""},
 		{fn(400) + 1, "ftrace"},
 		{fn(400) + 5, ""},
@@ -221,7 +241,24 @@ func testPlaces(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
 		{s.Sym["text demo"], ""},
 		{s.Sym["text demo"] + 0x10, ""},
 		{s.Sym["text demo"] + 0x11, "not an instruction boundary"}, // of ADD, 00 00
-		{s.Sym["text demo"] + 0x1000, "not in the text"},
+		{text + 0x1000, "not in the text"},
+		{text + 0x100, "jump label"},
+		{text + 0x101, "jump label"},
+		{text + 0x102, ""},
+		{text + 0x10f, "not an instruction boundary"},
+		{text + 0x110, "jump label"},
+		{text + 0x114, "jump label"},
+		{text + 0x120, "static call"},
+		{text + 0x130, ""},
+		{text + 0x140, "LOCK prefix"},
+		{text + 0x150, "kprobe blacklist"},
+		{text + 0x15f, "kprobe blacklist"},
+		{text + 0x160, "noinstr"},
+		{text + 0x170, "kprobes itself"},
+		{text + 0x180, ""},
+		{text + 0x200, ""},
+		{text + 0x201, "ftrace"},
+		{text + 0x205, ""},
 		{s.Sym["text unformed"], "not in the text"},
 	} {
 		err := k.Probeable(c.addr)
@@ -234,11 +271,16 @@ func testPlaces(t *testing.T, s *kerneltest.Synthetic, k *linux.Kernel) {
 	}
 	n, err := k.FtraceSites()
 	require.NoError(t, err)
-	assert.Equal(t, 4, n)
-	for addr, want := range map[uint64][2]bool{fn(400): {false, true}, fn(410): {true, true}, fn(500): {false, false}} {
+	assert.Equal(t, 12, n)
+	for addr, want := range map[uint64][2]bool{
+		fn(400): {false, true}, fn(410): {true, true}, fn(500): {false, false},
+		text + 0x200: {false, true}, text + 0x210: {false, false}, 1: {false, false},
+	} {
 		traced, ok := k.FtraceSite(addr)
 		assert.Equal(t, want, [2]bool{traced, ok})
 	}
+	assert.Equal(t, "text 0xffffffff81000000 to 0xffffffff81020000, 1 blacklist entries, 4 jump labels, 2 static calls, "+
+		"12 ftrace sites, 1 LOCK prefixes, 2 expected faults", rung(k, "probeable"))
 	found := func(pattern string) (names []string) {
 		seq, err := k.Functions(pattern)
 		require.NoError(t, err)
@@ -285,23 +327,37 @@ func TestSyntheticInferred(t *testing.T) {
 		}
 		require.NoError(t, err)
 		assert.Equal(t, "demo", mods[0].Name)
-		fn := func(i uint64) uint64 { return kerneltest.SyntheticText + 16*(i+1) }
+		fn := kerneltest.Fn
 		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
 		assert.ErrorContains(t, k.Probeable(fn(400)+1), "ftrace")
 		n, err := k.FtraceSites()
 		require.NoError(t, err)
-		assert.Equal(t, 4, n)
+		assert.Equal(t, 12, n)
+		// Where modules have their text is not known.
+		err = k.Probeable(s.Sym["text demo"])
+		require.ErrorIs(t, err, linux.ErrUnknownPlaces)
+		require.ErrorIs(t, err, linux.ErrNoTypes)
 
-		// Tables of a layout that isn't known are left alone.
+		// Where tables have a layout that isn't known, nothing may be probed.
+		records := s.Get64(s.Sym["ftrace page"] + 8)
 		s.Put64(s.Sym["blacklist entry"]+16, 5)
 		s.Put64(s.Sym["ftrace page"]+8, s.Sym["blacklist entry"])
 		k = discover(t, s)
-		require.NoError(t, k.Probeable(fn(200)))
-		require.NoError(t, k.Probeable(fn(400)+1))
+		err = k.Probeable(fn(1))
+		require.ErrorIs(t, err, linux.ErrUnknownPlaces)
+		assert.ErrorContains(t, err, "the table of blacklist entries")
+		assert.ErrorContains(t, err, "the table of ftrace sites")
+		requirePrintable(t, err.Error())
+		_, err = k.Functions("*")
+		require.ErrorIs(t, err, linux.ErrUnknownPlaces)
+		_, err = k.FtraceSites()
+		require.Error(t, err)
 		// … but not for ever: the guest may have been changing them.
 		s.Put64(s.Sym["blacklist entry"]+16, fn(200))
+		s.Put64(s.Sym["ftrace page"]+8, records)
 		linux.RetrySafety(0)
 		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
+		assert.NoError(t, k.Probeable(fn(1)))
 		linux.RetrySafety(time.Minute)
 	}
 }

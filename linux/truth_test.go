@@ -249,7 +249,7 @@ func TestKernelTables(t *testing.T) {
 	for _, r := range k.Explain() {
 		found += r.Found
 	}
-	assert.Contains(t, found, fmt.Sprintf("[%d blacklist entries", oracle.blacklist))
+	assert.Contains(t, found, fmt.Sprintf(", %d blacklist entries", oracle.blacklist))
 
 	for name, want := range map[string][2]string{ // why not at +0, and at +1
 		"do_sys_openat2":     {"", "ftrace"},

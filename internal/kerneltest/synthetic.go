@@ -20,6 +20,8 @@ type Layout struct {
 	NoSymbols   bool // no table of symbols (CONFIG_KALLSYMS=n)
 	OtherPlaces bool // the tables of where no probe may be have a layout of their own
 	NoData      bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
+	// NoStaticCalls is a kernel that has none (before 5.10).
+	NoStaticCalls bool
 }
 
 // Where things are in a Synthetic guest.
@@ -205,7 +207,22 @@ const (
 	ModuleNumSyms  = 0x68
 	ModuleKallsyms = 0x70
 	ModuleMem      = 0x80
+
+	ModuleJumpEntries   = 0x100 // their address; their number is behind it
+	ModuleStaticCalls   = 0x110
+	ModuleFtrace        = 0x120
+	ModuleExTable       = 0x130
+	ModuleNoinstr       = 0x140
+	ModuleKprobes       = 0x150
+	ModuleKlp           = 0x160
+	SyntheticAsm        = SyntheticText + 0xa000  // what is no fn_
+	SyntheticEntry      = SyntheticText + 0x14000 // 256 bytes of entry code
+	SyntheticDead       = 0x4000                  // bytes of int3 before and behind it
+	SyntheticHypercalls = SyntheticText + 0x1a000 // the hypercall page
 )
+
+// Fn returns the address of fn_i: 16 bytes of NOPs, if nothing else is said.
+func Fn(i uint64) uint64 { return SyntheticText + 16*(i+1) }
 
 func (s *Synthetic) structs() map[string]struct {
 	size   uint32
@@ -233,7 +250,14 @@ func (s *Synthetic) structs() map[string]struct {
 		"module": {0x200, []synField{
 			{0, "state", "int"}, {ModuleList, "list", "list_head"}, {ModuleName, "name", "char[56]"},
 			{ModuleSyms, "syms", "*kernel_symbol"}, {ModuleNumSyms, "num_syms", "u32"}, {ModuleKallsyms, "kallsyms", "*mod_kallsyms"},
+			{ModuleJumpEntries, "jump_entries", "*"}, {ModuleJumpEntries + 8, "num_jump_entries", "u32"},
+			{ModuleFtrace, "ftrace_callsites", "*"}, {ModuleFtrace + 8, "num_ftrace_callsites", "u32"},
+			{ModuleExTable, "extable", "*"}, {ModuleExTable + 8, "num_exentries", "u32"},
+			{ModuleNoinstr, "noinstr_text_start", "*"}, {ModuleNoinstr + 8, "noinstr_text_size", "u32"},
+			{ModuleKprobes, "kprobes_text_start", "*"}, {ModuleKprobes + 8, "kprobes_text_size", "u32"},
+			{ModuleKlp, "klp", "u8"},
 		}},
+		"smp_alt_module":         {64, []synField{{0, "mod", "*module"}, {8, "name", "*char"}, {16, "locks", "*"}, {24, "locks_end", "*"}, {32, "text", "*"}, {40, "text_end", "*"}, {48, "next", "list_head"}}},
 		"mod_kallsyms":           {32, []synField{{0, "symtab", "*"}, {8, "num_symtab", "u32"}, {16, "strtab", "*char"}, {24, "typetab", "*char"}}},
 		"kernel_symbol":          {12, []synField{{0, "value_offset", "int"}, {4, "name_offset", "int"}}},
 		"btf_module":             {64, []synField{{0, "list", "list_head"}, {16, "module", "*module"}, {24, "btf", "*btf"}}},
@@ -254,6 +278,9 @@ func (s *Synthetic) structs() map[string]struct {
 	}
 	m["mm_struct"] = mm
 	mod := m["module"]
+	if !s.layout.NoStaticCalls {
+		mod.fields = append(mod.fields, synField{ModuleStaticCalls, "static_call_sites", "*"}, synField{ModuleStaticCalls + 8, "num_static_call_sites", "int"})
+	}
 	if s.layout.CoreLayout {
 		m["module_layout"] = st{32, []synField{{0, "base", "*"}, {8, "size", "u32"}, {12, "text_size", "u32"}}}
 		mod.fields = append(mod.fields, synField{ModuleMem, "core_layout", "module_layout"}, synField{ModuleMem + 32, "init_layout", "module_layout"})
@@ -312,56 +339,179 @@ func (s *Synthetic) btf() []byte {
 	return blob
 }
 
-// places makes what says where no probe may be.
+// code puts instructions into the text.
+func (s *Synthetic) code(addr uint64, b ...byte) { copy(s.Bytes(addr), b) }
+
+// relative makes a table behind *at, of entries that begin with the distance from
+// themselves to an address.
+func (s *Synthetic) relative(at *uint64, entry uint64, addrs ...uint64) (base, size uint64) {
+	base = s.put(at, make([]byte, entry*uint64(len(addrs))))
+	for i, a := range addrs {
+		e := base + entry*uint64(i)
+		s.Put32(e, uint32(a-e))
+	}
+	return base, entry * uint64(len(addrs))
+}
+
+// Instructions.
+var (
+	synNOP5  = []byte{0x0f, 0x1f, 0x44, 0, 0}
+	synEndbr = []byte{0xf3, 0x0f, 0x1e, 0xfa}
+	synNOP4  = []byte{0x66, 0x0f, 0x1f, 0} // what becomes of an ENDBR64 that isn't needed
+)
+
+// places makes what says where no probe may be, and functions of every kind as far
+// as that is concerned.
 func (s *Synthetic) places() {
-	at := func(i uint64) uint64 { return SyntheticText + 16*(i+1) } // of fn_i
-	s.sym('T', "__noinstr_text_start", at(100))
-	s.sym('T', "__noinstr_text_end", at(110))
+	s.sym('T', "__noinstr_text_start", Fn(100))
+	s.sym('T', "__noinstr_text_end", Fn(110))
+	s.sym('D', "system_state", s.data(8))
+	s.Put32(s.Sym["system_state"], 3) // SYSTEM_RUNNING
+
+	// Functions that tell what the kernel is able to do.
+	asm := uint64(SyntheticAsm)
+	asmSym := func(name string) uint64 {
+		asm += 0x20
+		s.sym('T', name, asm)
+		return asm
+	}
+	for _, name := range []string{"register_kprobe", "arch_jump_label_transform", "ftrace_location", "alternatives_enable_smp"} {
+		asmSym(name)
+	}
+	if !s.layout.NoStaticCalls {
+		asmSym("__static_call_update")
+		asmSym("__SCT__something")
+	}
+	asmSym("ftrace_call")
+	asmSym("bpf_dispatcher_xdp_func")
+	asmSym("fn_0200.part.0")
 
 	moved := uint64(0)
 	if s.layout.OtherPlaces {
 		moved = 8
 	}
-	head, entry := s.data(16), s.data(40)
-	s.sym('d', "kprobe_blacklist", head)
-	s.Sym["blacklist entry"] = entry
-	s.list(head, entry)
-	s.Put64(entry+16+moved, at(200))
-	s.Put64(entry+24+moved, at(201))
+	s.sym('d', "kprobe_blacklist", s.data(16))
+	s.Sym["blacklist entry"] = s.blacklist(Fn(200), Fn(201))
 
-	relative := func(size uint64, at ...uint64) []byte {
-		var b []byte
-		for i, a := range at {
-			e := make([]byte, size)
-			binary.LittleEndian.PutUint32(e, uint32(a-(s.ro+15)&^15-uint64(i)*size))
-			b = append(b, e...)
-		}
-		return b
+	// A jump label to the end of its function, a short one, one whose code was freed,
+	// one right behind ftrace's NOP, one that leads right behind it.
+	jumps, size := s.relative(&s.ro, 16, Fn(300), Fn(301), synData, Fn(430)+5, Fn(460)+8)
+	for i, to := range []uint64{Fn(300) + 15, Fn(301) + 15, synData, Fn(430) + 15, Fn(460) + 5} {
+		e := jumps + 16*uint64(i) + 4
+		s.Put32(e, uint32(to-e))
 	}
-	jumps := relative(16, at(300), at(301), synData) // the last one's code was freed
-	s.sym('r', "__start___jump_table", s.put(&s.ro, jumps))
-	s.sym('r', "__stop___jump_table", s.Sym["__start___jump_table"]+uint64(len(jumps)))
-	s.Bytes(at(301))[0] = 0xeb // a short jump
-	calls := relative(8, at(310))
-	s.sym('r', "__start_static_call_sites", s.put(&s.ro, calls))
-	s.sym('r', "__stop_static_call_sites", s.Sym["__start_static_call_sites"]+uint64(len(calls)))
+	s.sym('r', "__start___jump_table", jumps)
+	s.sym('r', "__stop___jump_table", jumps+size)
+	s.code(Fn(300), synNOP5...)
+	s.code(Fn(301), 0xeb, 0x0d)
+	if !s.layout.NoStaticCalls {
+		calls, size := s.relative(&s.ro, 8, Fn(310), Fn(311))
+		s.sym('r', "__start_static_call_sites", calls)
+		s.sym('r', "__stop_static_call_sites", calls+size)
+		s.code(Fn(310), 0xe8, 0, 0, 0, 0)
+		s.code(Fn(311), 0x0f, 0x84, 0, 0, 0, 0) // JE
+	}
+	faults, size := s.relative(&s.ro, 12, Fn(330), synData, Fn(331)+3)
+	s.sym('R', "__start___ex_table", faults)
+	s.sym('R', "__stop___ex_table", faults+size)
+
+	// The kernel has booted with one CPU.
+	s.sym('b', "uniproc_patched", s.data(8))
+	s.Put32(s.Sym["uniproc_patched"], 1)
+	s.sym('d', "smp_alt_modules", s.data(16))
+	s.Sym["locks of the kernel"] = s.locks(SyntheticText, synTextSize, Fn(320), synData)
+
+	// What ftrace may rewrite: at a function's entry, or behind ENDBR64.
+	s.code(Fn(400), synNOP5...)
+	s.code(Fn(401), synNOP5...)
+	s.code(Fn(410), 0xe8, 0, 0, 0, 0) // is traced
+	s.code(Fn(411), append(synEndbr, synNOP5...)...)
+	s.code(Fn(430), append(synNOP5, synNOP5...)...)             // a jump label behind it
+	s.code(Fn(440), append(synNOP5, 0x90, 0x90, 0xeb, 0xfc)...) // a loop begins behind it
+	s.code(Fn(450), synNOP5...)                                 // the same, by way of what was split off
+	s.code(asmSym("fn_0450.cold"), 0xe9, 0, 0, 0, 0)
+	s.Put32(asm+1, uint32(Fn(450)+5-(asm+5)))
+	s.code(Fn(460), synNOP5...)
+	s.code(Fn(460)+8, synNOP5...)
+	s.code(Fn(470), append(append(synEndbr, synNOP5...), 0x90, 0xeb, 0xfd)...) // a loop behind both
+	s.code(Fn(480), append(synNOP4, synNOP5...)...)
+	s.code(Fn(490), 0xe9, 0, 1, 0, 0)                           // leads elsewhere
+	s.code(Fn(500), synEndbr...)                                // isn't traced
+	s.code(Fn(510), append(synNOP5, 0xcc, 1, 2, 3, 4, 0x90)...) // a probe of the guest's own behind it
+	s.code(Fn(520), 0xe8, 0xfb, 0xff, 0xff, 0xff)               // no call of ftrace's: like a traced one
+	s.code(Fn(530), append([]byte{0xc3}, 0xcc, 0xcc, 0x90)...)  // int3 as padding
+	s.sym('t', "__pfx_fn_0540", Fn(540)-8)
 
 	start, page, page2 := s.data(8), s.data(24), s.data(24)
 	s.sym('d', "ftrace_pages_start", start)
 	s.Sym["ftrace page"], s.Sym["ftrace page 2"] = page, page2
 	s.Put64(start, page)
 	s.Put64(page, page2)
-	for i, p := range []uint64{page, page2} {
-		records := s.data(48)
-		s.Put64(p+8, records)
-		s.Put32(p+16, 2)
-		for j := range uint64(2) {
-			s.Put64(records+(16+moved)*j+moved, at(400+10*uint64(i)+j))
-		}
-		if i == 1 {
-			s.Put64(records+8+moved, 1<<31|1) // is traced
+	for page, sites := range map[uint64][]uint64{
+		page:  {Fn(400), Fn(401)},
+		page2: {Fn(410), Fn(411) + 4, Fn(430), Fn(440), Fn(450), Fn(460), Fn(470) + 4, Fn(480) + 4, Fn(490), Fn(510)},
+	} {
+		records := s.data((16 + moved) * uint64(len(sites)))
+		s.Put64(page+8, records)
+		s.Put32(page+16, uint32(len(sites)))
+		for j, at := range sites {
+			s.Put64(records+(16+moved)*uint64(j)+moved, at)
 		}
 	}
+
+	// Room between sections, and a page that Xen fills.
+	int3 := func(addr, n uint64) {
+		for i := range n {
+			s.Bytes(addr)[i] = 0xcc
+		}
+	}
+	s.sym('T', "__entry_text_start", SyntheticEntry)
+	s.sym('T', "__entry_text_end", SyntheticEntry+0x100)
+	int3(SyntheticEntry-SyntheticDead, SyntheticDead)
+	int3(SyntheticEntry+0x100, SyntheticDead)
+	s.sym('T', "hypercall_page", SyntheticHypercalls)
+	s.sym('T', "behind_hypercall_page", SyntheticHypercalls+0x1000)
+	int3(SyntheticHypercalls+0x800, 0x800)
+	s.sym('T', "area_of_int3", SyntheticHypercalls+0x2000)
+	int3(SyntheticHypercalls+0x2000, 0x200)
+}
+
+// blacklist adds an entry to the kernel's list of what kprobes must not touch.
+func (s *Synthetic) blacklist(start, end uint64) uint64 {
+	moved := uint64(0)
+	if s.layout.OtherPlaces {
+		moved = 8
+	}
+	entry := s.data(40)
+	s.append(s.Sym["kprobe_blacklist"], entry)
+	s.Put64(entry+16+moved, start)
+	s.Put64(entry+24+moved, end)
+	return entry
+}
+
+// locks adds a struct smp_alt_module, of LOCK prefixes that were made DS prefixes.
+func (s *Synthetic) locks(text, size uint64, at ...uint64) uint64 {
+	m := s.data(64)
+	s.append(s.Sym["smp_alt_modules"], m+48)
+	locks, n := s.relative(&s.ro, 4, at...)
+	s.Put64(m+16, locks)
+	s.Put64(m+24, locks+n)
+	s.Put64(m+32, text)
+	s.Put64(m+40, text+size)
+	return m
+}
+
+// append puts a member behind the others of a list.
+func (s *Synthetic) append(head, member uint64) {
+	if s.Get64(head) == 0 {
+		s.list(head, member)
+		return
+	}
+	last := s.Get64(head + 8)
+	s.Put64(last, member)
+	s.Put64(member, head)
+	s.Put64(member+8, last)
+	s.Put64(head+8, member)
 }
 
 func (s *Synthetic) syscalls() {
@@ -534,25 +684,26 @@ func (s *Synthetic) modules() {
 		if i == 2 {
 			s.Put32(m, 3) // MODULE_STATE_UNFORMED
 		}
-		names := "\x00" + name + "_init\x00" + name + "_run\x00undefined\x00"
+		s.modulePlaces(m, text)
+		names := "\x00" + name + "_init\x00" + name + "_run\x00" + name + "_traced\x00undefined\x00"
 		strtab := s.put(&s.mod, []byte(names))
 		symtab := []byte(strings.Repeat("\x00", 24))
-		for j, at := range []int{1, 1 + len(name) + 6, 1 + len(name) + 6 + len(name) + 5} {
+		for j, sym := range []string{name + "_init", name + "_run", name + "_traced", "undefined"} {
 			e := make([]byte, 24)
-			binary.LittleEndian.PutUint32(e, uint32(at))
-			if j < 2 {
+			binary.LittleEndian.PutUint32(e, uint32(strings.Index(names, "\x00"+sym)+1))
+			if j < 3 {
 				binary.LittleEndian.PutUint16(e[6:], 1)
 			}
-			binary.LittleEndian.PutUint64(e[8:], text+uint64(0x10*j))
+			binary.LittleEndian.PutUint64(e[8:], text+[]uint64{0, 0x10, 0x200, 0}[j])
 			symtab = append(symtab, e...)
 		}
 		k := s.data(32)
 		s.Sym["kallsyms "+name] = k
 		s.Put64(m+ModuleKallsyms, k)
 		s.Put64(k, s.put(&s.mod, symtab))
-		s.Put32(k+8, 4)
+		s.Put32(k+8, 5)
 		s.Put64(k+16, strtab)
-		s.Put64(k+24, s.put(&s.mod, []byte("?ttU")))
+		s.Put64(k+24, s.put(&s.mod, []byte("?tttU")))
 		// _run is for others.
 		export := s.put(&s.mod, make([]byte, 12))
 		s.Put32(export, uint32(text+0x10-export))
@@ -578,6 +729,34 @@ func (s *Synthetic) modules() {
 	s.Put64(bm+24, b)
 	s.Put64(b, s.put(&s.mod, blob))
 	s.Put32(b+24, uint32(len(blob)))
+}
+
+// modulePlaces makes a module's tables of its text, of what is from 0x100 on:
+// jump labels (a short one, a long one, one whose code was freed), a static call, an
+// expected fault, a LOCK prefix, a function on the kernel's blacklist and a section of
+// each kind that mustn't be probed; and, at 0x200, a function that is traced.
+func (s *Synthetic) modulePlaces(m, text uint64) {
+	table := func(field uint32, base, n uint64) {
+		s.Put64(m+uint64(field), base)
+		s.Put32(m+uint64(field)+8, uint32(n))
+	}
+	jumps, _ := s.relative(&s.mod, 16, text+0x100, text+0x110, text+0x2000)
+	table(ModuleJumpEntries, jumps, 3)
+	s.code(text+0x100, 0x66, 0x90)
+	s.code(text+0x110, append(synNOP5, 0x90)...)
+	calls, _ := s.relative(&s.mod, 8, text+0x120)
+	table(ModuleStaticCalls, calls, 1)
+	faults, _ := s.relative(&s.mod, 12, text+0x130, text+0x2000)
+	table(ModuleExTable, faults, 2)
+	s.locks(text, 0x1000, text+0x140, text+0x2000)
+	s.blacklist(text+0x150, text+0x160)
+	table(ModuleNoinstr, text+0x160, 0x10)
+	table(ModuleKprobes, text+0x170, 0x10)
+	traced := s.put(&s.mod, make([]byte, 16))
+	s.Put64(traced, text+0x200)
+	s.Put64(traced+8, text+0x2000)
+	table(ModuleFtrace, traced, 2)
+	s.code(text+0x200, synNOP5...)
 }
 
 // SystemMap is what the kernel's System.map would have in it.

@@ -69,6 +69,7 @@ type step struct {
 	patch  *patch
 	others []int  // vCPUs held
 	done   bool   // the Stepped stop has been returned
+	ending bool   // not all others are held any more
 	masked uint64 // address of an upcall mask that was 0 and has been set, or 0
 }
 
@@ -443,6 +444,11 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	if p == nil {
 		return fmt.Errorf("step over %#x: no breakpoint there", addr)
 	}
+	if st := d.step; st != nil && st.ending {
+		if err := d.endStep(); err != nil {
+			return err
+		}
+	}
 	st := d.step
 	if st != nil && (st.vcpu != s.VCPU || !st.done) {
 		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, st.vcpu)
@@ -552,6 +558,7 @@ func (d *Debugger) endStep() error {
 	if st == nil {
 		return nil
 	}
+	st.ending = true
 	if err := attempts(func() error { return d.dropAfterStep(st.patch) }); err != nil {
 		return err
 	}

@@ -1,0 +1,122 @@
+package linux
+
+import (
+	"strings"
+
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// DeadCode calls try with ranges of the kernel's own text that hold nothing but
+// int3 (0xcc), that nothing executes and nothing else will use, best first, until
+// try returns true. Several may be next to each other.
+//
+// They are what the linker fills the room between sections of the text with
+// (arch/x86/kernel/vmlinux.lds.S, ":text = 0xcccc"): a good part of 2 MiB before and
+// behind the entry code where page tables are isolated, and some hundred bytes in
+// any kernel. Memory outside of the kernel's text is never proposed, whatever is in
+// it: near modules, pages full of int3 are where the guest puts BPF programs and
+// thunks (bpf_prog_pack in kernel/bpf/core.c, its_alloc in
+// arch/x86/kernel/alternative.c). Nor are the hypercall page, the unused half of
+// which Xen fills with int3, and writes again when it resumes the guest; and the
+// thunks, between which there are int3, too.
+//
+// Without the symbols _stext and _etext nothing is proposed.
+func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
+	// Not readText: the caller may hold what the overlay needs, and no breakpoint is
+	// in dead code.
+	Text{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.DeadCode(try)
+}
+
+// DeadCode is [Kernel.DeadCode] of text whose symbols are the kernel's.
+func (t Text) DeadCode(try func(addr, size uint64) bool) {
+	start, size, err := section(t.Symbols, "_stext", "_etext", 1<<30)
+	if err != nil {
+		return
+	}
+	d := &deadCode{t: t, text: span{start: start, end: start + size}, try: try}
+	for _, c := range []struct {
+		symbol string
+		before bool
+	}{{"__entry_text_end", false}, {"__entry_text_start", true}, {"_etext", true}} {
+		sym, err := t.Symbols.Lookup(c.symbol)
+		if err != nil || sym.Addr < d.text.start || sym.Addr > d.text.end {
+			continue
+		}
+		at := sym.Addr
+		if c.before {
+			at -= min(at-d.text.start, deadGap)
+		}
+		if d.scan(at, min(d.text.end-at, deadGap)) {
+			return
+		}
+	}
+	d.scan(d.text.start, size)
+}
+
+const (
+	deadGap   = 64 << 10 // bytes looked at around a symbol
+	deadPiece = 512      // bytes proposed at once
+	deadEdge  = 64       // bytes left alone at both ends of a run
+	deadLeast = 2*deadEdge + 64
+)
+
+type deadCode struct {
+	t    Text
+	text span
+	try  func(addr, size uint64) bool
+}
+
+// scan looks for runs of int3 in n bytes from addr on. The run's beginning and end
+// are known only if they are among them.
+func (d *deadCode) scan(addr, n uint64) bool {
+	end := addr + n
+	run := uint64(0)
+	var page [paging.PageSize]byte
+	for at := addr; at < end; {
+		b := page[:min(end-at, paging.PageSize-at%paging.PageSize)]
+		if _, err := d.t.Read(at, b); err != nil {
+			clear(b)
+		}
+		for i, c := range b {
+			if c == 0xcc {
+				run++
+				continue
+			}
+			if d.propose(at+uint64(i)-run, run) {
+				return true
+			}
+			run = 0
+		}
+		at += uint64(len(b))
+	}
+	return d.propose(end-run, run)
+}
+
+// propose proposes a run piece by piece.
+func (d *deadCode) propose(addr, n uint64) bool {
+	if n < deadLeast || !d.unused(addr) {
+		return false
+	}
+	end := addr + n - deadEdge
+	for at := addr + deadEdge; at+64 <= end; at += deadPiece {
+		if d.try(at, min(end-at, deadPiece)) {
+			return true
+		}
+	}
+	return false
+}
+
+// unused tells by what is before a run whether it is only what fills the room
+// between sections.
+func (d *deadCode) unused(addr uint64) bool {
+	sym, off, ok := d.t.Symbols.Find(addr)
+	if !ok {
+		return false
+	}
+	for _, prefix := range []string{"hypercall_page", "xen_hypercall", "__x86_"} {
+		if strings.HasPrefix(sym.Name, prefix) {
+			return false
+		}
+	}
+	return off > 0 || strings.HasPrefix(sym.Name, "__")
+}

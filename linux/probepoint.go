@@ -1,0 +1,226 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// SetOverlay sets what is applied to kernel text that is read to be decoded: the
+// caller's own breakpoints are in the guest's memory, and overlay puts into b, which
+// was read at addr, what is under them. Nil is nothing. It is called in
+// [Kernel.Boundary], [Kernel.ProbePoint], [Kernel.Probeable], [Kernel.Blacklisted]
+// and [Kernel.FtraceSite], and by whatever goroutine calls those.
+func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) { k.overlay.Store(&overlay) }
+
+// readText is Read without breakpoints of the caller's own.
+func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
+	n, err := k.mem.Read(k.root, paging.VAddr(addr), b)
+	if f := k.overlay.Load(); f != nil && *f != nil {
+		(*f)(addr, b[:n])
+	}
+	return n, err
+}
+
+// textOf returns the text that p is of.
+func (k *Kernel) textOf(p *places) (Text, error) {
+	if p.module == "" {
+		return Text{k.syms, k.readText}, nil
+	}
+	all, err := k.AllSymbols()
+	return Text{all, k.readText}, err
+}
+
+// Boundary is [Text.Boundary] of the kernel's text and its modules'.
+func (k *Kernel) Boundary(addr uint64) error {
+	syms := k.syms
+	if _, _, ok := syms.Find(addr); !ok {
+		var err error
+		if syms, err = k.AllSymbols(); err != nil {
+			return fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrUnknownPlaces, err)
+		}
+	}
+	return Text{syms, k.readText}.Boundary(addr)
+}
+
+// ProbePoint returns where a breakpoint has to stand, so that it is hit as often as
+// addr is executed, and nothing is touched that the guest rewrites. It is addr
+// itself, but for two instructions that do nothing, which are stepped over, as the
+// kernel's kprobes does:
+//
+//   - ENDBR64 at which a function begins. With indirect branch tracking (CR4.CET) an
+//     indirect call must find it: an int3 there comes first, but when it is emulated by
+//     moving RIP, the processor still waits for an ENDBR64 (SDM 1, Indirect Branch
+//     Tracking). And the guest's own tools look for it there (is_endbr in
+//     arch/x86/include/asm/ibt.h).
+//   - The NOP of 5 bytes, behind that or at the function's entry, that ftrace makes
+//     a call when it traces the function. It compares before it writes; an int3 there
+//     turns ftrace off until the guest is booted again.
+//
+// Whoever executes addr comes to what is behind them. A tracer that is called
+// returns there; a BPF trampoline goes there itself (it calls the function at addr+5,
+// arch_prepare_bpf_trampoline in arch/x86/net/bpf_jit_comp.c). The registers are then
+// as they were at addr, but for the stack if a function is traced at its return
+// (fexit, function graph): it has the tracer's return address. What does not come
+// there: a call that a live patch, or another of ftrace's users with
+// FTRACE_OPS_FL_IPMODIFY, sends elsewhere; one whose function fmod_ret programs, or
+// fault injection, have return at once; and a BPF dispatcher's, whose entry is made a
+// jump (in kernels before 6.2).
+//
+// Who comes there that didn't execute addr is looked for: if a branch of the function,
+// or of what the compiler split off it as .cold, or a jump label leads there, or if
+// there is no place for a probe there, addr itself is returned if it is an ENDBR64 and
+// no vCPU tracks branches; else there is no place, and the error wraps
+// ErrNotProbeable. If addr is the place, it is as with [Kernel.Probeable].
+func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
+	p, err := k.placesOf(addr)
+	if err != nil {
+		return 0, err
+	}
+	if err := k.refused(p, addr); err != nil {
+		return 0, err
+	}
+	text, err := k.textOf(p)
+	if err != nil {
+		return 0, fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrUnknownPlaces, err)
+	}
+	f, err := text.functionAt(addr)
+	if err != nil {
+		return 0, err
+	}
+	if err := f.boundary(addr); err != nil {
+		return 0, err
+	}
+	at := addr
+	endbr := f.endbr(addr)
+	if endbr {
+		at += endbrSize
+	}
+	if _, ok := within(p.trace, at, 1); ok {
+		err = f.traceable(at)
+		at += ftraceSize
+	}
+	if at == addr {
+		return addr, nil
+	}
+	if err == nil {
+		err = k.beyond(p, text, &f, addr, at)
+	}
+	if err == nil {
+		return at, nil
+	}
+	if endbr {
+		tracked := k.tracked()
+		if tracked == nil {
+			return addr, nil
+		}
+		err = reasons{err, tracked}
+	}
+	return 0, fmt.Errorf("%#x: %w: it is no place, and %#x, to which it leads, can't stand for it: %w", addr, ErrNotProbeable, at, err)
+}
+
+const endbrSize = 4
+
+// endbr reports whether a function begins at addr with ENDBR64, or with what the
+// kernel makes of it where no indirect call comes: NOPs of the same size
+// (gen_endbr_poison in arch/x86/include/asm/ibt.h, which has been changed).
+func (f *function) endbr(addr uint64) bool {
+	if addr != f.start || len(f.code) < endbrSize {
+		return false
+	}
+	b := [endbrSize]byte(f.code)
+	return b == [...]byte{0xf3, 0x0f, 0x1e, 0xfa} || b == [...]byte{0x66, 0x0f, 0x1f, 0x00} || b == [...]byte{0x0f, 0x1f, 0x40, 0xd6}
+}
+
+// traceable checks that the instruction at a place of ftrace's is a NOP, or a call
+// that comes back. The NOPs are those of 64-bit kernels, and those that 5.10 chose
+// by the processor (arch/x86/include/asm/nops.h).
+func (f *function) traceable(at uint64) error {
+	off := at - f.start
+	if off+ftraceSize > uint64(len(f.code)) {
+		return fmt.Errorf("%#x: %w: ftrace's instruction doesn't end in %q", at, ErrNotProbeable, f.name)
+	}
+	b := [ftraceSize]byte(f.code[off:])
+	switch b {
+	case [...]byte{0x0f, 0x1f, 0x44, 0x00, 0x00}, [...]byte{0x66, 0x66, 0x66, 0x66, 0x90}, [...]byte{0x3e, 0x8d, 0x74, 0x26, 0x00}:
+		return nil
+	}
+	switch b[0] {
+	case callRel32:
+		return nil
+	case 0xcc:
+		return fmt.Errorf("%#x: %w: the guest rewrites ftrace's instruction at this moment, or has a breakpoint there", at, ErrNotProbeable)
+	case 0xe9:
+		return fmt.Errorf("%#x: %w: the function is redirected: ftrace's instruction is a jump elsewhere", at, ErrNotProbeable)
+	}
+	return fmt.Errorf("%#x: %w: % x where ftrace has a NOP or a call", at, ErrNotProbeable, b)
+}
+
+// beyond checks that at is a place that is come to from addr only.
+func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) error {
+	if at >= f.start+uint64(len(f.code)) {
+		return fmt.Errorf("%#x is behind the end of %q", at, f.name)
+	}
+	if err := k.refused(p, at); err != nil {
+		return err
+	}
+	if _, ok := within(p.trace, at, 1); ok {
+		return fmt.Errorf("%#x: another instruction that ftrace rewrites", at)
+	}
+	if err := f.boundary(at); err != nil {
+		return err
+	}
+	if i, _ := slices.BinarySearch(p.jumps, addr+1); i < len(p.jumps) && p.jumps[i] <= at {
+		return fmt.Errorf("%#x: a jump label leads there, too", at)
+	}
+	parts := []function{*f}
+	for _, s := range text.Symbols.LookupAll(f.name + ".cold") {
+		cold, err := text.functionAt(s.Addr)
+		if err != nil {
+			return err
+		}
+		parts = append(parts, cold)
+	}
+	for _, part := range parts {
+		for pc := part.start; pc < part.start+uint64(len(part.code)); {
+			in, err := x86.Decode(part.code[pc-part.start:])
+			if errors.Is(err, x86.ErrTruncated) && pc > addr {
+				break // the rest of a page, or the like
+			}
+			if err != nil {
+				return fmt.Errorf("%#x: what leads to %#x can't be told: %w", pc, at, err)
+			}
+			skipped := pc >= addr && pc < at
+			if to, ok := target(pc, in.Bytes()); ok && !skipped && to > addr && to <= at {
+				return fmt.Errorf("%#x: the branch at %q+%#x leads there, too", to, part.name, pc-part.start)
+			}
+			pc += uint64(in.Len)
+		}
+	}
+	return nil
+}
+
+// cr4CET turns control-flow enforcement on, with indirect branch tracking (SDM 3A,
+// 2.5).
+const cr4CET = 1 << 23
+
+// tracked returns an error if a vCPU may track indirect branches. Xen has that off
+// in PV guests, and keeps their CR4 to itself.
+func (k *Kernel) tracked() error {
+	cpus, err := k.machine.CPUs()
+	if err != nil {
+		return fmt.Errorf("whether indirect branches are tracked can't be told: %w", err)
+	}
+	if len(cpus) == 0 {
+		return errors.New("whether indirect branches are tracked can't be told: no vCPU has registers")
+	}
+	for _, c := range cpus {
+		if !c.PV && c.CR4&cr4CET != 0 {
+			return errors.New("indirect branches are tracked (CR4.CET)")
+		}
+	}
+	return nil
+}

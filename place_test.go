@@ -1,0 +1,145 @@
+package vmprobes
+
+import (
+	"errors"
+	"log/slog"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
+	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/linux"
+	"github.com/vmprobes/vmprobes/xenaccess"
+)
+
+// untouched is the driver of a guest that can be read. Whatever else is asked of it
+// ends the test.
+type untouched struct {
+	target.Driver
+	read func(addr uint64, b []byte) error
+}
+
+func (untouched) Caps() breakpoint.Caps                 { return breakpoint.Caps{VCPUs: 1} }
+func (d untouched) Read(_, addr uint64, b []byte) error { return d.read(addr, b) }
+
+// lookedAt is a Session with a guest whose memory is in a file, and in which nothing
+// runs.
+func lookedAt(t *testing.T, s *kerneltest.Synthetic, opts Options) *Session {
+	t.Helper()
+	image, err := target.Open(t.Context(), "file:"+s.WriteImage(t))
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, image.Close()) })
+	g := xenaccess.New(t.Context(), image, &xenaccess.Options{Config: "-", Cache: "-"})
+	session := &Session{guest: g, unsafe: opts.IgnoreBlacklist, symErr: g.Err(), log: slog.New(slog.DiscardHandler), done: make(chan struct{})}
+	drv := untouched{read: func(uint64, []byte) error { return errors.New("nothing can be read") }}
+	if k := g.Linux(); k != nil {
+		session.syms, drv.read = k.Symbols(), k.Read
+	}
+	session.drv = drv
+	session.eng = breakpoint.New(drv, breakpoint.Config{Scratch: session.scratch, MayFault: session.expectedFaults()})
+	return session
+}
+
+// TestPlaces refuses places before the guest is touched, by what it says of itself,
+// and what it doesn't say.
+func TestPlaces(t *testing.T) {
+	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
+	fn, text := kerneltest.Fn, guest.Sym["text demo"]
+	s := lookedAt(t, guest, Options{})
+	for _, addr := range []uint64{fn(1), fn(400), fn(411), text, text + 0x180, text + 0x200} {
+		at, err := s.resolve(&Probe{Addr: Addr(addr)})
+		require.NoError(t, err)
+		assert.EqualValues(t, addr, at)
+	}
+	for addr, why := range map[uint64]string{
+		fn(200): "kprobe blacklist", fn(300): "jump label", fn(310): "static call", fn(320): "LOCK prefix", fn(100): "noinstr",
+		text + 0x100: "jump label", text + 0x120: "static call", text + 0x140: "LOCK prefix", text + 0x150: "kprobe blacklist",
+		text + 0x160: "noinstr", guest.Sym["init_task"]: "not in the text", guest.Sym["text unformed"]: "not in the text",
+	} {
+		err := s.Register(&Probe{Addr: Addr(addr)})
+		require.ErrorIs(t, err, ErrNotProbeable, "%#x", addr)
+		require.ErrorContains(t, err, why)
+	}
+	err := s.Register(&Probe{Addr: Addr(fn(411) + 1)})
+	require.ErrorIs(t, err, ErrNotBoundary)
+	require.ErrorIs(t, err, ErrNotProbeable)
+	may := s.expectedFaults()
+	assert.True(t, may(fn(330)))
+	assert.False(t, may(fn(1)))
+	assert.True(t, may(text+0x130))
+	assert.False(t, may(text+0x131))
+	n := 0
+	s.scratch(text, func(addr, size uint64) bool {
+		assert.GreaterOrEqual(t, addr, uint64(kerneltest.SyntheticText), "not beside the module")
+		assert.Less(t, addr+size, uint64(kerneltest.SyntheticHypercalls))
+		n++
+		return false
+	})
+	assert.Positive(t, n)
+
+	// The risk is the user's.
+	s = lookedAt(t, guest, Options{IgnoreBlacklist: true})
+	for _, addr := range []uint64{fn(200), fn(300), text + 0x100, guest.Sym["init_task"]} {
+		_, err := s.resolve(&Probe{Addr: Addr(addr)})
+		require.NoError(t, err)
+	}
+	_, err = s.resolve(&Probe{Addr: Addr(fn(411) + 1)})
+	require.ErrorIs(t, err, ErrNotBoundary, "there is no use in that")
+	assert.True(t, s.expectedFaults()(fn(330)), "what is known stays so")
+}
+
+// TestPlacesUnknown: what the guest doesn't tell is no permission.
+func TestPlacesUnknown(t *testing.T) {
+	fn := kerneltest.Fn
+	refused := func(s *Session, addr uint64, why ...string) {
+		t.Helper()
+		err := s.Register(&Probe{Addr: Addr(addr)})
+		require.ErrorIs(t, err, ErrNotProbeable)
+		for _, w := range append(why, "Options.IgnoreBlacklist") {
+			require.ErrorContains(t, err, w)
+		}
+		s.unsafe = true
+		_, err = s.resolve(&Probe{Addr: Addr(addr)})
+		require.NoError(t, err)
+	}
+	// CONFIG_KALLSYMS_ALL=n.
+	s := lookedAt(t, kerneltest.NewSynthetic(kerneltest.Layout{NoData: true}), Options{})
+	assert.Nil(t, s.expectedFaults())
+	refused(s, fn(1), "the table of jump labels", "the table of ftrace sites")
+
+	// A kernel without static calls is another thing.
+	s = lookedAt(t, kerneltest.NewSynthetic(kerneltest.Layout{NoStaticCalls: true}), Options{})
+	_, err := s.resolve(&Probe{Addr: Addr(fn(310))})
+	require.NoError(t, err)
+
+	// Tables that can't be read: a list, the exception table, a module's.
+	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
+	guest.Put64(guest.Sym["kprobe_blacklist"], 8)
+	refused(lookedAt(t, guest, Options{}), fn(1), "the table of blacklist entries")
+
+	guest = kerneltest.NewSynthetic(kerneltest.Layout{NoTypes: true})
+	s = lookedAt(t, guest, Options{})
+	refused(s, guest.Sym["text demo"], "of modules")
+	assert.False(t, s.expectedFaults()(guest.Sym["text demo"]), "the risk was taken")
+
+	guest = kerneltest.NewSynthetic(kerneltest.Layout{})
+	guest.Put32(guest.Sym["module demo"]+kerneltest.ModuleJumpEntries+8, 1<<30)
+	refused(lookedAt(t, guest, Options{}), guest.Sym["text demo"], `the table of jump labels of module "demo"`)
+
+	guest = kerneltest.NewSynthetic(kerneltest.Layout{})
+	guest.Put32(guest.Sym["module demo"]+kerneltest.ModuleExTable+8, 1<<30)
+	s = lookedAt(t, guest, Options{})
+	assert.True(t, s.expectedFaults()(guest.Sym["text demo"]))
+	refused(s, guest.Sym["text demo"], `the exception table of module "demo"`)
+
+	// No kernel at all.
+	s = lookedAt(t, kerneltest.NewSynthetic(kerneltest.Layout{NoSymbols: true}), Options{})
+	require.Nil(t, s.guest.Linux())
+	err = s.Register(&Probe{Addr: Addr(fn(1))})
+	require.ErrorIs(t, err, ErrNoSymbols)
+	refused(s, fn(1))
+	require.NotErrorIs(t, err, linux.ErrUnknownPlaces)
+}
