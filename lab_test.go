@@ -41,7 +41,7 @@ const probed = "do_sys_openat2"
 // matrix is the guests to test.
 func matrix() []labguest.Config {
 	kind := labguest.PV
-	if labguest.Host() == "hvm" {
+	if labguest.Is("hvm") {
 		kind = labguest.PVH
 	}
 	var out []labguest.Config
@@ -60,13 +60,13 @@ func matrix() []labguest.Config {
 // of each host in earnest.
 func (t labTest) rounds() int {
 	switch {
-	case testing.Short() && labguest.Host() == "hvm":
+	case testing.Short() && labguest.Is("hvm"):
 		return 1 // an emulator of processors needs its time
 	case testing.Short():
 		return 2
 	case t.patched() && t.cfg.VCPUs == 2 && t.cfg.Kernel == "6.1":
 		return 50
-	case labguest.Host() == "hvm":
+	case labguest.Is("hvm"):
 		return 2
 	}
 	return 5
