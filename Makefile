@@ -8,7 +8,7 @@ LAB         = bin/lab
 # The lab calls plain "go", and tools/go may have found one that isn't on PATH.
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
 # Hosts of the lab.
-HOSTS       = pv pv-stock hvm
+HOSTS       = pv pv-stock hvm hvm-amd
 FUZZTIME    = 20s
 
 # What the machine must have, as Debian packages: a compiler for cgo, objdump as
@@ -164,7 +164,7 @@ IN_LAB = VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(RUN_LAB) run
 lab-short: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h, in short"; \
-		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h)" || exit 1; \
+		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h short)" || exit 1; \
 	done
 
 # Guests to test, of a host's: all.

@@ -51,6 +51,9 @@ func matrix() []labguest.Config {
 		}
 	}
 	if testing.Short() && len(out) > 0 {
+		if labguest.Host() == "hvm-amd" {
+			return out[:1] // one vCPU: it can be stepped in place, which takes another way there
+		}
 		return out[1:2] // the oldest kernel, two vCPUs
 	}
 	return out
