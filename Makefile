@@ -27,7 +27,7 @@ help:
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
-	@echo 'make lab-shell   a dom0 prompt (HOST=pv or hvm)'
+	@echo 'make lab-shell   a dom0 prompt (HOST=pv, hvm or hvm-amd)'
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench       benchmarks'
