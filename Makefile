@@ -8,7 +8,7 @@ LAB         = bin/lab
 # The lab calls plain "go", and tools/go may have found one that isn't on PATH.
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
 # Hosts of the lab.
-HOSTS       = pv pv-stock hvm
+HOSTS       = pv pv-stock hvm hvm-amd
 FUZZTIME    = 20s
 
 # What the machine must have, as Debian packages: a compiler for cgo, objdump as
@@ -27,7 +27,7 @@ help:
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
-	@echo 'make lab-shell   a dom0 prompt (HOST=pv or hvm)'
+	@echo 'make lab-shell   a dom0 prompt (HOST=pv, hvm or hvm-amd)'
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench       benchmarks'
@@ -164,7 +164,7 @@ IN_LAB = VMPROBES_REQUIRE_LAB=$(VMPROBES_REQUIRE_LAB) $(RUN_LAB) run
 lab-short: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h, in short"; \
-		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h)" || exit 1; \
+		$(IN_LAB) $$h $(FILES) -- bin/vmprobes.test -test.v -test.short -test.run "$$(tools/labtests $$h short)" || exit 1; \
 	done
 
 # Guests to test, of a host's: all.

@@ -27,7 +27,7 @@ func TestXlDumpCore(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	conf := labguest.Config{Kind: labguest.PV, VCPUs: 2, MemoryMB: 128}
-	if labguest.Host() == "hvm" {
+	if labguest.Is("hvm") {
 		conf = labguest.Config{Kind: labguest.PVH, VCPUs: 1, MemoryMB: 128} // the emulator's limit
 	}
 	g, err := labguest.Start(ctx, conf)

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/vmprobes/vmprobes/lab/internal/job"
 )
 
 // Bochs is built from source: Debian's has its debugger compiled in and its
@@ -29,13 +31,63 @@ const (
 )
 
 var bochsConfigure = []string{
-	"--enable-cpu-level=6", "--enable-x86-64", "--enable-long-phy-address", "--enable-vmx=2", "--enable-avx", "--enable-evex",
+	"--enable-cpu-level=6", "--enable-x86-64", "--enable-long-phy-address", "--enable-vmx=2", "--enable-svm", "--enable-avx", "--enable-evex",
 	"--enable-all-optimizations", "--disable-docbook", "--with-nogui", "CFLAGS=-O2", "CXXFLAGS=-O2",
 }
 
-// buildBochs builds the emulator of the hvm host.
+// bochsEdit is a change to Bochs' source: text that goes before a line of it.
+type bochsEdit struct{ file, before, text string }
+
+// bochsEdits mend where Bochs does otherwise than AMD's processors, and Xen relies
+// on them:
+//
+//   - A processor with the next-RIP feature, which the models have by their CPUID
+//     (Fn8000_000A EDX[3]), takes the return address of an int3, an into or an int n
+//     that is injected at VMRUN from the VMCB's nRIP field (APM volume 2, 15.20
+//     Event Injection), where Xen writes it (svm_inject_event). Bochs saves nRIP at
+//     #VMEXIT and never reads it: an injected int3 returns to itself for ever. A
+//     fault on the way still goes back to prev_rip, which VMRUN has set.
+//   - When #DB is intercepted, the VMCB's DR6 says why (13.1.1.3, 15.12.2): Xen has
+//     nothing else to give to the guest. Bochs leaves without having updated DR6.
+var bochsEdits = []bochsEdit{{
+	file:   "cpu/svm.cc",
+	before: "  interrupt(vector, type, push_error, error_code);\n",
+	text: `  if ((type == BX_SOFTWARE_INTERRUPT || type == BX_SOFTWARE_EXCEPTION) && BX_SUPPORT_SVM_EXTENSION(BX_CPUID_SVM_NRIP_SAVE))
+    RIP = vmcb_read64(SVM_CONTROL64_NRIP);
+`,
+}, {
+	file:   "cpu/svm.cc",
+	before: "  BX_CPU_THIS_PTR debug_trap = 0; // clear debug_trap field\n",
+	text: `  if (vector == BX_DB_EXCEPTION) // B0 to B3 are of this one; BD, BS and BT stay until they are cleared
+    BX_CPU_THIS_PTR dr6.set32((BX_CPU_THIS_PTR dr6.get32() & ~0xfu) | (BX_CPU_THIS_PTR debug_trap & 0xe00f));
+`,
+}}
+
+func (e bochsEdit) apply(dir string) error {
+	path := filepath.Join(dir, e.file)
+	source, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if n := strings.Count(string(source), e.before); n != 1 {
+		return fmt.Errorf("%s has %d places to change instead of one", e.file, n)
+	}
+	return os.WriteFile(path, []byte(strings.Replace(string(source), e.before, e.text+e.before, 1)), 0o644)
+}
+
+// bochsKey names what is built: it changes with the source, the edits to it, and how
+// it is configured.
+func bochsKey() string {
+	parts := append([]string{bochsSHA256}, bochsConfigure...)
+	for _, e := range bochsEdits {
+		parts = append(parts, e.file, e.before, e.text)
+	}
+	return key(parts...)
+}
+
+// buildBochs builds the emulator of the hvm hosts.
 func (c *cache) buildBochs(ctx context.Context) (string, error) {
-	out, have, err := c.made("bochs-" + key(append([]string{bochsSHA256}, bochsConfigure...)...))
+	out, have, err := c.made("bochs-" + bochsKey())
 	if err != nil || have {
 		return out, err
 	}
@@ -49,8 +101,15 @@ func (c *cache) buildBochs(ctx context.Context) (string, error) {
 	}
 	defer func() { _ = os.RemoveAll(tmp) }()
 	progress("build Bochs (a minute)")
+	if _, err := output(ctx, tmp, "tar", "-x", "--strip-components=1", "-f", archive); err != nil {
+		return "", fmt.Errorf("unpack the source of Bochs: %w", err)
+	}
+	for _, e := range bochsEdits {
+		if err := e.apply(tmp); err != nil {
+			return "", fmt.Errorf("change the source of Bochs: %w", err)
+		}
+	}
 	for _, command := range [][]string{
-		{"tar", "-x", "--strip-components=1", "-f", archive},
 		append([]string{"./configure"}, bochsConfigure...),
 		{"make", fmt.Sprintf("-j%d", runtime.NumCPU())},
 	} {
@@ -126,9 +185,20 @@ func checkSHA256(path, want string) error {
 	return nil
 }
 
-// bochs runs the hvm host where there is no hardware for it: its model of an
-// Intel processor has VMX and EPT. It is slow.
-type bochs struct{ process }
+// bochs runs the hvm hosts where there is no hardware for them: its model of an
+// Intel processor has VMX and EPT, that of an AMD one SVM and NPT. It is slow.
+type bochs struct {
+	process
+	model   string // as Bochs calls it
+	xenArgs string
+}
+
+func newBochs(host string) *bochs {
+	if host == job.HVMAMD {
+		return &bochs{model: "ryzen", xenArgs: bochsAMDXenArgs}
+	}
+	return &bochs{model: "corei7_haswell_4770", xenArgs: bochsIntelXenArgs}
+}
 
 func (b *bochs) name() string                  { return "Bochs" }
 func (b *bochs) defaultTimeout() time.Duration { return time.Hour }
@@ -148,7 +218,10 @@ func (b *bochs) defaultKernels() []string      { return []string{"6.1"} }
 //     without a PAUSE, which Xen has exits for, waiting for another vCPU, stops the
 //     whole machine. A second vCPU does when it measures its delay loop, which lpj=
 //     spares it; tsc=reliable spares it the comparison of clocks.
-const bochsXenArgs = "apicv=0"
+const bochsIntelXenArgs = "apicv=0"
+
+// With XSAVE, programs in dom0 come to harm in the AMD model: xl aborts in malloc.
+const bochsAMDXenArgs = "xsave=0"
 
 func (b *bochs) guestCmdline() string {
 	const hz = 250 // CONFIG_HZ of Debian's kernels
@@ -172,7 +245,7 @@ menuentry lab {
 
 // bochsConfig is Bochs' own. ips is how many instructions make one emulated
 // second. The serial ports connect to the lab.
-const bochsConfig = `cpu: model=corei7_haswell_4770, count=1, ips=%d, reset_on_triple_fault=0
+const bochsConfig = `cpu: model=%s, count=1, ips=%d, reset_on_triple_fault=0
 memory: guest=1536, host=1536
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
@@ -197,7 +270,7 @@ const bochsIPS = 150_000_000
 
 func (b *bochs) start(ctx context.Context, m *machine) error {
 	if m.built.Bochs == "" { // by an older lab, or where KVM nests
-		return fmt.Errorf("the hvm host has no Bochs: run \"lab build hvm\" again, on a machine whose KVM doesn't nest")
+		return fmt.Errorf("the %[1]s host has no Bochs: run \"lab build %[1]s\" again, on a machine whose KVM doesn't nest", m.host)
 	}
 	console, err := newPort("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -210,7 +283,7 @@ func (b *bochs) start(ctx context.Context, m *machine) error {
 	if err := b.makeCD(ctx, m); err != nil {
 		return err
 	}
-	config := fmt.Sprintf(bochsConfig, bochsIPS, console.address(), m.wire.address())
+	config := fmt.Sprintf(bochsConfig, b.model, bochsIPS, console.address(), m.wire.address())
 	if err := os.WriteFile(filepath.Join(m.dir, "bochsrc"), []byte(config), 0o644); err != nil {
 		return err
 	}
@@ -231,7 +304,7 @@ func (b *bochs) makeCD(ctx context.Context, m *machine) error {
 	if err := os.MkdirAll(filepath.Join(boot, "grub"), 0o755); err != nil {
 		return err
 	}
-	config := fmt.Sprintf(grubConfig, strings.TrimSpace(xenArgs+" "+bochsXenArgs+" "+m.flags.xenArgs), kernelArgs+" rodata=off "+bochsKernelArgs)
+	config := fmt.Sprintf(grubConfig, strings.TrimSpace(xenArgs+" "+b.xenArgs+" "+m.flags.xenArgs), kernelArgs+" rodata=off "+bochsKernelArgs)
 	if err := os.WriteFile(filepath.Join(boot, "grub", "grub.cfg"), []byte(config), 0o644); err != nil {
 		return err
 	}

@@ -85,7 +85,7 @@ func (c *cache) build(ctx context.Context, hosts []string) error {
 		} else {
 			this.Xen, this.XenVersion, err = c.buildStock(ctx)
 		}
-		if err == nil && h == job.HVM && !kvmRunsXen(ctx) {
+		if err == nil && needsBochs(ctx, h) {
 			this.Bochs, err = c.buildBochs(ctx)
 		}
 		if err != nil {

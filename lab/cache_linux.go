@@ -57,7 +57,7 @@ func (c *cache) mkdir(parts ...string) (string, error) {
 // built is what a build made for a host.
 type built struct {
 	Xen        string            // the hypervisor, uncompressed
-	Bochs      string            // the emulator of the hvm host
+	Bochs      string            // the emulator of the hvm hosts
 	Kernel     string            // dom0's, as an ELF file
 	Base       string            // dom0's first file system
 	Kernels    map[string]string // archives with the guest kernels, by series

@@ -26,7 +26,7 @@ type tool struct {
 const demo = "demo"
 
 // allHosts are what tools can be asked for.
-var allHosts = []string{demo, job.PV, job.PVStock, job.HVM}
+var allHosts = append([]string{demo}, job.Hosts()...)
 
 var tools = []tool{
 	{"apt", []string{"apt-get", "apt-cache"}, nil},
@@ -55,12 +55,17 @@ var tools = []tool{
 func missing(hosts ...string) []string {
 	var pkgs []string
 	for _, t := range tools {
-		wanted := t.hosts == nil || slices.ContainsFunc(t.hosts, func(h string) bool { return slices.Contains(hosts, h) })
+		wanted := t.hosts == nil || slices.ContainsFunc(hosts, t.isFor)
 		if wanted && slices.ContainsFunc(t.files, absent) {
 			pkgs = append(pkgs, t.pkg)
 		}
 	}
 	return pkgs
+}
+
+// isFor tells whether the host needs the tool.
+func (t tool) isFor(host string) bool {
+	return slices.ContainsFunc(t.hosts, func(h string) bool { return job.IsA(host, h) })
 }
 
 func absent(file string) bool {
@@ -102,7 +107,7 @@ func doctor(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(out, "cache     %s\n", c.dir)
-	for _, h := range []string{job.PV, job.PVStock, job.HVM} {
+	for _, h := range job.Hosts() {
 		if _, err := c.load(h); err != nil {
 			fmt.Fprintf(out, "%-9s not built: lab build %s\n", h, h)
 		} else {

@@ -33,32 +33,35 @@ type emulator interface {
 
 // chooseEmulator finds out what this machine can run the host with.
 func chooseEmulator(ctx context.Context, host, accel string) (emulator, error) {
-	needsVMX := host == job.HVM
+	hvm := job.IsA(host, job.HVM)
 	switch accel {
 	case "kvm":
 		return &qemu{kvm: true}, requireTools(job.PV)
 	case "tcg":
-		if needsVMX {
-			return nil, errors.New("QEMU without KVM cannot run the hvm host: its SVM does not intercept int3")
+		if hvm {
+			return nil, fmt.Errorf("QEMU without KVM cannot run the %s host: its SVM does not intercept int3", host)
 		}
 		return &qemu{}, requireTools(job.PVStock)
 	case "bochs":
-		return &bochs{}, requireTools(job.HVM)
+		return newBochs(host), requireTools(job.HVM)
 	case "", "auto":
 	default:
 		return nil, &exitError{codeUsage, fmt.Errorf("--accel %s: want auto, kvm, tcg or bochs", accel)}
 	}
-	if needsVMX {
-		if kvmRunsXen(ctx) {
-			return &qemu{kvm: true}, nil
-		}
-		return &bochs{}, requireTools(job.HVM)
+	switch {
+	case needsBochs(ctx, host):
+		return newBochs(host), requireTools(job.HVM)
+	case hvm:
+		return &qemu{kvm: true}, nil
 	}
 	return &qemu{}, requireTools(job.PVStock)
 }
 
-// kvmRunsXen tells whether the hvm host needs no Bochs on this machine.
-func kvmRunsXen(ctx context.Context) bool { return kvmNests() == nil && kvmWorks(ctx) == nil }
+// needsBochs tells whether it takes Bochs to run the host on this machine. KVM can
+// run an hvm host, but with the processor that the machine has.
+func needsBochs(ctx context.Context, host string) bool {
+	return host == job.HVMAMD || host == job.HVM && (kvmNests() != nil || kvmWorks(ctx) != nil)
+}
 
 // kvmNests tells whether a guest of this machine could have guests itself.
 func kvmNests() error {

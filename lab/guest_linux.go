@@ -64,33 +64,40 @@ func (c *cache) prepareGuest(ctx context.Context, series string, commands ...str
 // source tree that the current folder is in. Outside of it the ones built last are
 // used.
 func (c *cache) buildCommands(ctx context.Context, folders ...string) (map[string]string, error) {
-	dir, err := c.mkdir("bin")
-	if err != nil {
-		return nil, err
+	list, err := output(ctx, "", "go", "list", "-m", "-f", "{{.Path}} {{.Dir}}")
+	module, tree, _ := strings.Cut(strings.TrimSpace(list), " ")
+	inside := err == nil && module == modulePath
+	last := c.path("bin", "last")
+	dir := last
+	if inside {
+		// Each tree has its own: a run may wait a long time between this and taking them.
+		if dir, err = c.mkdir("bin", key(tree)); err != nil {
+			return nil, err
+		}
 	}
 	programs := map[string]string{}
 	args := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", dir + "/"}
 	for _, f := range folders {
-		programs[path.Base(f)] = filepath.Join(dir, path.Base(f))
+		program := filepath.Join(dir, path.Base(f))
+		programs[path.Base(f)] = program
 		args = append(args, modulePath+"/"+f)
+		if !inside && absent(program) {
+			return nil, fmt.Errorf("%s has not been built yet: the current folder must be one of %s", f, modulePath)
+		}
+	}
+	if !inside {
+		return programs, nil
 	}
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	msg, err := cmd.CombinedOutput()
-	if err == nil {
-		return programs, nil
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build %s: %w\n%s", strings.Join(folders, ", "), err, lastLines(string(msg), 20))
 	}
-	err = fmt.Errorf("build %s (from a folder inside the module): %w\n%s", strings.Join(folders, ", "), err, lastLines(string(msg), 20))
-	// A broken source must not be hidden behind an old binary.
-	if list, lerr := output(ctx, "", "go", "list", "-m"); lerr == nil && strings.TrimSpace(list) == modulePath {
+	link := fmt.Sprintf("%s.%d", dir, os.Getpid())
+	if err := os.Symlink(filepath.Base(dir), link); err != nil {
 		return nil, err
 	}
-	for _, p := range programs {
-		if absent(p) {
-			return nil, err
-		}
-	}
-	return programs, nil
+	return programs, os.Rename(link, last)
 }
 
 // How a guest is accelerated.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -115,6 +116,43 @@ func fakeProbe(gdb string) {
 	}
 	fmt.Println("vmprobe registered")
 	_, _ = io.ReadAll(c)
+}
+
+// TestBuildCommandsOfTwoTrees checks that what one source tree has built is not
+// replaced by another's, and that outside of both what was built last is taken.
+func TestBuildCommandsOfTwoTrees(t *testing.T) {
+	c := &cache{dir: t.TempDir()}
+	build := func(dir string) string {
+		t.Chdir(dir)
+		programs, err := c.buildCommands(t.Context(), "cmd/which")
+		require.NoError(t, err)
+		return programs["which"]
+	}
+	run := func(program string) string {
+		out, err := exec.Command(program).Output()
+		require.NoError(t, err)
+		return string(out)
+	}
+	outside := t.TempDir()
+	t.Chdir(outside)
+	_, err := c.buildCommands(t.Context(), "cmd/which")
+	require.ErrorContains(t, err, modulePath)
+
+	var built []string
+	for _, tree := range []string{"one", "two"} {
+		dir := t.TempDir()
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "cmd", "which"), 0o755))
+		for name, text := range map[string]string{
+			"go.mod":            "module " + modulePath + "\n",
+			"cmd/which/main.go": fmt.Sprintf("package main\n\nimport \"os\"\n\nfunc main() { os.Stdout.WriteString(%q) }\n", tree),
+		} {
+			require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
+		}
+		built = append(built, build(dir))
+	}
+	assert.Equal(t, "one", run(built[0]))
+	assert.Equal(t, "two", run(built[1]))
+	assert.Equal(t, "two", run(build(outside)))
 }
 
 // fakes puts the fake programs on PATH and returns a guest's parts. What a guest

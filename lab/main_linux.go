@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -67,7 +68,8 @@ boots Linux guests in QEMU ("lab demo", "lab vm").
 Hosts:
   pv        Xen with CONFIG_GDBSX and PV guests (QEMU)
   pv-stock  Debian's Xen and PV guests (QEMU)
-  hvm       Debian's Xen and PVH guests (KVM if it nests, else Bochs: slow)`,
+  hvm       Debian's Xen and PVH guests (KVM if it nests, else Bochs: slow)
+  hvm-amd   the same on a processor of AMD's (Bochs)`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
@@ -76,25 +78,24 @@ Hosts:
 }
 
 func hostArg(name string) (string, error) {
-	switch name {
-	case job.PV, job.PVStock, job.HVM:
+	if slices.Contains(job.Hosts(), name) {
 		return name, nil
 	}
-	return "", &exitError{codeUsage, fmt.Errorf("no host %q: want %s, %s or %s", name, job.PV, job.PVStock, job.HVM)}
+	return "", &exitError{codeUsage, fmt.Errorf("no host %q: want one of %s", name, strings.Join(job.Hosts(), ", "))}
 }
 
 func buildCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "build pv|pv-stock|hvm|all|guests",
+		Use:       "build pv|pv-stock|hvm|hvm-amd|all|guests",
 		Short:     "Fetch and build what a host needs, or the guests' kernels only",
 		Args:      cobra.ExactArgs(1),
-		ValidArgs: []string{job.PV, job.PVStock, job.HVM, "all", "guests"},
+		ValidArgs: append(job.Hosts(), "all", "guests"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := openCache()
 			if err != nil {
 				return err
 			}
-			hosts := []string{job.PV, job.PVStock, job.HVM}
+			hosts := job.Hosts()
 			switch args[0] {
 			case "guests":
 				return c.buildGuests(cmd.Context())
@@ -141,7 +142,7 @@ func (f *runFlags) add(cmd *cobra.Command) {
 func runCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "run pv|pv-stock|hvm [flags] -- BIN [ARGS…]",
+		Use:   "run pv|pv-stock|hvm|hvm-amd [flags] -- BIN [ARGS…]",
 		Short: "Run a program in a host's dom0",
 		Long: `run boots the host with BIN in its dom0, runs it there, passes on its output
 and ends with its exit code. Code 124: timeout, 125: the lab itself failed.`,
@@ -178,7 +179,7 @@ func hostAndRest(cmd *cobra.Command, args []string) (string, []string, error) {
 func execCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "exec pv|pv-stock|hvm [flags] BIN [ARGS…]",
+		Use:   "exec pv|pv-stock|hvm|hvm-amd [flags] BIN [ARGS…]",
 		Short: "Like run, for go test -exec \"lab exec pv\"",
 		Long: `exec is run in the form that "go test -exec" wants. The package's testdata
 folder goes along, and coverage profiles come back.`,
@@ -218,7 +219,7 @@ folder goes along, and coverage profiles come back.`,
 func shellCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "shell pv|pv-stock|hvm [flags]",
+		Use:   "shell pv|pv-stock|hvm|hvm-amd [flags]",
 		Short: "An interactive dom0 with a guest called a3guest (Ctrl-] leaves)",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -249,7 +250,7 @@ func doctorCommand() *cobra.Command {
 
 func installCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "install [demo|pv|pv-stock|hvm]…",
+		Use:       "install [demo|pv|pv-stock|hvm|hvm-amd]…",
 		Short:     "Install what doctor finds missing (as root, or with sudo)",
 		Args:      cobra.OnlyValidArgs,
 		ValidArgs: allHosts,

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,7 +22,7 @@ import (
 // Kind is the kind of a guest.
 type Kind string
 
-// The kinds of guest that the lab can start. PVH guests need the hvm host.
+// The kinds of guest that the lab can start. PVH guests need an hvm host.
 const (
 	PV  Kind = "pv"
 	PVH Kind = "pvh"
@@ -41,20 +42,22 @@ type Config struct {
 }
 
 // Host returns the name of the lab host this process runs in: "pv",
-// "pv-stock", "hvm", or "" outside the lab.
+// "pv-stock", "hvm", "hvm-amd", or "" outside the lab.
 func Host() string { return os.Getenv(job.EnvHost) }
 
+// Is tells whether this process runs in the named lab host, or in one like it:
+// "hvm-amd" is an "hvm".
+func Is(host string) bool { return job.IsA(Host(), host) }
+
 // Require skips the test, saying why, unless it runs in one of the named lab
-// hosts (any of them, if none is named). With VMPROBES_REQUIRE_LAB=1 the test
+// hosts, as Is tells (any of them, if none is named). With VMPROBES_REQUIRE_LAB=1 the test
 // fails instead, so that a run that was meant for the lab cannot pass by
 // skipping everything.
 func Require(t testing.TB, hosts ...string) {
 	t.Helper()
 	here := Host()
-	for _, h := range hosts {
-		if here == h {
-			return
-		}
+	if slices.ContainsFunc(hosts, Is) {
+		return
 	}
 	if here != "" && len(hosts) == 0 {
 		return
@@ -92,7 +95,7 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Kind == "" {
 		c.Kind = PV
-		if Host() == job.HVM {
+		if Is(job.HVM) {
 			c.Kind = PVH
 		}
 	}

@@ -25,6 +25,27 @@ func TestConfigFile(t *testing.T) {
 	assert.Contains(t, Config{}.withDefaults().file(), `type = "pv"`)
 }
 
+func TestIs(t *testing.T) {
+	for host, want := range map[string][]string{
+		"": nil, "pv": {"pv"}, "pv-stock": {"pv-stock"}, "hvm": {"hvm"}, "hvm-amd": {"hvm", "hvm-amd"},
+	} {
+		t.Setenv("VMPROBES_LAB", host)
+		var got []string
+		for _, other := range []string{"pv", "pv-stock", "hvm", "hvm-amd"} {
+			if Is(other) {
+				got = append(got, other)
+				Require(t, "no-such-host", other)
+			}
+		}
+		assert.Equal(t, want, got, "in %q", host)
+		kind := PV
+		if Is("hvm") {
+			kind = PVH
+		}
+		assert.Equal(t, kind, Config{}.withDefaults().Kind, "in %q", host)
+	}
+}
+
 func TestRequireOutsideTheLab(t *testing.T) {
 	t.Setenv("VMPROBES_LAB", "")
 	t.Setenv("VMPROBES_REQUIRE_LAB", "")

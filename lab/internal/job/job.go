@@ -34,7 +34,17 @@ const (
 	PV      = "pv"
 	PVStock = "pv-stock"
 	HVM     = "hvm"
+	HVMAMD  = "hvm-amd"
 )
+
+// Hosts returns the names of all hosts.
+func Hosts() []string { return []string{PV, PVStock, HVM, HVMAMD} }
+
+// IsA tells whether a host can stand for another one: the AMD host has what the hvm
+// host has, on another processor.
+func IsA(host, other string) bool {
+	return host == other || host == HVMAMD && other == HVM
+}
 
 // Job is what dom0 runs once it is up.
 type Job struct {
