@@ -24,6 +24,7 @@ type xenGuest struct {
 	dom   xenctrl.DomainInfo
 	info  Info
 	pages func() (uint64, error)
+	lock  func() (release func() error, err error) // nil in tests
 	close func() error
 }
 
@@ -61,6 +62,8 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	switch {
 	case dom.Gone():
 		return nil, breakpoint.ErrGone
+	case dom.Suspended():
+		return nil, fmt.Errorf("%w: it is suspended, to be saved or migrated", ErrPaused)
 	case dom.Flags&xenctrl.DomainPaused != 0:
 		return nil, ErrPaused
 	}
@@ -73,6 +76,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	}
 	g := newXen(route.Live(h, id), dom)
 	g.close = h.Close
+	g.lock = func() (func() error, error) { return lockDomain(uint16(id)) }
 	g.pages = func() (uint64, error) {
 		n, err := h.MaxGPFN(id)
 		return n + 1, err
@@ -115,7 +119,16 @@ func (g *xenGuest) Info() Info { return g.info }
 func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()) }
 
 // Attach opens the route that the guest and its hypervisor offer.
-func (g *xenGuest) Attach(context.Context) (Driver, error) {
+func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
+	if g.lock != nil {
+		release, err := g.lock()
+		if err != nil {
+			return nil, err
+		}
+		// It is given back when the guest is left, with the driver closed before.
+		closeAll := g.close
+		g.close = func() error { return errors.Join(closeAll(), release()) }
+	}
 	if g.info.Kind == PV {
 		return route.OpenDebugger(g.hv)
 	}
