@@ -9,7 +9,7 @@ import (
 // Limits of the page cache.
 const (
 	cachePages = 512
-	cacheAge   = time.Second
+	cacheAge   = 250 * time.Millisecond
 )
 
 // NewFrames returns the frames of the guest behind hv.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,6 +33,7 @@ type guest struct {
 	hv     Hypervisor
 	frames *paging.Cache
 	mem    *paging.Memory
+	pages  atomic.Uint64 // the domain's, as checkAlive saw it last
 
 	rootMu sync.Mutex
 	root   paging.Root // 0: ask roots each time
@@ -253,6 +255,10 @@ func (g *guest) breakAt(addr uint64) *patch {
 // checkAlive returns ErrGone if the domain is dying or has shut down. One that is
 // suspended may be resumed ("xl save -c", a migration that failed), and its
 // breakpoints are still to be served then.
+//
+// It looks at the domain's memory as well: if a guest gives a page back to Xen
+// (ballooning) while it is mapped here, and takes another one at the same place, the
+// mapping is of the old one, which counts as the domain's as long as it is mapped.
 func (g *guest) checkAlive() error {
 	info, err := g.hv.Info()
 	if err != nil {
@@ -260,6 +266,9 @@ func (g *guest) checkAlive() error {
 	}
 	if info.Gone() {
 		return fmt.Errorf("%w: domain %d is dying or has shut down", breakpoint.ErrGone, info.ID)
+	}
+	if g.pages.Swap(info.TotalPages) != info.TotalPages {
+		g.frames.Invalidate()
 	}
 	return nil
 }
