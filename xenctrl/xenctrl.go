@@ -241,11 +241,15 @@ func (h *Handle) SetVCPUContext(id DomID, vcpu int, c *VCPUContext) error {
 // VCPUExtState returns the extended state of a vCPU.
 func (h *Handle) VCPUExtState(id DomID, vcpu int) (ExtState, error) {
 	var s ExtState
-	err := h.doVCPU("get extended state", id, vcpu, func(l lib) (err error) {
-		s.Mask, s.Data, err = l.vcpuExtState(id, vcpu)
-		return err
-	})
+	err := h.ReadVCPUExtState(id, vcpu, &s)
 	return s, err
+}
+
+// ReadVCPUExtState is VCPUExtState with memory that is used again: s is empty, or
+// what an earlier call made. It then takes one call of the hypervisor instead of
+// two, unless the state has grown.
+func (h *Handle) ReadVCPUExtState(id DomID, vcpu int, s *ExtState) error {
+	return h.doVCPU("get extended state", id, vcpu, func(l lib) error { return l.vcpuExtState(id, vcpu, s) })
 }
 
 // SetVCPUExtState sets the extended state of a vCPU to what VCPUExtState
@@ -317,8 +321,8 @@ func (h *Handle) DebugControl(id DomID, vcpu int, singleStep bool) error {
 func (h *Handle) GdbsxDomStatus(id DomID) (DomStatus, error) {
 	s := DomStatus{VCPU: -1}
 	err := h.do("gdbsx domstatus", id, -1, func(l lib) error {
-		var u domctlArgs
-		if err := l.domctl(domctlGdbsxDomStatus, id, &u); err != nil {
+		u, err := l.domctl(domctlGdbsxDomStatus, id, domctlArgs{})
+		if err != nil {
 			return err
 		}
 		s.Paused = u[gdbsxStatusPausedOff] != 0
@@ -351,7 +355,8 @@ func (h *Handle) gdbsxVCPU(op string, cmd uint32, id DomID, vcpu int) error {
 	return h.doVCPU(op, id, vcpu, func(l lib) error {
 		var u domctlArgs
 		binary.LittleEndian.PutUint32(u[gdbsxPauseVCPUOff:], uint32(vcpu))
-		return l.domctl(cmd, id, &u)
+		_, err := l.domctl(cmd, id, u)
+		return err
 	})
 }
 
