@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/spin"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -37,6 +38,7 @@ type Debugger struct {
 	scratch xenctrl.VCPUContext // for what is read only
 	want    xenctrl.VCPUContext // for what is to be set; a context is large
 	nextDB  time.Time
+	pace    pace // of the goroutine in Wait
 
 	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
 	vcpuInfo uint64
@@ -170,43 +172,29 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 	return nil
 }
 
-// Polling: a domstatus call takes about a microsecond, so spin first; a guest
-// that hits often is then served at once, an idle one costs little.
-const (
-	spins      = 64
-	sleepMin   = 20 * time.Microsecond
-	sleepMax   = 2 * time.Millisecond
-	aliveEvery = 100 * time.Millisecond
-)
+// aliveEvery is how often a wait looks whether the domain still lives.
+const aliveEvery = 100 * time.Millisecond
 
 // Wait implements breakpoint.Driver.
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
-	sleep := sleepMin
-	alive := time.Now()
-	for i := 0; ; i++ {
+	d.pace.start()
+	alive := d.pace.begin
+	for {
 		ok, err := d.poll(s)
 		if ok || err != nil {
+			d.pace.done()
 			return err
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if i < spins {
-			continue
-		}
-		if time.Since(alive) > aliveEvery {
+		d.pace.rest(ctx)
+		if now := spin.Clock(); now-alive > aliveEvery {
 			if err := d.checkAlive(); err != nil {
 				return err
 			}
-			alive = time.Now()
+			alive = now
 		}
-		t := time.NewTimer(sleep)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-		}
-		sleep = min(sleep*2, sleepMax)
 	}
 }
 
