@@ -107,15 +107,6 @@ func (c *EventChannels) Wait(ctx context.Context) error {
 	return waitErr("wait for event channel", ctx, c.p.wait(ctx))
 }
 
-// yieldVCPU lets others run that wait for the physical processor that this code
-// runs on. It reports whether that is possible.
-func (c *EventChannels) yieldVCPU() bool {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	y, ok := c.l.(yielder)
-	return ok && !c.closed && y.yieldVCPU()
-}
-
 // Close removes all ports and makes Wait return. Calling it again does nothing.
 func (c *EventChannels) Close() (err error) {
 	c.once.Do(func() {

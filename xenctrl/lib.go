@@ -76,8 +76,11 @@ type eventLib interface {
 	close() error
 }
 
-// yielder is an eventLib that can give away the rest of this vCPU's turn.
-type yielder interface{ yieldVCPU() bool }
+// turn is how this domain gives away its vCPU's turn.
+type turn interface {
+	yield() bool
+	close()
+}
 
 // storeLib is the seam below Store (libxenstore).
 type storeLib interface {

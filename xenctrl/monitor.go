@@ -181,7 +181,7 @@ func (m *Monitor) look(ctx context.Context) (bool, error) {
 	m.holder.Begin()
 	defer m.holder.End()
 	for begin := spin.Clock(); ; {
-		if !m.ev.yieldVCPU() {
+		if !m.h.turns() {
 			return false, nil
 		}
 		if n, err := m.waiting(); n > 0 || err != nil {

@@ -46,6 +46,7 @@ type Handle struct {
 	closed bool
 	ended  bool // l is closed too
 	refs   int  // mappings and monitors that are still open
+	turn   turn // nil: can't be given away
 }
 
 // Open loads the Xen libraries and connects to the hypervisor. The process has
@@ -55,7 +56,9 @@ func Open() (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newHandle(l), nil
+	h := newHandle(l)
+	h.turn = openTurn()
+	return h, nil
 }
 
 func newHandle(l lib) *Handle { return &Handle{l: l, path: l.path()} }
@@ -78,6 +81,9 @@ func (h *Handle) end() error {
 		return nil
 	}
 	h.ended = true
+	if h.turn != nil {
+		h.turn.close()
+	}
 	return h.l.close()
 }
 
@@ -119,6 +125,18 @@ func (h *Handle) doVCPU(op string, id DomID, vcpu int, f func(l lib) error) erro
 	}
 	return h.do(op, id, vcpu, f)
 }
+
+// Yield gives the rest of this vCPU's turn to others that wait for the same
+// physical processor, such as the vCPU of a guest that is waited for. It reports
+// whether that is possible.
+func (h *Handle) Yield() bool {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return !h.closed && h.turns()
+}
+
+// turns is Yield for those who hold a reference.
+func (h *Handle) turns() bool { return h.turn != nil && h.turn.yield() }
 
 // LibraryPath returns the file that libxenctrl was loaded from.
 func (h *Handle) LibraryPath() string { return h.path }

@@ -12,6 +12,7 @@ type live struct {
 }
 
 func (l *live) Info() (xenctrl.DomainInfo, error) { return l.h.Domain(l.id) }
+func (l *live) Yield() bool                       { return l.h.Yield() }
 func (l *live) Pause() error                      { return l.h.Pause(l.id) }
 func (l *live) Unpause() error                    { return l.h.Unpause(l.id) }
 
