@@ -42,6 +42,7 @@ type poller struct {
 
 	// Of the goroutine in wait.
 	fds    [1]unix.PollFd
+	left   unix.Timespec
 	canHot bool // the first way is allowed
 	hot    bool // and in use
 	holder spin.Holder
@@ -53,11 +54,9 @@ type poller struct {
 	interrupted sync.WaitGroup
 }
 
-const (
-	// hotPoll is how long an event may stay away before the wait becomes an
-	// ordinary one. It also bounds how late the end of a context is noticed.
-	hotPoll = 2 * time.Millisecond
-)
+// hotPoll is how long an event may stay away before the wait becomes an ordinary
+// one. It also bounds how late the end of a context is noticed.
+const hotPoll = 2 * time.Millisecond
 
 // newPoller returns a poller of fd. hot allows the first way.
 func newPoller(fd int, hot bool) (*poller, error) {
@@ -95,9 +94,10 @@ func newPoller(fd int, hot bool) (*poller, error) {
 	return p, nil
 }
 
-// poll is one poll(2), and false if it was interrupted or d has passed.
+// poll is one ppoll(2), and false if it was interrupted or d has passed.
 func (p *poller) poll(d time.Duration) (bool, error) {
-	n, _, e := syscall.RawSyscall(unix.SYS_POLL, uintptr(unsafe.Pointer(&p.fds)), 1, uintptr(d/time.Millisecond))
+	p.left = unix.NsecToTimespec(int64(d)) // the kernel writes here what is left of it
+	n, _, e := syscall.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 1, uintptr(unsafe.Pointer(&p.left)), 0, 0, 0)
 	switch {
 	case e == unix.EINTR:
 		return false, nil

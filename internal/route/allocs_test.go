@@ -112,12 +112,11 @@ type again struct {
 	addr   uint64 // of the probe
 	length uint64 // of its instruction
 
-	ctx    xenctrl.VCPUContext // at the hit (PV)
-	ext    xenctrl.ExtState
-	vcpu   int
-	paused bool
-	event  xenctrl.Event // of the hit (HVM)
-	slot   uint64        // where the answer sent the vCPU, 0 if not to a slot
+	ctx   xenctrl.VCPUContext // at the hit (PV)
+	ext   xenctrl.ExtState
+	vcpu  int
+	event xenctrl.Event // of the hit (HVM)
+	slot  uint64        // where the answer sent the vCPU, 0 if not to a slot
 }
 
 func (x *again) attach(m *sim.Machine, k sim.Kind) (breakpoint.Driver, error) {

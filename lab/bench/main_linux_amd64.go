@@ -110,6 +110,7 @@ func run(rounds, hits int, loop, only string) error {
 	}
 	b.counters = counts
 	fmt.Printf("%s, guest %s, %s at %#x\n", host, strings.TrimSpace(g.Ready()), symbol, addr)
+	fmt.Println("(the TSC counts instructions under Bochs)")
 	for _, p := range pairs(host) {
 		if only != "" && only != p.name {
 			continue
@@ -161,7 +162,7 @@ func (b *bench) compare(ctx context.Context, p pair, rounds int) error {
 	for range rounds {
 		s, err := b.measureC(ctx, p)
 		if err != nil {
-			return fmt.Errorf("C: %w", err)
+			return fmt.Errorf("the loop in C: %w", err)
 		}
 		t, err := b.measureOurs(ctx, p)
 		if err != nil {
