@@ -173,7 +173,7 @@ func (m *Monitor) waiting() (n uint32, err error) {
 // spinFor is how long Wait looks at the ring without rest, if the last request
 // came within that time. To be woken by the event takes both kernels longer: the
 // domain is put to sleep, takes an interrupt, and makes three calls more.
-const spinFor = 500 * time.Microsecond
+const spinFor = time.Millisecond
 
 // look waits for a request without the event, which stays masked meanwhile. The
 // guest's vCPU may be on this very processor, and gets it.
