@@ -31,6 +31,7 @@ help:
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench       benchmarks'
+	@echo 'make bench-lab   hits a second beside a minimal C loop, on a real Xen (HOST=pv or hvm)'
 	@echo 'make deps        install the Debian packages that all this needs'
 	@echo 'make clean       remove what was built here (the cache stays)'
 
@@ -132,7 +133,7 @@ demo-xen: deps-lab $(IN_DOM0)
 	@$(RUN_LAB) build $(HOST)
 	@$(RUN_LAB) run $(HOST) $(FILES) -- bin/demo
 
-.PHONY: test test-all test-emulators test-qemu lab-build lab-short lab-test lab-image lab-shell
+.PHONY: test test-all test-emulators test-qemu lab-build lab-short lab-test lab-image lab-shell bench-lab
 # Emulators leave part of a second processor: fuzzing gets that.
 test: check
 	@$(MAKE) -j2 test-emulators fuzz-beside || { cat bin/fuzz.failed 2>/dev/null; exit 1; }
@@ -174,6 +175,16 @@ lab-test: lab-build
 		echo "== lab: $$h, guests $(GUESTS)"; \
 		$(IN_LAB) $$h --timeout 80m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 80m -test.run "$$(tools/labtests $$h)/($(GUESTS))" || exit 1; \
 	done
+
+# Ours beside a minimal C loop, in one boot.
+bin/bench: FORCE
+	@$(GO) build $(STRIP) -o $@ ./lab/bench
+bin/cloop: lab/bench/cloop/loop.c
+	@mkdir -p bin
+	$(CC) -O2 -std=gnu11 -Wall -o $@ $< -lxenctrl -lxenevtchn -lxenforeignmemory
+bench-lab: deps-lab bin/bench bin/cloop
+	@$(RUN_LAB) build $(HOST)
+	@$(RUN_LAB) run $(HOST) --kernels 6.1 --file bin/cloop:/bin/cloop -- bin/bench
 
 lab-shell: deps-lab $(IN_DOM0)
 	@$(RUN_LAB) build $(HOST)

@@ -28,7 +28,8 @@ func OpenEventChannels() (*EventChannels, error) {
 
 // newEventChannels owns l, and closes it if it fails.
 func newEventChannels(l eventLib) (*EventChannels, error) {
-	p, err := newPoller(l.fd())
+	l = direct(l)
+	p, err := newPoller(l.fd(), true)
 	if err != nil {
 		_ = l.close()
 		return nil, opErr("open event channels", domNone, -1, err)
@@ -109,10 +110,11 @@ func (c *EventChannels) Wait(ctx context.Context) error {
 // Close removes all ports and makes Wait return. Calling it again does nothing.
 func (c *EventChannels) Close() (err error) {
 	c.once.Do(func() {
-		c.p.close() // wakes Wait, which holds the lock
+		c.p.interrupt() // wakes Wait, which holds the lock
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.closed = true
+		c.p.close()
 		err = opErr("close event channels", domNone, -1, c.l.close())
 	})
 	return err

@@ -98,8 +98,9 @@ func (f *fakeLib) debugControl(_ DomID, _ int, op uint32) error {
 	return f.call([]string{"debugControl off", "debugControl on"}[op])
 }
 
-func (f *fakeLib) vcpuExtState(DomID, int) (uint64, []byte, error) {
-	return 7, f.ext, f.call("vcpuExtState")
+func (f *fakeLib) vcpuExtState(_ DomID, _ int, s *ExtState) error {
+	s.Mask, s.Data = 7, append(s.Data[:0], f.ext...)
+	return f.call("vcpuExtState")
 }
 
 func (f *fakeLib) setVCPUExtState(_ DomID, _ int, mask uint64, data []byte) error {
@@ -112,14 +113,14 @@ func (f *fakeLib) hvmCPU(_ DomID, _ int, rec *hvmHWCPU) error {
 	return f.call("hvmCPU")
 }
 
-func (f *fakeLib) domctl(cmd uint32, _ DomID, u *domctlArgs) error {
+func (f *fakeLib) domctl(cmd uint32, _ DomID, u domctlArgs) (domctlArgs, error) {
 	f.domctls = append(f.domctls, cmd)
 	if cmd == domctlGdbsxDomStatus {
-		*u = f.status
+		u = f.status
 	} else {
-		f.status = *u
+		f.status = u
 	}
-	return f.call("domctl")
+	return u, f.call("domctl")
 }
 
 func (f *fakeLib) gdbsxMemory(_ DomID, _, va uint64, buf []byte, write bool) (int, error) {

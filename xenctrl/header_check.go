@@ -27,6 +27,10 @@ package xenctrl
 #include <xen/io/ring.h>
 #include <xen/io/xs_wire.h>
 #include <xen/version.h>
+#include <sys/ioctl.h>
+#include <xen/sched.h>
+#include <xen/sys/evtchn.h>
+#include <xen/sys/privcmd.h>
 
 #define VMP_LOGGER   xentoollog_logger
 #define VMP_CONTEXT  vcpu_guest_context_any_t
@@ -128,6 +132,8 @@ static const struct vmp_value vmp_values[] = {
 	V(XENVER_version) V(XENVER_extraversion) V(XENVER_capabilities)
 	SZ(xen_extraversion_t) SZ(xen_capabilities_info_t)
 	V(HVM_SAVE_CODE(CPU))
+	{ "IOCTL_EVTCHN_NOTIFY", (unsigned)IOCTL_EVTCHN_NOTIFY }, { "IOCTL_PRIVCMD_HYPERCALL", (unsigned)IOCTL_PRIVCMD_HYPERCALL },
+	SZ(struct privcmd_hypercall) V(__HYPERVISOR_sched_op) V(SCHEDOP_yield)
 	V(XENSTORE_PAYLOAD_MAX) V(XENSTORE_ABS_PATH_MAX)
 	V(XEN_DMOP_EVENT_hw_exc) V(XEN_DMOP_EVENT_pri_sw_exc) V(XEN_DMOP_EVENT_sw_exc)
 	{ "sizeof(xen_domctl.u)", sizeof(((struct xen_domctl *)0)->u) },

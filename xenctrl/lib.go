@@ -24,13 +24,15 @@ type lib interface {
 	vcpuInfo(id DomID, vcpu int, info *VCPUInfo) error
 	vcpuContext(id DomID, vcpu int, c *VCPUContext) error
 	setVCPUContext(id DomID, vcpu int, c *VCPUContext) error
-	vcpuExtState(id DomID, vcpu int) (mask uint64, data []byte, err error)
+	// vcpuExtState reuses s.Data. What s holds of an earlier call tells how much
+	// room is needed, without a call more.
+	vcpuExtState(id DomID, vcpu int, s *ExtState) error
 	setVCPUExtState(id DomID, vcpu int, mask uint64, data []byte) error
 	hvmCPU(id DomID, vcpu int, rec *hvmHWCPU) error
 
 	setDebugging(id DomID, on bool) error
 	debugControl(id DomID, vcpu int, op uint32) error
-	domctl(cmd uint32, id DomID, u *domctlArgs) error
+	domctl(cmd uint32, id DomID, u domctlArgs) (domctlArgs, error)
 	gdbsxMemory(id DomID, pgd3, va uint64, buf []byte, write bool) (remain int, err error)
 	translate(id DomID, vcpu int, va uint64) (frame uint64, err error)
 
@@ -72,6 +74,12 @@ type eventLib interface {
 	pending() (port uint32, err error) // EAGAIN: none
 	unmask(port uint32) error
 	close() error
+}
+
+// turn is how this domain gives away its vCPU's turn.
+type turn interface {
+	yield() bool
+	close()
 }
 
 // storeLib is the seam below Store (libxenstore).

@@ -5,6 +5,26 @@ package xenctrl
 /*
 #cgo CFLAGS: -std=gnu11 -Wall
 #cgo LDFLAGS: -ldl
+
+// What a hit calls keeps no pointer, so that Go need not allocate what it points
+// to, and C never calls Go.
+#cgo noescape vmp_first_domain
+#cgo nocallback vmp_first_domain
+#cgo nocallback vmp_pause
+#cgo nocallback vmp_unpause
+#cgo noescape vmp_get_context
+#cgo nocallback vmp_get_context
+#cgo noescape vmp_set_context
+#cgo nocallback vmp_set_context
+#cgo noescape vmp_ext_room
+#cgo nocallback vmp_ext_room
+#cgo noescape vmp_get_extstate
+#cgo nocallback vmp_get_extstate
+#cgo noescape vmp_set_extstate
+#cgo nocallback vmp_set_extstate
+#cgo noescape vmp_domctl
+#cgo nocallback vmp_domctl
+
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -189,42 +209,40 @@ static int vmp_set_context(struct vmp *v, uint32_t dom, uint32_t vcpu, const voi
 	return VMP_TRY(v->xc.xc_vcpu_setcontext(v->xch, dom, vcpu, buf));
 }
 
-// vmp_get_extstate returns memory to free in *out. xc_vcpu_get_extstate would do
-// the same, but it keeps to itself how much of the memory Xen filled, and
-// setvcpuextstate takes no other size.
-static int vmp_get_extstate(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t max,
-			    uint64_t *mask, uint64_t *size, void **out)
+// vmp_ext_room stores how much a vCPU's extended state can be, and the mask that
+// Xen wants to see with it.
+static int vmp_ext_room(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t *mask, uint64_t *room)
 {
 	struct vmp_domctl d = { .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
 	d.u.extstate.vcpu = vcpu; // all else 0: what is the most it can be?
 	int rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
-	if (rc < 0)
-		return rc;
-	uint64_t room = d.u.extstate.size;
 	*mask = d.u.extstate.xfeature_mask;
-	if (room > max)
-		return -E2BIG;
-	if (room == 0)
-		return 0;
+	*room = d.u.extstate.size;
+	return rc;
+}
+
+// vmp_get_extstate stores the state in room bytes at out, and its size, which is
+// what setvcpuextstate wants to have again. xc_vcpu_get_extstate keeps that to
+// itself, and asks for the room each time.
+static int vmp_get_extstate(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t mask,
+			    void *out, uint64_t room, uint64_t *size)
+{
+	struct vmp_domctl d = { .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
 	errno = 0;
 	void *safe = v->call.xencall_alloc_buffer(v->xcall, room);
 	if (!safe)
 		return -ENOMEM;
 	memset(safe, 0, room);
-	d = (struct vmp_domctl){ .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
 	d.u.extstate.vcpu = vcpu;
-	d.u.extstate.xfeature_mask = *mask;
+	d.u.extstate.xfeature_mask = mask;
 	d.u.extstate.size = room;
 	d.u.extstate.buffer = (uintptr_t)safe;
-	rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
+	int rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
 	if (rc >= 0 && d.u.extstate.size > room)
 		rc = -EAGAIN;
-	if (rc >= 0 && d.u.extstate.size > 0) {
+	if (rc >= 0) {
 		*size = d.u.extstate.size;
-		if ((*out = malloc(*size)))
-			memcpy(*out, safe, *size);
-		else
-			rc = -ENOMEM;
+		memcpy(out, safe, *size);
 	}
 	v->call.xencall_free_buffer(v->xcall, safe);
 	return rc;
@@ -763,23 +781,38 @@ func (l *dlLib) setVCPUContext(id DomID, vcpu int, c *VCPUContext) error {
 	return errno(C.vmp_set_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(own)))
 }
 
-func (l *dlLib) vcpuExtState(id DomID, vcpu int) (mask uint64, data []byte, err error) {
-	// The state grows when the guest first uses an extension: between the call
-	// that asks for its size and the one that gets it, if it is not paused.
+func (l *dlLib) vcpuExtState(id DomID, vcpu int, s *ExtState) (err error) {
+	// The state grows when the guest first uses an extension: since s was filled,
+	// or between the two calls, if it is not paused.
 	for range 3 {
-		var m, size C.uint64_t
-		var buf unsafe.Pointer
-		err = errno(C.vmp_get_extstate(l.v, C.uint32_t(id), C.uint32_t(vcpu), extStateMax, &m, &size, &buf))
+		if cap(s.Data) == 0 {
+			var mask, room C.uint64_t
+			if err := errno(C.vmp_ext_room(l.v, C.uint32_t(id), C.uint32_t(vcpu), &mask, &room)); err != nil {
+				return err
+			}
+			if room > extStateMax {
+				return syscall.E2BIG
+			}
+			s.Mask = uint64(mask)
+			if room == 0 {
+				return nil
+			}
+			s.Data = make([]byte, room)
+		}
+		buf := s.Data[:cap(s.Data)]
+		var size C.uint64_t
+		err = errno(C.vmp_get_extstate(l.v, C.uint32_t(id), C.uint32_t(vcpu), C.uint64_t(s.Mask),
+			unsafe.Pointer(unsafe.SliceData(buf)), C.uint64_t(len(buf)), &size))
 		if err == nil {
-			data = C.GoBytes(buf, C.int(size))
-			C.free(buf)
-			return uint64(m), data, nil
+			s.Data = buf[:size]
+			return nil
 		}
 		if err != syscall.EAGAIN && err != syscall.EINVAL {
 			break
 		}
+		s.Data = nil
 	}
-	return 0, nil, err
+	return err
 }
 
 func (l *dlLib) setVCPUExtState(id DomID, vcpu int, mask uint64, data []byte) error {
@@ -799,8 +832,9 @@ func (l *dlLib) debugControl(id DomID, vcpu int, op uint32) error {
 	return errno(C.vmp_debug_control(l.v, C.uint32_t(id), C.uint32_t(op), C.uint32_t(vcpu)))
 }
 
-func (l *dlLib) domctl(cmd uint32, id DomID, u *domctlArgs) error {
-	return errno(C.vmp_domctl(l.v, C.uint32_t(cmd), C.uint32_t(id), unsafe.Pointer(u)))
+func (l *dlLib) domctl(cmd uint32, id DomID, u domctlArgs) (domctlArgs, error) {
+	err := errno(C.vmp_domctl(l.v, C.uint32_t(cmd), C.uint32_t(id), unsafe.Pointer(&u)))
+	return u, err
 }
 
 func (l *dlLib) gdbsxMemory(id DomID, pgd3, va uint64, buf []byte, write bool) (int, error) {

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
+
+	"github.com/vmprobes/vmprobes/internal/spin"
 )
 
 // A Monitor receives the events of one HVM or PVH domain. Wait may be called
@@ -22,6 +25,10 @@ type Monitor struct {
 	ring  ring
 	on    [monitorEmulUnimplemented + 1]bool
 	close bool
+
+	// Of the goroutine in Wait.
+	near   bool // the next request may come soon
+	holder spin.Holder
 }
 
 // OpenMonitor attaches to the events of a domain, of which none is delivered
@@ -118,24 +125,16 @@ func (m *Monitor) SetEmulUnimplemented(on bool) error {
 
 // Wait returns when a request is on the ring, or with the error of ctx.
 func (m *Monitor) Wait(ctx context.Context) error {
-	for {
-		m.mu.Lock()
-		closed := m.close
-		var n uint32
-		var err error
-		if !closed {
-			n, err = m.ring.waiting()
+	if n, err := m.waiting(); n > 0 || err != nil {
+		return err
+	}
+	if m.near {
+		if ok, err := m.look(ctx); ok || err != nil {
+			return err
 		}
-		m.mu.Unlock()
-		if closed {
-			err = ErrClosed
-		}
-		if err != nil {
-			return opErr("wait for events", m.id, -1, err)
-		}
-		if n > 0 {
-			return nil
-		}
+		m.near = false
+	}
+	for begin := spin.Clock(); ; {
 		if err := m.ev.Wait(ctx); err != nil {
 			return err
 		}
@@ -149,6 +148,50 @@ func (m *Monitor) Wait(ctx context.Context) error {
 			if err := m.ev.Unmask(port); err != nil {
 				return err
 			}
+		}
+		n, err := m.waiting()
+		if n > 0 {
+			m.near = spin.Clock()-begin < spinFor
+		}
+		if n > 0 || err != nil {
+			return err
+		}
+	}
+}
+
+// waiting returns how many requests are on the ring.
+func (m *Monitor) waiting() (n uint32, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.close {
+		return 0, opErr("wait for events", m.id, -1, ErrClosed)
+	}
+	n, err = m.ring.waiting()
+	return n, opErr("wait for events", m.id, -1, err)
+}
+
+// spinFor is how long Wait looks at the ring without rest, if the last request
+// came within that time. To be woken by the event takes both kernels longer: the
+// domain is put to sleep, takes an interrupt, and makes three calls more.
+const spinFor = time.Millisecond
+
+// look waits for a request without the event, which stays masked meanwhile. The
+// guest's vCPU may be on this very processor, and gets it.
+func (m *Monitor) look(ctx context.Context) (bool, error) {
+	m.holder.Begin()
+	defer m.holder.End()
+	for begin := spin.Clock(); ; {
+		if !m.h.turns() {
+			return false, nil
+		}
+		if n, err := m.waiting(); n > 0 || err != nil {
+			return true, err
+		}
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		if spin.Clock()-begin > spinFor {
+			return false, nil
 		}
 	}
 }

@@ -7,6 +7,10 @@ import "context"
 // poller is not used: nothing can be opened on this platform.
 type poller struct{}
 
-func newPoller(int) (*poller, error)       { return nil, ErrUnsupportedPlatform }
+func newPoller(int, bool) (*poller, error) { return nil, ErrUnsupportedPlatform }
 func (*poller) wait(context.Context) error { return ErrUnsupportedPlatform }
+func (*poller) interrupt()                 {}
 func (*poller) close()                     {}
+
+func direct(l eventLib) eventLib { return l }
+func openTurn() turn             { return nil }

@@ -31,7 +31,7 @@ func OpenStore() (*Store, error) {
 
 // newStore owns l, and closes it if it fails.
 func newStore(l storeLib) (*Store, error) {
-	p, err := newPoller(l.fd())
+	p, err := newPoller(l.fd(), false)
 	if err != nil {
 		_ = l.close()
 		return nil, opErr("open xenstore", domNone, -1, err)
@@ -110,10 +110,11 @@ func (s *Store) WaitWatch(ctx context.Context) (path, token string, err error) {
 // nothing.
 func (s *Store) Close() (err error) {
 	s.once.Do(func() {
-		s.p.close() // wakes WaitWatch, which holds the lock
+		s.p.interrupt() // wakes WaitWatch, which holds the lock
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.closed = true
+		s.p.close()
 		err = opErr("close xenstore", domNone, -1, s.l.close())
 	})
 	return err

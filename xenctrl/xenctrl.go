@@ -46,6 +46,7 @@ type Handle struct {
 	closed bool
 	ended  bool // l is closed too
 	refs   int  // mappings and monitors that are still open
+	turn   turn // nil: can't be given away
 }
 
 // Open loads the Xen libraries and connects to the hypervisor. The process has
@@ -55,7 +56,9 @@ func Open() (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newHandle(l), nil
+	h := newHandle(l)
+	h.turn = openTurn()
+	return h, nil
 }
 
 func newHandle(l lib) *Handle { return &Handle{l: l, path: l.path()} }
@@ -78,6 +81,9 @@ func (h *Handle) end() error {
 		return nil
 	}
 	h.ended = true
+	if h.turn != nil {
+		h.turn.close()
+	}
 	return h.l.close()
 }
 
@@ -119,6 +125,18 @@ func (h *Handle) doVCPU(op string, id DomID, vcpu int, f func(l lib) error) erro
 	}
 	return h.do(op, id, vcpu, f)
 }
+
+// Yield gives the rest of this vCPU's turn to others that wait for the same
+// physical processor, such as the vCPU of a guest that is waited for. It reports
+// whether that is possible.
+func (h *Handle) Yield() bool {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return !h.closed && h.turns()
+}
+
+// turns is Yield for those who hold a reference.
+func (h *Handle) turns() bool { return h.turn != nil && h.turn.yield() }
 
 // LibraryPath returns the file that libxenctrl was loaded from.
 func (h *Handle) LibraryPath() string { return h.path }
@@ -241,11 +259,15 @@ func (h *Handle) SetVCPUContext(id DomID, vcpu int, c *VCPUContext) error {
 // VCPUExtState returns the extended state of a vCPU.
 func (h *Handle) VCPUExtState(id DomID, vcpu int) (ExtState, error) {
 	var s ExtState
-	err := h.doVCPU("get extended state", id, vcpu, func(l lib) (err error) {
-		s.Mask, s.Data, err = l.vcpuExtState(id, vcpu)
-		return err
-	})
+	err := h.ReadVCPUExtState(id, vcpu, &s)
 	return s, err
+}
+
+// ReadVCPUExtState is VCPUExtState with memory that is used again: s is empty, or
+// what an earlier call made. It then takes one call of the hypervisor instead of
+// two, unless the state has grown.
+func (h *Handle) ReadVCPUExtState(id DomID, vcpu int, s *ExtState) error {
+	return h.doVCPU("get extended state", id, vcpu, func(l lib) error { return l.vcpuExtState(id, vcpu, s) })
 }
 
 // SetVCPUExtState sets the extended state of a vCPU to what VCPUExtState
@@ -317,8 +339,8 @@ func (h *Handle) DebugControl(id DomID, vcpu int, singleStep bool) error {
 func (h *Handle) GdbsxDomStatus(id DomID) (DomStatus, error) {
 	s := DomStatus{VCPU: -1}
 	err := h.do("gdbsx domstatus", id, -1, func(l lib) error {
-		var u domctlArgs
-		if err := l.domctl(domctlGdbsxDomStatus, id, &u); err != nil {
+		u, err := l.domctl(domctlGdbsxDomStatus, id, domctlArgs{})
+		if err != nil {
 			return err
 		}
 		s.Paused = u[gdbsxStatusPausedOff] != 0
@@ -351,7 +373,8 @@ func (h *Handle) gdbsxVCPU(op string, cmd uint32, id DomID, vcpu int) error {
 	return h.doVCPU(op, id, vcpu, func(l lib) error {
 		var u domctlArgs
 		binary.LittleEndian.PutUint32(u[gdbsxPauseVCPUOff:], uint32(vcpu))
-		return l.domctl(cmd, id, &u)
+		_, err := l.domctl(cmd, id, u)
+		return err
 	})
 }
 

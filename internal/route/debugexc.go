@@ -3,6 +3,7 @@ package route
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -26,6 +27,7 @@ type debugWatch struct {
 	before []addrRange
 	quiet  bool // nothing was found when the domain was paused last
 	next   time.Time
+	gave   atomic.Bool // one was given to the guest
 }
 
 type addrRange struct{ start, end uint64 }
@@ -97,6 +99,8 @@ func (d *Debugger) takeDebugException() error {
 	}
 	if d.debug.quiet = n == 0; d.debug.quiet {
 		d.debug.next = time.Now().Add(again)
+	} else {
+		d.debug.gave.Store(true)
 	}
 	d.owed += n
 	return d.release()

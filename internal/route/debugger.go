@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/spin"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -38,6 +39,8 @@ type Debugger struct {
 	want    xenctrl.VCPUContext // for what is to be set; a context is large
 	debug   debugWatch
 	pins    pins
+	pace    pace          // of the goroutine in Wait
+	alive   time.Duration // of spin.Clock: when checkAlive was called last; likewise
 
 	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
 	vcpuInfo uint64
@@ -95,6 +98,7 @@ func OpenDebugger(hv Hypervisor) (*Debugger, error) {
 	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
+	d.pace.turn, _ = hv.(yielder)
 	d.vcpus = make([]vcpu, d.nvcpu)
 	d.roots = d.currentRoots
 	for v := range d.vcpus {
@@ -188,10 +192,12 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 		s.ext, s.saved = ext, true
 	}
 	if err := attempts(func() error { return d.hv.SetVCPUContext(v, c) }); err != nil {
+		s.keepExt()
 		return fmt.Errorf("vCPU %d: set registers: %w", v, err)
 	}
 	if s.ext.Live() {
 		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, s.ext) }); err != nil {
+			s.keepExt()
 			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
 		}
 	}
@@ -199,43 +205,36 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 	return nil
 }
 
-// Polling: a domstatus call takes about a microsecond, so spin first; a guest
-// that hits often is then served at once, an idle one costs little.
-const (
-	spins      = 64
-	sleepMin   = 20 * time.Microsecond
-	sleepMax   = 2 * time.Millisecond
-	aliveEvery = 100 * time.Millisecond
-)
+// aliveEvery is how often a wait looks whether the domain still lives.
+const aliveEvery = 100 * time.Millisecond
+
+// keepExt makes the saved state the vCPU's own: Hypervisor.VCPUExtState may use its
+// memory again.
+func (v *vcpu) keepExt() { v.ext.Data = slices.Clone(v.ext.Data) }
 
 // Wait implements breakpoint.Driver.
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
-	sleep := sleepMin
-	alive := time.Now()
-	for i := 0; ; i++ {
+	d.pace.start()
+	for now := d.pace.begin; ; now = spin.Clock() {
+		if now-d.alive > aliveEvery {
+			if err := d.checkAlive(); err != nil {
+				return err
+			}
+			d.alive = now
+		}
 		ok, err := d.poll(s)
 		if ok || err != nil {
+			d.pace.done()
 			return err
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if i < spins {
-			continue
+		if d.debug.gave.Swap(false) { // as good as a stop: the next one may follow soon
+			d.pace.done()
+			d.pace.start()
 		}
-		if time.Since(alive) > aliveEvery {
-			if err := d.checkAlive(); err != nil {
-				return err
-			}
-			alive = time.Now()
-		}
-		t := time.NewTimer(sleep)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-		}
-		sleep = min(sleep*2, sleepMax)
+		d.pace.rest(ctx)
 	}
 }
 

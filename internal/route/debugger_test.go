@@ -131,7 +131,7 @@ func TestUnpausedByOthers(t *testing.T) {
 			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
 				if unpaused < 5 {
 					time.Sleep(30 * time.Millisecond)
-					for hv.Unpause() == nil {
+					if hv.Unpause() == nil {
 						unpaused++
 					}
 					time.Sleep(30 * time.Millisecond)

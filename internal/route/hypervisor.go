@@ -19,6 +19,7 @@ type Hypervisor interface {
 
 	VCPUContext(vcpu int, c *xenctrl.VCPUContext) error
 	SetVCPUContext(vcpu int, c *xenctrl.VCPUContext) error
+	// VCPUExtState returns memory that the next call uses again. One call at a time.
 	VCPUExtState(vcpu int) (xenctrl.ExtState, error)
 	SetVCPUExtState(vcpu int, s xenctrl.ExtState) error
 	HVMCPU(vcpu int) (xenctrl.HVMCPU, error)

@@ -3,14 +3,16 @@ package route
 import "github.com/vmprobes/vmprobes/xenctrl"
 
 // Live returns the Hypervisor of a domain on the Xen that h is connected to.
-func Live(h *xenctrl.Handle, id xenctrl.DomID) Hypervisor { return &live{h, id} }
+func Live(h *xenctrl.Handle, id xenctrl.DomID) Hypervisor { return &live{h: h, id: id} }
 
 type live struct {
-	h  *xenctrl.Handle
-	id xenctrl.DomID
+	h   *xenctrl.Handle
+	id  xenctrl.DomID
+	ext xenctrl.ExtState // memory of VCPUExtState
 }
 
 func (l *live) Info() (xenctrl.DomainInfo, error) { return l.h.Domain(l.id) }
+func (l *live) Yield() bool                       { return l.h.Yield() }
 func (l *live) Pause() error                      { return l.h.Pause(l.id) }
 func (l *live) Unpause() error                    { return l.h.Unpause(l.id) }
 
@@ -22,7 +24,10 @@ func (l *live) SetVCPUContext(vcpu int, c *xenctrl.VCPUContext) error {
 	return l.h.SetVCPUContext(l.id, vcpu, c)
 }
 
-func (l *live) VCPUExtState(vcpu int) (xenctrl.ExtState, error) { return l.h.VCPUExtState(l.id, vcpu) }
+func (l *live) VCPUExtState(vcpu int) (xenctrl.ExtState, error) {
+	err := l.h.ReadVCPUExtState(l.id, vcpu, &l.ext)
+	return l.ext, err
+}
 
 func (l *live) SetVCPUExtState(vcpu int, s xenctrl.ExtState) error {
 	return l.h.SetVCPUExtState(l.id, vcpu, s)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/spin"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -35,8 +36,10 @@ type MonitorRoute struct {
 	in, out xenctrl.Event // the request and the response in hand
 	redo    bool          // in has been taken off the ring and isn't dealt with
 
-	// Of the goroutine in Wait: a context that ends when it is time to look
-	// whether the domain is alive, and the one it was made from.
+	// Of the goroutine in Wait: when it looked last whether the domain is alive
+	// (spin.Clock), a context that ends when it is time to look again, and the one
+	// that was made from.
+	alive            time.Duration
 	waitCtx, waitFor context.Context
 	waitEnd          context.CancelFunc
 }
@@ -167,6 +170,12 @@ func (m *MonitorRoute) alone() error {
 // Wait implements breakpoint.Driver.
 func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	for {
+		if now := spin.Clock(); now-m.alive > aliveEvery {
+			if err := m.checkAlive(); err != nil {
+				return err
+			}
+			m.alive = now
+		}
 		ok, err := m.poll(s)
 		if ok || err != nil {
 			return err
@@ -184,9 +193,6 @@ func (m *MonitorRoute) Wait(ctx context.Context, s *breakpoint.Stop) error {
 			}
 			m.waitFor = ctx
 			m.waitCtx, m.waitEnd = context.WithTimeout(ctx, aliveEvery)
-			if err := m.checkAlive(); err != nil {
-				return err
-			}
 		}
 		if err := m.mon.Wait(m.waitCtx); err != nil && m.waitCtx.Err() == nil {
 			return mapErr(err)

@@ -22,7 +22,7 @@ var (
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
 	ErrPaused        = errors.New("the domain is paused: if you have paused it, unpause it first (xl unpause); " +
 		"if a tool that had probes in it was killed, leave it so, as a PV guest would run on behind a breakpoint and die")
-	ErrNotRoot       = fmt.Errorf("only root may look into a guest: %w", fs.ErrPermission)
+	ErrNotRoot = fmt.Errorf("only root may look into a guest: %w", fs.ErrPermission)
 )
 
 // Kind is how a guest is virtualized.

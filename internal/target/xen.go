@@ -64,6 +64,8 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 		return nil, breakpoint.ErrGone
 	case dom.Suspended():
 		return nil, fmt.Errorf("%w: it is suspended, to be saved or migrated", ErrPaused)
+	case dom.Flags&xenctrl.DomainDebugged != 0:
+		return nil, route.ErrBusy // it may be paused at a hit
 	case dom.Flags&xenctrl.DomainPaused != 0:
 		return nil, ErrPaused
 	}
