@@ -44,6 +44,10 @@ var (
 	ErrClosed = fmt.Errorf("session is closed: %w", fs.ErrClosed)
 	// ErrLooping: a Loop or Events of the Session is running already.
 	ErrLooping = errors.New("the session's loop is running already")
+	// ErrUnanswered: Close could not give the guest all of its bytes or vCPUs back.
+	ErrUnanswered = breakpoint.ErrUnanswered
+	// ErrBadRegisters: a handler left registers that no vCPU can have.
+	ErrBadRegisters = breakpoint.ErrBadRegs
 	// ErrInterrupted: a signal ended Loop; the probe is unregistered.
 	ErrInterrupted = errors.New("interrupted by a signal, the probe is unregistered")
 

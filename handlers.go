@@ -14,10 +14,12 @@ const (
 
 // A PreHandler runs before the probed instruction, with r.PC() at the probe. If
 // it returns anything but Continue the loop ends; the instruction is executed all
-// the same, without Post handlers.
+// the same, without Post handlers. It also ends the hit for the probes that were
+// registered later at the same address: they count it in Stats.Missed.
 type PreHandler func(p *Probe, r *Regs) Action
 
-// A PostHandler runs after the probed instruction, with the probe's flags.
+// A PostHandler runs after the probed instruction, with the probe's flags, and
+// only while a Loop runs: of a hit whose Pre handler ended the Loop it doesn't run.
 type PostHandler func(p *Probe, r *Regs, f Flags) Action
 
 // A Hit is what [Session.Events] yields: a vCPU stopped at a probe, before the

@@ -49,15 +49,14 @@ type Probe struct {
 	addr     Addr
 	restored bool
 	disabled atomic.Bool
-	cr3      atomic.Uint64 // of the vCPU that hit, while a handler runs
-	past     Stats         // of earlier registrations
-	ended    *guard        // of the last registration with Register
+	past     Stats  // of earlier registrations
+	ended    *guard // of the last registration with Register
 }
 
 // Stats counts what happened at a probe.
 type Stats struct {
 	Hits   uint64 // executions that the handlers saw
-	Missed uint64 // executions while no Loop ran, which nobody saw
+	Missed uint64 // executions that they did not: no Loop ran, or another probe's handler ended the hit
 }
 
 // Stats returns the probe's counters, over all its registrations.
@@ -195,6 +194,15 @@ func (p *Probe) attached() (*Session, error) {
 	return p.session, nil
 }
 
+// cr3Of returns the page tables of the vCPU that hit p, while a handler of p runs
+// in s, and else 0.
+func (s *Session) cr3Of(p *Probe) uint64 {
+	if s.handling.Load() == p {
+		return s.cr3.Load()
+	}
+	return 0
+}
+
 // ReadMemory reads len(b) bytes of the guest (read_vmprobe). In a handler, addr
 // is taken in the address space of the vCPU that hit, so pointers of the guest's
 // processes work; elsewhere it is a kernel address. n < len(b) implies an error.
@@ -204,7 +212,7 @@ func (p *Probe) ReadMemory(b []byte, addr Addr) (n int, err error) {
 	if err != nil {
 		return 0, &Error{Op: "read", Probe: p.String(), Err: err}
 	}
-	return s.read(p.cr3.Load(), b, addr)
+	return s.read(s.cr3Of(p), b, addr)
 }
 
 // WriteMemory writes b to the guest (write_vmprobe), whatever the page's
@@ -214,7 +222,7 @@ func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
 	if err != nil {
 		return 0, &Error{Op: "write", Probe: p.String(), Err: err}
 	}
-	return s.write(p.cr3.Load(), addr, b)
+	return s.write(s.cr3Of(p), addr, b)
 }
 
 // ReadUint64 reads a little-endian word.

@@ -49,13 +49,12 @@ type Options struct {
 type Stepping uint8
 
 // Ways of stepping. StepAuto takes the first that is safe: emulation in this
-// process, emulation in the hypervisor, a copy out of line, a single step in
-// place. The others allow only theirs, and Register fails where it isn't possible.
+// process, a copy out of line, a single step in place. The others allow only
+// theirs, and Register fails where it isn't possible.
 const (
-	StepAuto         = Stepping(breakpoint.Auto)
-	StepOutOfLine    = Stepping(breakpoint.OutOfLine)
-	StepInPlace      = Stepping(breakpoint.InPlace)
-	StepByHypervisor = Stepping(breakpoint.ByHypervisor)
+	StepAuto      = Stepping(breakpoint.Auto)
+	StepOutOfLine = Stepping(breakpoint.OutOfLine)
+	StepInPlace   = Stepping(breakpoint.InPlace)
 )
 
 // Kind is the virtualization mode of a domain.
@@ -119,14 +118,21 @@ type Session struct {
 	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
 	regs Regs
 
+	handling atomic.Pointer[Probe] // whose handler runs
+	cr3      atomic.Uint64         // of the vCPU that hit it
+
 	mu      sync.Mutex
 	probes  []*Probe
 	looping bool
 	stop    context.CancelCauseFunc // of the loop that runs
 	idle    *idle
 	closed  bool
-	done    chan struct{} // closed when Close has finished
-	err     error         // Close's
+
+	closing sync.Mutex // held by Close
+	left    bool       // nothing is in the guest any more; closing
+	once    sync.Once
+	done    chan struct{} // closed when Close has been tried
+	err     error         // Close's; closing
 }
 
 // loopGrace is how long hits wait for a Loop after Register: a guest is stopped
@@ -153,10 +159,11 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
-		Scratch:  s.scratch,
-		MayFault: s.expectedFaults(),
-		Method:   breakpoint.Method(opts.Stepping),
-		Logger:   log,
+		Scratch:   s.scratch,
+		MayFault:  s.expectedFaults(),
+		Rewriting: s.rewriting,
+		Method:    breakpoint.Method(opts.Stepping),
+		Logger:    log,
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -270,6 +277,7 @@ func (s *Session) engineProbe(p *Probe, addr Addr) *breakpoint.Probe {
 				}
 			}
 			if s.sink != nil {
+				c.Leave() // the body of a range is no handler
 				return s.sink(&Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)})
 			}
 			return Continue
@@ -286,8 +294,9 @@ func (s *Session) engineProbe(p *Probe, addr Addr) *breakpoint.Probe {
 // dispatch calls a handler with the registers of a hit, and takes them back.
 func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action) breakpoint.Verdict {
 	cr3 := c.Regs.CR3
-	p.cr3.Store(cr3)
-	defer p.cr3.Store(0)
+	s.cr3.Store(cr3)
+	s.handling.Store(p)
+	defer s.handling.Store(nil)
 	s.regs.load(c.Regs, func(addr uint64, b []byte) error { return s.drv.Read(cr3, addr, b) })
 	if s.guest != nil {
 		s.regs.kernel = s.guest.Linux()
@@ -298,18 +307,24 @@ func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action
 }
 
 // Unregister removes probes and gives the guest its instructions back. Probes
-// that aren't registered with s are ignored. A handler may call it.
+// that aren't registered with s are ignored. One whose breakpoint can't be removed
+// stays registered, and Unregister may be called again.
+//
+// When Unregister returns no handler of the probes runs, and none will. So it waits
+// for one that runs now, unless it is called by a handler itself. A handler must not
+// wait for another goroutine that calls it.
 func (s *Session) Unregister(probes ...*Probe) error {
+	gone, err := s.unregister(probes...)
+	s.eng.Quiesce(gone...)
+	return err
+}
+
+func (s *Session) unregister(probes ...*Probe) (gone []*breakpoint.Probe, errs error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil
+		return nil, nil
 	}
-	return s.unregister(probes...)
-}
-
-func (s *Session) unregister(probes ...*Probe) error {
-	var errs error
 	for _, p := range probes {
 		if p == nil {
 			continue
@@ -330,9 +345,10 @@ func (s *Session) unregister(probes ...*Probe) error {
 		}
 		s.probes = slices.Delete(s.probes, i, i+1)
 		p.detach(err == nil)
+		gone = append(gone, ep)
 		s.log.Debug("probe unregistered", "probe", p)
 	}
-	return errs
+	return gone, errs
 }
 
 // Probes returns the registered probes, in order of registration.
@@ -346,7 +362,7 @@ func (s *Session) Probes() []*Probe {
 // guest's own, which reach us as soon as we are attached; s.mu is held. It begins
 // after the given time, unless a Loop does.
 func (s *Session) serveIdle(after time.Duration) {
-	if s.idle != nil || s.looping || s.closed {
+	if s.idle != nil || s.looping {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -431,7 +447,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	defer func() {
 		s.mu.Lock()
 		s.looping, s.stop, s.sink = false, nil, nil
-		if finished {
+		if finished && !s.closed {
 			s.serveIdle(0)
 		}
 		s.mu.Unlock()
@@ -525,7 +541,6 @@ func (s *Session) Stats() SessionStats { return SessionStats(s.eng.Stats()) }
 type SessionStats struct {
 	Hits       uint64 // executions of probed addresses
 	Emulated   uint64 // whose instruction this process executed
-	Hypervisor uint64 // … the hypervisor emulated
 	OutOfLine  uint64 // … the vCPU executed as a copy elsewhere
 	InPlace    uint64 // … the vCPU executed in place, single-stepped
 	Reinjected uint64 // breakpoints of the guest's own, given back to it
@@ -535,39 +550,65 @@ type SessionStats struct {
 // Close unregisters every probe, gives the guest its instructions back and
 // detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
 // for the handler that runs; so a handler must not call it, nor the body of a
-// range over Events. It is idempotent, and joins all failures.
+// range over Events. It joins all failures. After it has left the guest, which is
+// nearly always so, it does nothing and returns the same.
+//
+// If a breakpoint can't be removed or a vCPU not be let go, however often that is
+// tried, the error wraps ErrUnanswered. The Session then stays attached and answers
+// the guest, and Close may be called again. A program that ends all the same leaves
+// a guest that stands still at the breakpoint.
 func (s *Session) Close() error {
 	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		<-s.done
-		return s.err
-	}
 	s.closed = true
 	if s.stop != nil {
 		s.stop(ErrClosed)
 	}
+	s.mu.Unlock()
+
+	s.closing.Lock()
+	defer s.closing.Unlock()
+	if s.left {
+		return s.err
+	}
+	s.mu.Lock()
 	s.endIdle()
 	probes := s.probes
 	s.probes = nil
 	s.mu.Unlock()
-
 	slow := time.AfterFunc(5*time.Second, func() {
 		s.log.Error("Close has waited for 5 s; was it called in a handler?")
 	})
 	err := s.eng.Close()
 	slow.Stop()
+	s.left = s.eng.Left()
 	for _, p := range probes {
 		p.detach(err == nil)
 	}
-	if s.leave != nil {
-		err = errors.Join(err, s.leave())
+	if s.left {
+		if s.leave != nil {
+			err = errors.Join(err, s.leave())
+		}
+	} else {
+		s.mu.Lock()
+		s.serveIdle(0)
+		s.mu.Unlock()
 	}
 	s.err = s.fail("close", nil, err)
-	s.log.Debug("session closed", "err", err)
-	close(s.done)
+	s.log.Debug("session closed", "left", s.left, "err", err)
+	s.once.Do(func() { close(s.done) })
 	return s.err
 }
+
+// closeError returns what Close returned.
+func (s *Session) closeError() error {
+	s.closing.Lock()
+	defer s.closing.Unlock()
+	return s.err
+}
+
+// rewriting reports whether the guest's kernel is changing its own code: whoever
+// does so holds text_mutex (kernel/extable.c).
+func (s *Session) rewriting() bool { return false }
 
 // scratch proposes dead code for out-of-line execution.
 func (s *Session) scratch(near uint64, try func(addr, size uint64) bool) {

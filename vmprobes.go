@@ -86,6 +86,13 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if k := guest.Linux(); k != nil {
 		syms = k.Symbols()
 		drv.SetKernelRoot(k.Root())
+		if d, ok := drv.(target.Identified); ok {
+			if sym, err := syms.Lookup("linux_banner"); err == nil && k.Banner() != "" {
+				if err := d.SetIdentity(sym.Addr, []byte(k.Banner())); err != nil {
+					return nil, errors.Join(err, drv.Close())
+				}
+			}
+		}
 		if d, ok := drv.(target.Symbolic); ok {
 			d.UseSymbols(func(name string) (uint64, bool) {
 				sym, err := syms.Lookup(name)
@@ -184,7 +191,7 @@ func Loop(ctx context.Context, p *Probe) error {
 	}
 	err := s.Loop(ctx)
 	if sig := s.guard.signal(); sig != nil && errors.Is(err, ErrClosed) {
-		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: fmt.Errorf("%w (%v)", ErrInterrupted, sig)}
+		return &Error{Op: "loop", Domain: p.domain(), Probe: p.location(), Err: errors.Join(fmt.Errorf("%w (%v)", ErrInterrupted, sig), s.closeError())}
 	}
 	return err
 }

@@ -15,7 +15,9 @@
 //
 // A hit stops every vCPU until its handlers are done, and the instruction is then
 // executed by its vCPU alone: no execution is missed. One that faults (an access
-// to user memory) is a hit again when the guest repeats it.
+// to user memory) is a hit again when the guest repeats it. A repeated string
+// instruction is one hit; what of it neither faults nor ends it is done here, in
+// the guest's memory, and the VM runs every 25 ms until it is over.
 //
 // When the connection is closed in order, the stub forgets the breakpoints and
 // the VM runs. A process that is killed leaves the VM stopped at its next

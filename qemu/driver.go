@@ -31,14 +31,16 @@ type Driver struct {
 	kernel atomic.Uint64 // paging.Root, 0: ask the vCPUs
 
 	// The rest is guarded by vm.mu.
-	breaks  map[uint64]*point
-	pending bool            // a stop hasn't been answered: the VM must not run
-	queued  bool            // Wait hasn't returned it yet
-	stop    breakpoint.Stop // the pending one
-	thread  string          // its vCPU's
-	fault   error           // for Wait to return once
-	again   unmoved
-	closed  bool
+	breaks   map[uint64]*point
+	pending  bool            // a stop hasn't been answered: the VM must not run
+	queued   bool            // Wait hasn't returned it yet
+	stop     breakpoint.Stop // the pending one
+	thread   string          // its vCPU's
+	fault    error           // for Wait to return once
+	underway []underway
+	identity identity
+	freezes  int // Freezes without their Thaw
+	closed   bool
 }
 
 // A point is a breakpoint in the stub.
@@ -47,6 +49,7 @@ type point struct {
 	insn    x86.Insn
 	checked time.Time // when the guest's code there was last compared
 	changed bool      // … and found different; the breakpoint is out
+	removed bool      // only what is underway there comes back to it
 }
 
 // toItself reports whether the instruction may be a branch to itself, as in
@@ -60,13 +63,6 @@ func (p *point) toItself() bool {
 		return int(int8(b[len(b)-1])) == -len(b)
 	}
 	return int(int32(binary.LittleEndian.Uint32(b[len(b)-4:]))) == -len(b)
-}
-
-// unmoved is a vCPU whose step ended where it began, and which has run on since:
-// its next stop there is no hit.
-type unmoved struct {
-	thread string
-	addr   uint64
 }
 
 // Attach returns a driver for breakpoints in the VM. It doesn't stop it for more
@@ -104,12 +100,49 @@ func (d *Driver) setMode(mode paging.Mode) {
 
 // Caps implements breakpoint.Driver.
 func (d *Driver) Caps() breakpoint.Caps {
-	return breakpoint.Caps{VCPUs: maxVCPUs, Emulate: true, Step: true, CheapStep: true}
+	return breakpoint.Caps{
+		VCPUs: maxVCPUs, Step: true, CheapStep: true,
+		Hidden: !d.vm.info.KVM, // TCG's breakpoints are in no memory
+		LA57:   d.mem.Load().Mode().Kind == paging.FiveLevel,
+	}
 }
 
 // SetKernelRoot fixes the page-table root through which kernel memory is
 // reached outside of a hit: the kernel's init_top_pgt, which never goes away.
 func (d *Driver) SetKernelRoot(r paging.Root) { d.kernel.Store(uint64(r)) }
+
+// identity is memory that tells a guest's kernel from others.
+type identity struct {
+	addr  uint64
+	bytes []byte
+}
+
+// maxIdentity bounds the bytes of an identity, which are read with every check.
+const maxIdentity = 512
+
+// SetIdentity names bytes of the kernel, at most 512, that never change while it
+// runs, such as its banner. A VM may be reset and come back with another kernel, or
+// with the same one elsewhere (KASLR): where the old one had a probe the new one
+// may have the same instruction, in another function. When a hit finds other bytes
+// at addr all breakpoints are out, and Wait fails with ErrTextChanged. It fails if
+// they are not there now.
+func (d *Driver) SetIdentity(addr uint64, b []byte) error {
+	if len(b) > maxIdentity {
+		b = b[:maxIdentity]
+	}
+	cur := make([]byte, len(b))
+	if err := d.Read(0, addr, cur); err != nil {
+		return fmt.Errorf("the kernel's identity at %#x: %w", addr, err)
+	}
+	if !bytes.Equal(cur, b) {
+		return fmt.Errorf("the kernel's identity at %#x is %q, not %q", addr, printable(string(cur)), printable(string(b)))
+	}
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	d.identity = identity{addr, cur}
+	return nil
+}
 
 // roots returns page-table roots that may map the kernel.
 func (d *Driver) roots(cr3 uint64) ([]paging.Root, error) {
@@ -235,10 +268,31 @@ func (d *Driver) Patch(addr uint64, b []byte) error {
 
 // Freeze implements breakpoint.Driver. The instruction of a hit may still be
 // stepped meanwhile.
-func (d *Driver) Freeze() error { return d.vm.Freeze() }
+func (d *Driver) Freeze() error {
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err := v.freeze(); err != nil {
+		return err
+	}
+	d.freezes++
+	return nil
+}
 
 // Thaw implements breakpoint.Driver.
-func (d *Driver) Thaw() error { return d.vm.Thaw() }
+func (d *Driver) Thaw() error {
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if d.freezes == 0 {
+		return nil
+	}
+	if err := v.thaw(); err != nil {
+		return err
+	}
+	d.freezes--
+	return nil
+}
 
 // InsertBreak implements breakpoint.Driver.
 func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
@@ -262,11 +316,18 @@ func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
 	if d.closed {
 		return ErrClosed
 	}
-	if d.breaks[addr] != nil {
-		// The stub would count it twice, and keep one for ever.
-		return fmt.Errorf("breakpoint at %#x is there already", addr)
-	}
 	p := &point{kind: '0', insn: *in, checked: time.Now()}
+	if old := d.breaks[addr]; old != nil {
+		// The stub would count it twice, and keep one for ever.
+		if !old.removed {
+			return fmt.Errorf("breakpoint at %#x is there already", addr)
+		}
+		if !old.changed {
+			p.kind = old.kind
+			d.breaks[addr] = p
+			return nil
+		}
+	}
 	err := v.insert(p, addr)
 	if err != nil {
 		return err
@@ -305,16 +366,18 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	p := d.breaks[addr]
-	if p == nil {
+	if p == nil || p.removed {
 		return nil
 	}
-	if d.again.addr == addr {
-		d.again = unmoved{}
-	}
 	return v.held(func() error {
+		d.forgetUnderway(addr)
 		if p.changed {
 			delete(d.breaks, addr)
 			return fmt.Errorf("%#x: %w", addr, breakpoint.ErrTextChanged)
+		}
+		if d.owed(addr) {
+			p.removed = true // until that has come back
+			return nil
 		}
 		if err := v.callOK(p.packet('z', addr)); err != nil {
 			return err
@@ -352,10 +415,12 @@ func (d *Driver) trapped() error {
 	if err != nil {
 		return err
 	}
-	if d.again == (unmoved{thread, ip}) {
-		d.again = unmoved{}
+	if u, ok := d.back(); ok && u.tries < maxTries {
+		return d.goOn(n, thread, p, u)
+	}
+	if p.removed {
 		d.thread = thread
-		return d.stepOn(ip, p)
+		return d.stepOn(ip, p, underway{})
 	}
 	if mode, err := paging.ModeOf(v.regs[rCR0], v.regs[rCR4], v.regs[rEFER]); err == nil {
 		d.setMode(mode)
@@ -371,9 +436,10 @@ func (d *Driver) trapped() error {
 	return nil
 }
 
-// check compares the guest's code at a breakpoint, now and then. If the guest
-// has rewritten it, as a reboot does, to go on as if the old instruction stood
-// there would be wrong: the breakpoint is taken out, and Wait says so.
+// check compares the guest's code at a breakpoint, and what its kernel is known by,
+// now and then. If the guest has rewritten it, as a reboot does, to go on as if the
+// old instruction stood there would be wrong: the breakpoint is taken out, or all
+// of them if the kernel is another one, and Wait says so.
 func (d *Driver) check(addr uint64, p *point) error {
 	v := d.vm
 	if v.regs[rCS]&3 != 0 {
@@ -387,26 +453,68 @@ func (d *Driver) check(addr uint64, p *point) error {
 			return nil
 		}
 	}
-	var err error
-	if v.direct != nil {
-		_, err = d.mem.Load().Read(paging.Root(v.regs[rCR3]), paging.VAddr(addr), cur)
-	} else if err = v.readVirt(v.current, addr, cur); err != nil && !errors.Is(err, breakpoint.ErrNotMapped) {
+	same, err := d.readHere(addr, cur)
+	if err != nil {
 		return err
 	}
 	if v.info.KVM && p.kind == '0' {
 		cur, want = cur[1:], want[1:] // QEMU's int3 shows
 	}
-	if err == nil && bytes.Equal(cur, want) {
-		p.checked = now
+	if !same || !bytes.Equal(cur, want) {
+		if err := d.takeOut(addr, p); err != nil {
+			return err
+		}
+		d.fault = fmt.Errorf("%#x: %w (or has it rebooted?): it has % x there, not % x; the probe is out",
+			addr, breakpoint.ErrTextChanged, cur, want)
 		return nil
 	}
-	if err := v.callOK(p.packet('z', addr)); err != nil {
+	if id := d.identity; id.bytes != nil {
+		var b [maxIdentity]byte
+		cur := b[:len(id.bytes)]
+		if same, err = d.readHere(id.addr, cur); err != nil {
+			return err
+		}
+		if !same || !bytes.Equal(cur, id.bytes) {
+			for addr, p := range d.breaks {
+				if err := d.takeOut(addr, p); err != nil {
+					return err
+				}
+			}
+			d.fault = fmt.Errorf("%w: it has rebooted: what its kernel was known by, at %#x, is %q now, not %q; all probes are out",
+				breakpoint.ErrTextChanged, id.addr, printable(string(cur)), printable(string(id.bytes)))
+			return nil
+		}
+	}
+	p.checked = now
+	return nil
+}
+
+// takeOut removes a breakpoint of a guest that has something else there.
+func (d *Driver) takeOut(addr uint64, p *point) error {
+	if p.changed {
+		return nil
+	}
+	if err := d.vm.callOK(p.packet('z', addr)); err != nil {
 		return err
 	}
 	p.changed = true
-	d.fault = fmt.Errorf("%#x: %w (or has it rebooted?): it has % x there, not % x; the probe is out",
-		addr, breakpoint.ErrTextChanged, cur, want)
+	d.forgetUnderway(addr)
 	return nil
+}
+
+// readHere reads through the page tables of the vCPU that has stopped. It reports
+// whether the memory is there.
+func (d *Driver) readHere(addr uint64, b []byte) (bool, error) {
+	v := d.vm
+	if v.direct != nil {
+		_, err := d.mem.Load().Read(paging.Root(v.regs[rCR3]), paging.VAddr(addr), b)
+		return err == nil, nil
+	}
+	err := v.readVirt(v.current, addr, b)
+	if errors.Is(err, breakpoint.ErrNotMapped) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Wait implements breakpoint.Driver.
@@ -451,13 +559,18 @@ func (d *Driver) pendingStop(s *breakpoint.Stop) error {
 // putRegs gives the vCPU the registers of s, except RIP unless ip is set, if they
 // differ from what it has.
 func (d *Driver) putRegs(s *breakpoint.Stop, ip bool) error {
-	v := d.vm
-	want := v.regs
+	want := d.vm.regs
 	want.setGeneral(&s.Regs)
 	if !ip {
-		want[rIP] = v.regs[rIP]
+		want[rIP] = d.vm.regs[rIP]
 	}
-	if want == v.regs {
+	return d.put(&want)
+}
+
+// put gives d.thread, whose registers are v.regs, those of want.
+func (d *Driver) put(want *regFile) error {
+	v := d.vm
+	if *want == v.regs {
 		return nil
 	}
 	if err := v.choose(d.thread); err != nil {
@@ -483,7 +596,7 @@ func (d *Driver) putRegs(s *breakpoint.Stop, ip bool) error {
 		}
 	}
 	if errs == nil {
-		v.regs = want
+		v.regs = *want
 	}
 	return errs
 }
@@ -518,9 +631,8 @@ func (d *Driver) Resume(s *breakpoint.Stop) error {
 	return v.run(packet)
 }
 
-// Emulate implements breakpoint.Driver: the vCPU executes the instruction
-// itself, alone, and goes on.
-func (d *Driver) Emulate(s *breakpoint.Stop, _ *x86.Insn) error {
+// StepOn implements breakpoint.Driver.
+func (d *Driver) StepOn(s *breakpoint.Stop, _ *x86.Insn) error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -529,31 +641,63 @@ func (d *Driver) Emulate(s *breakpoint.Stop, _ *x86.Insn) error {
 	}
 	p := d.breaks[s.Regs.IP]
 	if p == nil {
-		return fmt.Errorf("emulate at %#x: no breakpoint there", s.Regs.IP)
+		return fmt.Errorf("step on at %#x: no breakpoint there", s.Regs.IP)
 	}
 	if err := d.putRegs(s, true); err != nil {
 		return err
 	}
-	return d.stepOn(s.Regs.IP, p)
+	return d.stepOn(s.Regs.IP, p, underway{})
 }
 
-// maxSteps bounds how often a step is made again because RIP hasn't moved: a
-// repeated string instruction moves on with its last iteration.
-const maxSteps = 1 << 14
+// goOn has vCPU n, which came back to the breakpoint, go on with its execution.
+func (d *Driver) goOn(n int, thread string, p *point, u underway) error {
+	d.thread = thread
+	if !u.over {
+		return d.stepOn(d.vm.regs[rIP], p, u)
+	}
+	d.stop = breakpoint.Stop{VCPU: n}
+	d.pending = true
+	if p.removed {
+		// It is where it is: the rest it executes without us.
+		addr := d.vm.regs[rIP]
+		d.stepped(addr)
+		if !d.owed(addr) {
+			if err := d.takeOut(addr, p); err != nil {
+				return err
+			}
+			delete(d.breaks, addr)
+		}
+		return nil
+	}
+	return d.stepOver(d.vm.regs[rIP], p)
+}
 
 // stepOn steps d.thread past the instruction at addr, and lets the VM run unless
-// it is frozen. Where a step may fail to move, RIP is asked for in the same write
-// as the VM is let go: if it hasn't moved, the vCPU stops there again at once.
-func (d *Driver) stepOn(addr uint64, p *point) error {
+// it is frozen. u is what it has been before, if it came back. Where a step may
+// fail to move, RIP is asked for in the same write as the VM is let go: if it
+// hasn't moved, the vCPU stops there again, unless it takes an interrupt first.
+func (d *Driver) stepOn(addr uint64, p *point, u underway) error {
 	v := d.vm
-	for range maxSteps {
+	if p.insn.Repeats() {
+		done, err := d.repeat(addr, p)
+		if err != nil {
+			return err
+		}
+		if !done {
+			d.leave(u)
+		}
+		d.pending = false
+		return v.settle()
+	}
+	u.tries++
+	for range maxTries {
 		if err := d.step(addr, p); err != nil {
 			return err
 		}
-		if !p.insn.Repeats() && (!v.verify || p.toItself()) {
+		if !v.verify || p.toItself() {
 			break
 		}
-		if v.frozen == 0 && !p.insn.Repeats() {
+		if v.frozen == 0 {
 			d.pending = false
 			if err := v.run(v.readIP(), "c"); err != nil {
 				return err
@@ -561,7 +705,7 @@ func (d *Driver) stepOn(addr uint64, p *point) error {
 			ip, err := v.receiveIP()
 			if err == nil && ip == addr {
 				v.log.Debug("a step ended where it began", "thread", d.thread, "rip", ip)
-				d.again = unmoved{d.thread, addr}
+				d.leave(u)
 			}
 			return err
 		}
@@ -655,7 +799,27 @@ func (d *Driver) StepOver(s *breakpoint.Stop, addr uint64) error {
 	if err := d.putRegs(s, true); err != nil {
 		return err
 	}
-	for range maxSteps {
+	if d.stop.Reason == breakpoint.Stepped && p.insn.Repeats() {
+		// It has had a slice.
+		d.leave(underway{over: true})
+		d.pending = false
+		return v.settle()
+	}
+	return d.stepOver(addr, p)
+}
+
+// stepOver steps d.thread over the instruction at addr, or a slice further in it,
+// and has Wait return that.
+func (d *Driver) stepOver(addr uint64, p *point) error {
+	v := d.vm
+	if p.insn.Repeats() {
+		if _, err := d.repeat(addr, p); err != nil {
+			return err
+		}
+		d.stepped(addr)
+		return nil
+	}
+	for range maxTries {
 		if err := d.step(addr, p); err != nil {
 			return err
 		}
@@ -670,10 +834,15 @@ func (d *Driver) StepOver(s *breakpoint.Stop, addr uint64) error {
 			break
 		}
 	}
-	d.stop.Reason, d.stop.Regs = breakpoint.Stepped, v.regs.general()
-	d.queued = true
-	v.changed.Broadcast()
+	d.stepped(addr)
 	return nil
+}
+
+// stepped has Wait return that the vCPU of the pending stop has stepped at addr.
+func (d *Driver) stepped(addr uint64) {
+	d.stop.Reason, d.stop.Addr, d.stop.Regs = breakpoint.Stepped, addr, d.vm.regs.general()
+	d.queued = true
+	d.vm.changed.Broadcast()
 }
 
 // Reinject implements breakpoint.Driver. A breakpoint of the guest's own never
@@ -686,27 +855,35 @@ func (d *Driver) Reinject(s *breakpoint.Stop) error {
 	if p == nil {
 		return d.Resume(s)
 	}
-	return d.Emulate(s, &p.insn)
+	return d.StepOn(s, &p.insn)
 }
 
 // Close implements breakpoint.Driver: it removes all breakpoints and lets the VM
 // run. A stop that waits for its answer is dropped: its vCPU executes the
 // instruction itself.
-func (d *Driver) Close(func(*breakpoint.Stop) error) error {
+func (d *Driver) Close() error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if d.closed {
 		return nil
 	}
+	// Whoever waits for stops is to see that there are no more.
 	d.closed = true
 	v.changed.Broadcast()
-	defer func() {
-		if v.drv == d {
-			v.drv = nil
-		}
-	}()
 	d.pending, d.queued = false, false
+	err := d.detach()
+	if err != nil && v.err == nil {
+		d.closed = false // it may be called again
+	} else if v.drv == d {
+		v.drv = nil
+	}
+	return err
+}
+
+// detach removes all breakpoints and lets the VM run, unless others hold it.
+func (d *Driver) detach() error {
+	v := d.vm
 	if v.gone {
 		return v.err
 	}
@@ -720,6 +897,10 @@ func (d *Driver) Close(func(*breakpoint.Stop) error) error {
 		err = errors.Join(err, d.clear())
 	}
 	v.frozen--
+	if err == nil {
+		v.frozen -= d.freezes
+		d.freezes = 0
+	}
 	return errors.Join(err, v.settle())
 }
 

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -83,7 +85,7 @@ func exact(t *testing.T, guest *qemutest.VM, vcpus int, opts *qemu.Options) {
 	vm, e := attach(t, "qemu:"+guest.GDB, opts)
 	t.Logf("%+v", vm.Info())
 	require.Equal(t, vcpus, vm.Info().VCPUs)
-	for i, f := range qemutest.Functions {
+	for i, f := range qemutest.Functions[:qemutest.Ordinary] {
 		for _, post := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/post=%v", f.Name, post), func(t *testing.T) {
 				_, addr := qemutest.Target(i)
@@ -163,4 +165,65 @@ func TestStress(t *testing.T) {
 	require.NoError(t, stop())
 	require.Equal(t, []int{n, n}, hits)
 	t.Logf("%.3f packets a hit", float64(vm.Packets()-packets)/float64(2*n))
+}
+
+// TestStressed probes one function on four vCPUs while other probes come and go,
+// registers are read and the VM is frozen, all from other goroutines.
+func TestStressed(t *testing.T) {
+	const vcpus = 4
+	n := 400
+	if testing.Short() {
+		n = 100
+	}
+	guest := qemutest.Start(t, qemutest.Config{VCPUs: vcpus})
+	var cpus []qemutest.CPU
+	for n := range vcpus {
+		cpus = append(cpus, guest.CPU(n))
+	}
+	vm, e := attach(t, "qemu:"+guest.GDB, nil)
+	for fn, post := range []bool{false, true} {
+		_, addr := qemutest.Target(fn)
+		pres, posts := 0, 0
+		p := &breakpoint.Probe{Addr: addr, Pre: count(&pres)}
+		if post {
+			p.Post = count(&posts)
+		}
+		require.NoError(t, e.Register(p))
+		stop := serve(e)
+		var before, after uint64
+		for _, c := range cpus {
+			before += c.Count()
+			c.Call(fn, n)
+		}
+		var wg sync.WaitGroup
+		for g := range 2 {
+			wg.Go(func() {
+				// They come to an end whatever the guest does: it gets little time.
+				for range 60 {
+					_, a := qemutest.Target(2 + g)
+					q := &breakpoint.Probe{Addr: a}
+					assert.NoError(t, e.Register(q))
+					assert.NoError(t, vm.Freeze())
+					_, err := vm.CPUs()
+					assert.NoError(t, err)
+					assert.NoError(t, vm.Thaw())
+					assert.NoError(t, e.Unregister(q))
+				}
+			})
+		}
+		wg.Wait()
+		for _, c := range cpus {
+			c.Wait()
+		}
+		require.NoError(t, stop())
+		for _, c := range cpus {
+			after += c.Count()
+		}
+		require.EqualValues(t, n*vcpus, after-before)
+		require.Equal(t, n*vcpus, pres)
+		if post {
+			require.Equal(t, pres, posts)
+		}
+		require.NoError(t, e.Unregister(p))
+	}
 }

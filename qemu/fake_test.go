@@ -460,16 +460,16 @@ func TestHitPackets(t *testing.T) {
 			s.Regs.AX = 0x0102
 			return d.Resume(s)
 		}, []string{"g", "P0=0201000000000000", "cffffffff81000005"}},
-		{"step", nil, func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+		{"step", nil, func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "vCont;s:p01.01", "c"}},
 		{"step, registers", nil, func(d *Driver, s *breakpoint.Stop) error {
 			s.Regs.BX = 1
-			return d.Emulate(s, nil)
+			return d.StepOn(s, nil)
 		}, []string{"g", "P1=0100000000000000", "vCont;s:p01.01", "c"}},
-		{"step, KVM", func(f *fakeStub) { f.kvm = true }, func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+		{"step, KVM", func(f *fakeStub) { f.kvm = true }, func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "z0,ffffffff81000000,1", "vCont;s:p01.01", "Z0,ffffffff81000000,1", "c"}},
 		{"step, 7.2", func(f *fakeStub) { f.version = "" },
-			func(d *Driver, s *breakpoint.Stop) error { return d.Emulate(s, nil) },
+			func(d *Driver, s *breakpoint.Stop) error { return d.StepOn(s, nil) },
 			[]string{"g", "vCont;s:p01.01", "p10", "c"}},
 		{"step, look", nil, func(d *Driver, s *breakpoint.Stop) error {
 			if err := d.StepOver(s, fakeText); err != nil {
@@ -520,7 +520,7 @@ func TestHitPackets(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 			assert.Equal(t, test.want, f.packets()[before:])
-			require.NoError(t, d.Close(nil))
+			require.NoError(t, d.Close())
 			assert.Zero(t, f.armed())
 		})
 	}
@@ -551,11 +551,121 @@ func TestUnmovedStep(t *testing.T) {
 	}()
 	var s breakpoint.Stop
 	require.NoError(t, d.Wait(t.Context(), &s))
-	require.NoError(t, d.Emulate(&s, nil))
+	require.NoError(t, d.StepOn(&s, nil))
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	require.ErrorIs(t, d.Wait(ctx, &s), context.DeadlineExceeded)
 	assert.Equal(t, 2, steps)
+}
+
+// TestUnmovedElsewhere: between a step that wasn't made and the next stop, an
+// interrupt's handler comes to the breakpoint on the same vCPU, which is a hit, and
+// the task moves to another vCPU, which is none.
+func TestUnmovedElsewhere(t *testing.T) {
+	const sp, handlerSP, gsBase = 56, 0xffff888000001f00, 172
+	f := newFake()
+	f.threads = []string{"p01.01", "p01.02"}
+	f.setReg(sp, 0xffff888000002000)
+	var stepped []string
+	var conts int
+	_, d := attachFake(t, f)
+	armFake(t, d)
+	for !f.state() {
+		time.Sleep(time.Millisecond)
+	}
+	f.mu.Lock()
+	f.onCont = func(f *fakeStub, p string) string {
+		if thread, ok := strings.CutPrefix(p, "vCont;s:"); ok {
+			stepped = append(stepped, thread)
+			if len(stepped) > 1 {
+				f.setReg(128, fakeText+5)
+			}
+			return "T05thread:" + thread + ";"
+		}
+		conts++
+		switch conts {
+		case 1: // the handler
+			f.setReg(sp, handlerSP)
+			return "T05thread:p01.01;"
+		case 2: // the task, interrupted there, on another vCPU
+			f.setReg(128, fakeText)
+			f.setReg(sp, 0xffff888000002000)
+			f.setReg(gsBase, 0xffff88803e000000)
+			f.regs[136+2] |= x86.FlagRF >> 16
+			return "T05thread:p01.02;"
+		case 3: // and once more: another execution with the same registers
+			f.setReg(128, fakeText)
+			return "T05thread:p01.02;"
+		}
+		return ""
+	}
+	f.mu.Unlock()
+	go func() {
+		time.Sleep(10 * time.Millisecond)
+		f.stop("T05thread:p01.01;")
+	}()
+	for i, want := range []breakpoint.Stop{
+		{VCPU: 0, Regs: x86.Regs{SP: 0xffff888000002000}},
+		{VCPU: 0, Regs: x86.Regs{SP: handlerSP}},
+		{VCPU: 1, Regs: x86.Regs{SP: 0xffff888000002000}},
+	} {
+		var s breakpoint.Stop
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		require.NoError(t, d.Wait(ctx, &s))
+		cancel()
+		require.Equal(t, breakpoint.Hit, s.Reason)
+		require.Equal(t, want.VCPU, s.VCPU, "hit %d", i)
+		require.Equal(t, want.Regs.SP, s.Regs.SP, "hit %d", i)
+		require.NoError(t, d.StepOn(&s, nil))
+	}
+	var s breakpoint.Stop
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	require.ErrorIs(t, d.Wait(ctx, &s), context.DeadlineExceeded)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	assert.Equal(t, []string{"p01.01", "p01.01", "p01.02", "p01.02"}, stepped)
+}
+
+// TestToItselfIndirectly: an indirect jump to itself looks like a step that isn't
+// made; it is stepped for good before long.
+func TestToItselfIndirectly(t *testing.T) {
+	f := newFake()
+	steps := 0
+	_, d := attachFake(t, f)
+	armFake(t, d)
+	for !f.state() {
+		time.Sleep(time.Millisecond)
+	}
+	f.mu.Lock()
+	f.onCont = func(f *fakeStub, p string) string {
+		if strings.HasPrefix(p, "vCont;s") {
+			steps++
+		}
+		return "T05thread:p01.01;"
+	}
+	f.mu.Unlock()
+	go func() {
+		time.Sleep(10 * time.Millisecond)
+		f.stop("T05thread:p01.01;")
+	}()
+	for i := range 3 {
+		var s breakpoint.Stop
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		require.NoError(t, d.Wait(ctx, &s), "hit %d", i)
+		cancel()
+		if i == 2 {
+			require.NoError(t, d.StepOver(&s, fakeText))
+			require.NoError(t, d.Wait(t.Context(), &s))
+			require.Equal(t, breakpoint.Stepped, s.Reason)
+			require.Equal(t, uint64(fakeText), s.Regs.IP)
+			break
+		}
+		require.NoError(t, d.StepOn(&s, nil))
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	assert.LessOrEqual(t, steps, 3*maxTries)
 }
 
 // TestGuestLost: whatever ends a session ends Wait with an error that says what
@@ -590,7 +700,7 @@ func TestGuestLost(t *testing.T) {
 			require.ErrorContains(t, err, want)
 			require.ErrorIs(t, d.Freeze(), breakpoint.ErrGone)
 			require.ErrorIs(t, d.RemoveBreak(fakeText), breakpoint.ErrGone)
-			d.Close(nil)
+			d.Close()
 			require.NoError(t, vm.Close())
 			if strings.HasPrefix(reply, "T0") || strings.HasPrefix(reply, "T1") {
 				assert.Zero(t, f.armed(), "breakpoints are removed")
@@ -671,7 +781,7 @@ func TestDebugRegisters(t *testing.T) {
 	err = d.InsertBreak(fakeText+4, &in)
 	require.ErrorContains(t, err, "four debug registers are in use")
 	require.Error(t, d.InsertBreak(fakeText, &in), "twice")
-	require.NoError(t, d.Close(nil))
+	require.NoError(t, d.Close())
 	assert.Zero(t, f.armed())
 }
 
@@ -810,6 +920,7 @@ func FuzzMonitorText(f *testing.F) {
 			m.contains(r.start, 4096)
 		}
 		parseIDT(s, make([]CPU, 2))
+		noWatchpoints(s)
 		if major(versionPrefix(s)) < 0 || len(printable(s)) > 1024 {
 			t.Fatal("not bounded")
 		}
@@ -836,6 +947,16 @@ func FuzzMonitor(f *testing.F) {
 			m.command("info version")
 		}
 	})
+}
+
+func TestNoWatchpoints(t *testing.T) {
+	one := "CPU#0\nRAX=0000000000000000 RBX=0000000000000000\nDR0=0000000000000000 DR1=0000000000000000 DR2=0000000000000000 DR3=0000000000000000 \n" +
+		"DR6=00000000ffff0ff0 DR7=0000000000000400\nEFER=0000000000000500\n"
+	two := one + "\nCPU#1\nDR6=00000000ffff0ff0 DR7=00000000000d0402\n"
+	assert.True(t, noWatchpoints(one))
+	assert.False(t, noWatchpoints(two))
+	assert.False(t, noWatchpoints(""), "who knows")
+	assert.False(t, noWatchpoints("DR7=?"))
 }
 
 func TestParseRAM(t *testing.T) {

@@ -65,6 +65,7 @@ func TestLinux(t *testing.T) {
 			}
 			d, err := vm.Attach(t.Context())
 			require.NoError(t, err)
+			require.NoError(t, d.SetIdentity(guest.Symbol("linux_banner"), []byte("Linux version "+test.series)))
 			e := breakpoint.New(d, breakpoint.Config{})
 			defer func() { require.NoError(t, e.Close()) }()
 

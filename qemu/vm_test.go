@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -99,7 +100,7 @@ func TestMemory(t *testing.T) {
 				require.EqualValues(t, 0x500, c.EFER&0x500)
 				require.Zero(t, c.CPL)
 			}
-			require.NoError(t, d.Close(nil))
+			require.NoError(t, d.Close())
 			require.NoError(t, vm.Close())
 			require.Equal(t, "running", guest.Status())
 		})
@@ -275,6 +276,110 @@ func TestReset(t *testing.T) {
 	require.EqualValues(t, 100, cpu.Count())
 	require.NoError(t, stop())
 	require.Equal(t, 200, hits)
+}
+
+// TestIdentity resets a VM that comes back with the same code at the same place,
+// once with the same kernel around it and once with another one, whose function
+// there is another one.
+func TestIdentity(t *testing.T) {
+	for name, opts := range map[string]func(*qemutest.VM) *qemu.Options{
+		"packets": func(*qemutest.VM) *qemu.Options { return nil },
+		"file":    func(g *qemutest.VM) *qemu.Options { return &qemu.Options{RAM: g.RAM} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			guest := qemutest.Start(t, qemutest.Config{Reboot: true})
+			cpu := guest.CPU(0)
+			vm, err := qemu.Dial(t.Context(), "qemu:"+guest.GDB, opts(guest))
+			require.NoError(t, err)
+			t.Cleanup(func() { require.NoError(t, vm.Close()) })
+			d, err := vm.Attach(t.Context())
+			require.NoError(t, err)
+			e := breakpoint.New(d, breakpoint.Config{})
+			t.Cleanup(func() { require.NoError(t, e.Close()) })
+			banner := guest.Bytes(qemutest.ArenaMemory, 32)
+			const at = qemutest.KernelBase + qemutest.ArenaMemory
+			copy(banner, "Micro version 1")
+			require.ErrorContains(t, d.SetIdentity(at, []byte("Micro version 2")), "Micro version 1")
+			require.Error(t, d.SetIdentity(0xffffc00000000000, []byte("x")))
+			require.NoError(t, d.SetIdentity(at, []byte("Micro version 1")))
+			var hits atomic.Int64
+			var probes []*breakpoint.Probe
+			for f := range 2 {
+				_, addr := qemutest.Target(f)
+				probes = append(probes, &breakpoint.Probe{Addr: addr, Pre: func(*breakpoint.Context) breakpoint.Verdict {
+					hits.Add(1)
+					return breakpoint.Continue
+				}})
+			}
+			require.NoError(t, e.Register(probes...))
+			served := make(chan error, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go func() {
+				_, err := e.Serve(ctx, true)
+				served <- err
+			}()
+			call := func() {
+				guest.CPU(0)
+				for f := range 2 {
+					cpu.Call(f, 50)
+					cpu.Wait()
+				}
+				require.EqualValues(t, 100, cpu.Count())
+			}
+			reset := func() {
+				time.Sleep(110 * time.Millisecond) // how long a reboot takes, at least
+				guest.QMP("system_reset", nil)
+				for range 3000 {
+					if cpu.Count() == 0 {
+						break
+					}
+					time.Sleep(time.Millisecond)
+				}
+			}
+			call()
+			reset()
+			call()
+			for range 1000 {
+				if hits.Load() == 200 {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
+			require.Empty(t, served)
+			copy(banner, "Micro version 2")
+			reset()
+			call()
+			err = <-served
+			require.ErrorIs(t, err, breakpoint.ErrTextChanged)
+			require.ErrorContains(t, err, "Micro version 2")
+			require.EqualValues(t, 200, hits.Load())
+			for _, p := range probes {
+				require.ErrorIs(t, e.Unregister(p), breakpoint.ErrTextChanged)
+			}
+		})
+	}
+}
+
+// TestOverlay: what is read of the guest's code is what is there. Nothing of a
+// breakpoint shows under TCG.
+func TestOverlay(t *testing.T) {
+	guest := qemutest.Start(t, qemutest.Config{})
+	guest.CPU(0)
+	_, e := attach(t, "qemu:"+guest.GDB, nil)
+	_, addr := qemutest.Target(0)
+	require.NoError(t, e.Register(&breakpoint.Probe{Addr: addr}))
+	for _, want := range []string{
+		"\x0f\x1f\x44\x00\x00", // the probe's
+		"\xe9\x01\x02\x03\x04", // rewritten by the guest, as Linux' text_poke does
+		"\x66\x90\x44\x00\x00", // in part
+	} {
+		code := guest.Bytes(addr-qemutest.KernelBase, 5)
+		copy(code, want)
+		got := []byte(string(code))
+		e.Overlay(addr, got)
+		require.Equal(t, want, string(got))
+	}
 }
 
 // TestConcurrent registers, unregisters, reads and freezes while the guest hits

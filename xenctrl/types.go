@@ -57,8 +57,20 @@ type DomainInfo struct {
 	Handle          [16]byte
 }
 
-// Gone reports whether the domain is dying or has shut down.
-func (i *DomainInfo) Gone() bool { return i.Flags&(DomainDying|DomainShutdown) != 0 }
+// shutdownSuspend is the reason of a domain that is being saved or migrated
+// (SHUTDOWN_suspend, xen/include/public/sched.h).
+const shutdownSuspend = 2
+
+// Gone reports whether the domain is dying or has shut down for good.
+func (i *DomainInfo) Gone() bool {
+	return i.Flags&DomainDying != 0 || i.Flags&DomainShutdown != 0 && !i.Suspended()
+}
+
+// Suspended reports whether the domain has suspended itself: it is being saved or
+// migrated, and is destroyed afterwards, or resumed.
+func (i *DomainInfo) Suspended() bool {
+	return i.Flags&DomainShutdown != 0 && i.Flags.ShutdownReason() == shutdownSuspend
+}
 
 // UserRegs is struct cpu_user_regs (xen/include/public/arch-x86/xen-x86_64.h),
 // field for field.

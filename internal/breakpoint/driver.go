@@ -11,21 +11,27 @@
 // post handlers run:
 //
 //  1. emulated here ([x86.Insn.Emulate]): nothing in the guest is touched;
-//  2. emulated by the hypervisor, if nobody wants to see its result;
-//  3. out of line: the vCPU runs a copy that stands in a slot of dead code,
+//  2. out of line: the vCPU runs a copy that stands in a slot of dead code,
 //     followed by a breakpoint that brings it back;
-//  4. in place, under a single step, while every other vCPU is held.
+//  3. in place, under a single step, while every other vCPU is held.
 //
-// In the first three the breakpoint stays armed throughout, so that no other
+// In the first two the breakpoint stays armed throughout, so that no other
 // vCPU can slip past it. Under a driver with [Caps].CheapStep it does so always,
 // and the order is another one: see there.
+//
+// # What is owed
+//
+// A call of the driver that must not fail is made again a few times. If an answer
+// fails all the same its vCPU is still stopped: the stop stays owed, and Serve and
+// Close make the answer again until it succeeds. A guest is never left behind
+// because of a failed call, and Close does not report success while anything of
+// ours is left in it.
 //
 // # Later
 //
 // A return probe is a site whose address comes from the stack, with one owner
-// per call in flight; a guardian needs only [Engine.Sites] in a journal, written
-// before InsertBreak; memory-access traps and altp2m views are further Reasons of
-// a Stop and another InsertBreak. None of them changes this interface.
+// per call in flight; memory-access traps and altp2m views are further Reasons of
+// a Stop and another InsertBreak.
 package breakpoint
 
 import (
@@ -47,25 +53,34 @@ const (
 )
 
 // A Stop is a vCPU that stopped. It stays so until the Stop is answered by
-// exactly one of Resume, Emulate, StepOver and Reinject.
+// exactly one of Resume, Emulate, StepOver and Reinject. An answer that fails was
+// not given: the vCPU is still stopped, and it, or another one, can be made again.
 type Stop struct {
 	VCPU   int
 	Reason Reason
 	// User says that the vCPU was in user mode, where no breakpoint of ours is.
 	User bool
+	// Addr is, of a Stepped stop, the address that StepOver was given, if the driver
+	// can have several under way; else 0.
+	Addr uint64
 	Regs x86.Regs
 }
 
 // Caps is what a driver can do for one guest.
 type Caps struct {
-	VCPUs   int  // vCPU numbers are below this
-	Emulate bool // Emulate works
-	Step    bool // StepOver works now: every other vCPU can be held
+	VCPUs  int  // vCPU numbers are below this
+	Step   bool // StepOver works now: every other vCPU can be held
+	Hidden bool // breakpoints don't show in the guest's memory
+	// Queue is how many stops can be announced before one is answered; the others
+	// wait for room. 0: all.
+	Queue int
+	// LA57 says that virtual addresses have 57 bits instead of 48.
+	LA57 bool
 	// CheapStep says that a step leaves every breakpoint armed, that a fault in it
 	// is the guest's as any other, and that it costs less than to write a register.
 	// So instructions are emulated here only if nothing but IP changes, none is
-	// copied out of line, and Emulate is a step without a Stepped stop: it
-	// takes any instruction that can be stepped, and registers that were changed.
+	// copied out of line, and where nobody wants to see the result it is made by
+	// StepOn, without a Stepped stop.
 	CheapStep bool
 }
 
@@ -80,7 +95,9 @@ type Driver interface {
 
 	// Read reads memory with the page tables of cr3, or with the kernel's own
 	// if cr3 is 0. Store writes as the vCPU itself would: it fails, having done
-	// nothing, where the store would fault or change a page-table bit.
+	// nothing, where the store would fault or change a page-table bit. An error
+	// that wraps ErrFault or ErrNotMapped is the guest's doing: the vCPU's own
+	// access would fault. Any other may go away.
 	Read(cr3, addr uint64, b []byte) error
 	Store(cr3, addr uint64, b []byte) error
 	// Patch writes kernel text in spite of its protection. The bytes are dead
@@ -91,8 +108,9 @@ type Driver interface {
 	// with ErrTextChanged if the guest has something else there.
 	InsertBreak(addr uint64, in *x86.Insn) error
 	// RemoveBreak restores the bytes. If the guest has overwritten the
-	// breakpoint they are left alone, and the error is ErrTextChanged. A vCPU
-	// that the breakpoint has stopped already is still reported.
+	// breakpoint, or any other byte of the instruction, they are left alone, and
+	// the error is ErrTextChanged. A vCPU that the breakpoint has stopped already is
+	// still reported.
 	RemoveBreak(addr uint64) error
 
 	// Freeze stops every vCPU until the Thaw that belongs to it. They nest.
@@ -105,8 +123,9 @@ type Driver interface {
 
 	// Resume lets the vCPU go on with s.Regs.
 	Resume(s *Stop) error
-	// Emulate has the hypervisor execute in at s.Regs.IP, and lets the vCPU go on.
-	Emulate(s *Stop, in *x86.Insn) error
+	// StepOn has the vCPU execute in at s.Regs.IP, alone, with s.Regs, and go on.
+	// Only a driver with CheapStep has it.
+	StepOn(s *Stop, in *x86.Insn) error
 	// StepOver executes the original instruction under the breakpoint at addr,
 	// with s.Regs, while no other vCPU can run; they run again when the Stepped
 	// stop which follows is answered.
@@ -114,8 +133,10 @@ type Driver interface {
 	// Reinject gives the guest the breakpoint exception it would have had.
 	Reinject(s *Stop) error
 
-	// Close leaves the guest. Stops that are still pending are passed to answer.
-	Close(answer func(*Stop) error) error
+	// Close leaves the guest. It is called between Freeze and Thaw, when every
+	// stop has been answered, and undoes all Freezes as well. If it fails it may be
+	// called again, and does what is still to be done.
+	Close() error
 }
 
 // Errors of drivers and engine.
@@ -123,9 +144,12 @@ var (
 	ErrGone        = errors.New("the guest is gone")
 	ErrTextChanged = errors.New("the guest changed its code at the probe")
 	ErrForeign     = errors.New("a breakpoint of the guest's own, or of another tool, is there")
+	ErrFault       = errors.New("the access would fault in the guest")
 	ErrNotMapped   = errors.New("address not mapped")
 	ErrBadInsn     = errors.New("no valid instruction there")
 	ErrOverlap     = errors.New("inside the instruction of another probe")
 	ErrNoWayPast   = errors.New("the instruction can be neither emulated nor stepped safely")
+	ErrBadRegs     = errors.New("no vCPU can have these registers")
+	ErrUnanswered  = errors.New("a vCPU is still stopped")
 	ErrClosed      = errors.New("engine is closed")
 )

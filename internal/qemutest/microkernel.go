@@ -3,13 +3,14 @@ package qemutest
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 )
 
 // The micro-kernel: an ELF file that QEMU enters by the PVH note in 32-bit mode
 // (Xen's docs/misc/pvh.pandoc). It builds nothing: page tables and descriptors
 // are in the image. Every vCPU then executes, in 64-bit mode at kernel addresses
-// and with interrupts off, a function of the test's choice as often as the test
-// asks, and counts.
+// and with interrupts off, but for one function, what the test chooses as often as
+// the test asks, and counts.
 const (
 	// KernelBase is where physical address 0 is mapped, for 1 GiB.
 	KernelBase = 0xffffffff80000000
@@ -20,14 +21,18 @@ const (
 	apOff     = 0x0700 // code that other vCPUs begin with
 	targetOff = 0x0800 // the functions
 	targetLen = 0x40
-	pml4Off   = 0x1000
-	pdptOff   = 0x2000
-	pdOff     = 0x3000
-	pdAPICOff = 0x4000
-	gdtOff    = 0x5000
-	dataOff   = 0x6000 // a block for each vCPU
-	stackOff  = 0x8000 // the end of the first vCPU's; they grow down by 0x400
-	imageLen  = 0x8000
+	// The handler of the timer's interrupt, behind them.
+	handlerOff  = 0xf80
+	timerVector = 0x20
+	pml4Off     = 0x1000
+	pdptOff     = 0x2000
+	pdOff       = 0x3000
+	pdAPICOff   = 0x4000
+	gdtOff      = 0x5000
+	dataOff     = 0x6000 // a block for each vCPU
+	stackOff    = 0x8000 // the end of the first vCPU's; they grow down by 0x400
+	ptOff       = 0x8000 // of the Arena
+	imageLen    = 0x9000
 
 	apicBase = 0xfee00000
 	apBase   = 0x8000 // where a started vCPU begins, in real mode
@@ -42,7 +47,33 @@ const (
 	offTarget = 0x18 // address of the function
 	offReady  = 0x20 // 1 when the vCPU loops
 	offSpare  = 0x28
+	offIRQs   = 0x30 // how many interrupts came
+	offIn     = 0x38 // of string functions: RCX, RSI, RDI, RAX, RFLAGS before
+	offOut    = 0x60 // and RCX, RSI, RDI, RAX, and RFLAGS at offSpare, after
 )
+
+// The Arena is memory for tests, in 4 KiB pages of which none follows the one
+// before it in physical memory, and each of ArenaMemory, at that physical address,
+// is mapped twice. ArenaTable is the physical address of the page table.
+const (
+	Arena       = KernelBase + 24<<20
+	ArenaLen    = 512 << 12
+	ArenaMemory = 16 << 20
+	ArenaTable  = imageBase + ptOff
+)
+
+// arenaFrame is the page of ArenaMemory that page i of the Arena shows.
+func arenaFrame(i int) int {
+	if i < 256 {
+		return i * 5 % 256
+	}
+	return (i - 256) * 3 % 256
+}
+
+// Interrupted is the name of the function that runs with interrupts on: a timer
+// interrupts its probed instruction, which is long, and the handler executes that
+// as well, with another count.
+const Interrupted = "rep lods, interrupted"
 
 // A Function is code of the micro-kernel that a test may probe.
 type Function struct {
@@ -75,6 +106,78 @@ var Functions = []Function{
 		0x48, 0x8d, 0xbb, 0xc0, 0, 0, 0,
 		0xf3, 0xa4,
 	}, inc, []byte{0xc3})},
+}
+
+// stringFunctions are repeated string instructions by their names, which take
+// their registers from the block and leave them there.
+var stringFunctions = []struct {
+	name string
+	code []byte
+}{
+	{"rep lodsb", []byte{0xf3, 0xac}},
+	{"rep lodsl", []byte{0xf3, 0xad}},
+	{"rep movsb", []byte{0xf3, 0xa4}},
+	{"rep movsw", []byte{0x66, 0xf3, 0xa5}},
+	{"rep movsq", []byte{0xf3, 0x48, 0xa5}},
+	{"rep stosb", []byte{0xf3, 0xaa}},
+	{"rep stosq", []byte{0xf3, 0x48, 0xab}},
+	{"repne scasb", []byte{0xf2, 0xae}},
+	{"repe scasw", []byte{0x66, 0xf3, 0xaf}},
+	{"repe cmpsb", []byte{0xf3, 0xa6}},
+	{"repne cmpsl", []byte{0xf2, 0xa7}},
+	{"rep movsb, 32-bit", []byte{0x67, 0xf3, 0xa4}},
+}
+
+// Ordinary is how many of Functions, the first ones, execute their probed
+// instruction once whatever the state of the block.
+var Ordinary = len(Functions)
+
+func init() {
+	// With the timer of the local APIC, one shot; sti; cld; mov ecx,40000; 1: lea
+	// rsi,[rbx+80h]; rep lodsb; inc; cli; no timer; ret. The handler calls 1.
+	const timer = 0x380 // initial count (SDM 3A, "APIC Timer")
+	apic := func(count uint32) []byte {
+		return cat([]byte{0xb8}, le32(apicBase), []byte{0xc7, 0x80}, le32(timer), le32(count))
+	}
+	long := cat(apic(timerCount), []byte{0xfb, 0xfc, 0xb9}, le32(40000))
+	inner := len(long)
+	long = cat(long, []byte{0x48, 0x8d, 0xb3, 0x80, 0, 0, 0})
+	probe := len(long)
+	long = cat(long, []byte{0xf3, 0xac}, inc, []byte{0xfa}, apic(0), []byte{0xc3})
+	Functions = append(Functions, Function{Interrupted, probe, long})
+	innerOff = targetOff + (len(Functions)-1)*targetLen + inner
+
+	for _, f := range stringFunctions {
+		code := cat(
+			[]byte{0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8}, // mov rax,cr3; mov cr3,rax
+			[]byte{0x48, 0x8b, 0x4b, offIn, 0x48, 0x8b, 0x73, offIn + 8, 0x48, 0x8b, 0x7b, offIn + 16, 0x48, 0x8b, 0x43, offIn + 24},
+			[]byte{0xff, 0x73, offIn + 32, 0x9d}) // push [flags]; popf
+		probe := len(code)
+		code = cat(code, f.code,
+			[]byte{0x48, 0x89, 0x4b, offOut, 0x48, 0x89, 0x73, offOut + 8, 0x48, 0x89, 0x7b, offOut + 16, 0x48, 0x89, 0x43, offOut + 24},
+			[]byte{0x9c, 0x8f, 0x43, offSpare, 0xfc}, // pushf; pop [spare]; cld
+			inc, []byte{0xc3})
+		Functions = append(Functions, Function{f.name, probe, code})
+	}
+}
+
+// timerCount is when the timer of Interrupted fires, in nanoseconds of the guest.
+const timerCount = 30000
+
+// innerOff is where the handler of its interrupt calls it.
+var innerOff int
+
+// Find returns the index of the function of a name.
+func Find(name string) int {
+	return slices.IndexFunc(Functions, func(f Function) bool { return f.Name == name })
+}
+
+// StringFunctions returns the indexes of those for [CPU.SetString].
+func StringFunctions() (all []int) {
+	for _, f := range stringFunctions {
+		all = append(all, Find(f.name))
+	}
+	return all
 }
 
 // Target returns the address of function i of Functions, and that of its probe.
@@ -150,7 +253,24 @@ func MicroKernel() []byte {
 		[]byte{0x48, 0xff, 0x43, offDone}, // inc [done]
 		[]byte{0xeb, 0xe9},                // jmp loop
 	)
-	put(longOff, boot, []byte{0x48, 0xc7, 0x43, offReady, 1, 0, 0, 0}, loop) // mov [ready],1
+	// The interrupt controllers of old are masked; the local APIC is on, its timer is
+	// to divide by one and to fire once (SDM 3A, chapter "APIC").
+	interrupts := cat(
+		[]byte{0xb0, 0xff, 0xe6, 0x21, 0xe6, 0xa1, 0xbf}, le32(apicBase),
+		[]byte{0xc7, 0x87}, le32(0x0f0), le32(0x1ff),
+		[]byte{0xc7, 0x87}, le32(0x3e0), le32(0x0b),
+		[]byte{0xc7, 0x87}, le32(0x320), le32(timerVector),
+	)
+	put(longOff, boot, interrupts, []byte{0x48, 0xc7, 0x43, offReady, 1, 0, 0, 0}, loop) // mov [ready],1
+	// The handler: count; save; mov ecx,5; cld; call the inner part; EOI; restore.
+	handler := cat([]byte{0x48, 0xff, 0x43, offIRQs, 0x50, 0x51, 0x56, 0xfc, 0xb9}, le32(5))
+	handler = cat(handler, []byte{0xe8}, le32(uint32(innerOff-(handlerOff+len(handler)+5))),
+		[]byte{0xb8}, le32(apicBase), []byte{0xc7, 0x80}, le32(0xb0), le32(0),
+		[]byte{0x5e, 0x59, 0x58, 0x48, 0xcf})
+	put(handlerOff, handler)
+	// An interrupt gate (SDM 3A figure 7-8).
+	gate := uint64(high + handlerOff)
+	put(gdtOff+0x800+16*timerVector, le64(gate&0xffff|code64<<16|0x8e00<<32|gate>>16&0xffff<<48), le64(gate>>32))
 
 	// Real mode, at apBase: to 32-bit mode, and into the common path.
 	ap := cat(
@@ -163,6 +283,9 @@ func MicroKernel() []byte {
 	put(apOff+0x60, []byte{0x3f, 0}, le32(imageBase+gdtOff))
 
 	for i, f := range Functions {
+		if len(f.code) > targetLen || targetOff+(i+1)*targetLen > handlerOff {
+			panic("no room for " + f.Name)
+		}
 		put(targetOff+i*targetLen, f.code)
 	}
 	// Present, writable, accessed, dirty.
@@ -174,6 +297,10 @@ func MicroKernel() []byte {
 	put(pdptOff+510*8, le64(imageBase+pdOff|table))
 	for i := range 512 {
 		put(pdOff+8*i, le64(uint64(i)<<21|page))
+	}
+	put(pdOff+8*((Arena-KernelBase)>>21), le64(ArenaTable|table))
+	for i := range 512 {
+		put(ptOff+8*i, le64(uint64(ArenaMemory+arenaFrame(i)<<12|table)))
 	}
 	put(pdAPICOff+8*(apicBase>>21&511), le64(apicBase|page|0x18)) // not cached
 	put(gdtOff, le64(0), le64(0x00af9b000000ffff), le64(0x00cf93000000ffff), le64(0x00cf9b000000ffff))

@@ -214,6 +214,9 @@ func (v *VM) word(addr uint64) *uint64 {
 // Load returns the word at a physical address, from the shared file.
 func (v *VM) Load(addr uint64) uint64 { return atomic.LoadUint64(v.word(addr)) }
 
+// Bytes returns memory at a physical address, in the shared file.
+func (v *VM) Bytes(addr, n uint64) []byte { return v.mem[addr : addr+n : addr+n] }
+
 // A CPU is a vCPU that runs the micro-kernel.
 type CPU struct {
 	vm   *VM
@@ -244,6 +247,25 @@ func (c CPU) Done() bool { return c.vm.Load(c.data+offDone) >= c.vm.Load(c.data+
 
 // Count is how often the vCPU has executed probed instructions.
 func (c CPU) Count() uint64 { return c.vm.Load(c.data + offCount) }
+
+// IRQs is how many interrupts the vCPU has served.
+func (c CPU) IRQs() uint64 { return c.vm.Load(c.data + offIRQs) }
+
+// A StringState has the registers that a repeated string instruction uses.
+type StringState struct{ CX, SI, DI, AX, Flags uint64 }
+
+// SetString sets the registers that string functions begin with.
+func (c CPU) SetString(s StringState) {
+	for i, w := range []uint64{s.CX, s.SI, s.DI, s.AX, s.Flags} {
+		atomic.StoreUint64(c.vm.word(c.data+offIn+8*uint64(i)), w)
+	}
+}
+
+// StringState returns what the last of them left.
+func (c CPU) StringState() StringState {
+	out := func(i uint64) uint64 { return c.vm.Load(c.data + offOut + 8*i) }
+	return StringState{out(0), out(1), out(2), out(3), c.vm.Load(c.data + offSpare)}
+}
 
 // Wait waits until the calls are made.
 func (c CPU) Wait() {

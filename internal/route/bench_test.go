@@ -99,6 +99,35 @@ type countedMonitor struct {
 
 func (m *countedMonitor) Notify() error { m.c.n++; return m.Monitor.Notify() }
 
+func attachTo(hv route.Hypervisor, m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
+	if cfg.Kind == sim.PV {
+		d, err := route.OpenDebugger(hv)
+		if err != nil {
+			return nil, err
+		}
+		d.SetVCPUInfo(m.VCPUInfo())
+		return d, nil
+	}
+	d, err := route.OpenMonitor(hv)
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// scratch proposes the machine's dead code.
+func scratch(m *sim.Machine) func(uint64, func(addr, size uint64) bool) {
+	return func(_ uint64, try func(addr, size uint64) bool) {
+		for _, g := range m.Gaps() {
+			if try(g.VA+16, g.Size-16) {
+				return
+			}
+		}
+	}
+}
+
+func never(uint64) bool { return false }
+
 func benchmarkHit(b *testing.B, cfg sim.Config, method breakpoint.Method, insn string) {
 	m := sim.New(cfg)
 	m.Start()

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-
+	"syscall"
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
@@ -36,7 +36,8 @@ type Debugger struct {
 	closed  bool
 	scratch xenctrl.VCPUContext // for what is read only
 	want    xenctrl.VCPUContext // for what is to be set; a context is large
-	nextDB  time.Time
+	debug   debugWatch
+	pins    pins
 
 	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
 	vcpuInfo uint64
@@ -48,9 +49,18 @@ type vcpu struct {
 	stopped bool
 	reason  breakpoint.Reason
 	at      uint64 // address of the int3
-	fresh   bool   // RFLAGS.TF has to be cleared before it goes on
+	dirty   bool   // Xen may have other registers than those of ctx
 	unread  bool   // ctx hasn't been read since it stopped
 	dr6     uint64 // as last seen; 0 after a debug exception was given to the guest
+	tick    uint64 // of pins, when it stopped
+	pinned  bool   // held by itself, whatever the domain's pause count is
+
+	// A change of context that failed halfway is taken up where it was: the
+	// extended state as it was before, and the guest's interrupt mask.
+	saved    bool
+	ext      xenctrl.ExtState
+	entering bool
+	mask     upcallMask
 }
 
 // step is a StepOver in progress.
@@ -94,6 +104,7 @@ func OpenDebugger(hv Hypervisor) (*Debugger, error) {
 	if err := attempts(func() error { return hv.SetDebugging(true) }); err != nil {
 		return nil, fmt.Errorf("attach debugger: %w", err)
 	}
+	d.startPins()
 	return d, nil
 }
 
@@ -106,29 +117,40 @@ func (d *Debugger) SetVCPUInfo(symbol uint64) {
 	d.vcpuInfo = symbol
 }
 
-// UseSymbols finds struct vcpu_info by the kernel's symbols.
+// UseSymbols finds struct vcpu_info, and the code that runs between a debug
+// exception and where its cause is read, by the kernel's symbols.
 func (d *Debugger) UseSymbols(lookup func(name string) (addr uint64, ok bool)) {
 	if addr, ok := lookup("xen_vcpu_info"); ok {
 		d.SetVCPUInfo(addr)
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.debug.useSymbols(lookup)
 }
 
-// upcallMask returns the address and value of evtchn_upcall_mask, the second
-// byte of struct vcpu_info (xen/include/public/xen.h): non-zero while the guest
-// has interrupts off. The RFLAGS.IF that Xen shows is always set.
-func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (addr uint64, mask byte, ok bool, err error) {
+// upcallMask is evtchn_upcall_mask of a vCPU.
+type upcallMask struct {
+	known bool // the guest's struct vcpu_info could be found
+	addr  uint64
+	value byte
+}
+
+// upcallMask reads evtchn_upcall_mask, the second byte of struct vcpu_info
+// (xen/include/public/xen.h): non-zero while the guest has interrupts off. The
+// RFLAGS.IF that Xen shows is always set.
+func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (upcallMask, error) {
 	if d.vcpuInfo == 0 {
-		return 0, 0, false, nil
+		return upcallMask{}, nil
 	}
 	var b [2]byte
-	addr = c.GSBaseKernel + d.vcpuInfo
+	addr := c.GSBaseKernel + d.vcpuInfo
 	if err := d.Read(c.CtrlReg[3], addr, b[:]); err != nil {
-		return 0, 0, false, err
+		return upcallMask{}, err
 	}
 	if b[0] > 1 || b[1] > 1 {
-		return 0, 0, false, nil // whatever it is, it isn't that
+		return upcallMask{}, nil // whatever it is, it isn't that
 	}
-	return addr + 1, b[1], true, nil
+	return upcallMask{true, addr + 1, b[1]}, nil
 }
 
 // currentRoots returns the kernel page tables that vCPUs use now.
@@ -152,21 +174,27 @@ func (d *Debugger) Caps() breakpoint.Caps {
 
 // setContext sets a vCPU's registers. Xen replaces the extended state (AVX and
 // so on) by its initial value when it takes the FPU image of the context, so
-// that state is saved before and restored after, unless there is none.
+// that state is saved before and restored after, unless there is none. If it fails
+// it is to be called again, as long as the vCPU is stopped.
 func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
-	ext, err := d.hv.VCPUExtState(v)
-	if err != nil {
-		return fmt.Errorf("vCPU %d: save extended state: %w", v, mapErr(err))
+	s := &d.vcpus[v]
+	s.dirty = true
+	if !s.saved {
+		ext, err := d.hv.VCPUExtState(v)
+		if err != nil && !errors.Is(err, xenctrl.ErrNotSupported) {
+			return fmt.Errorf("vCPU %d: save extended state: %w", v, mapErr(err))
+		}
+		s.ext, s.saved = ext, true
 	}
 	if err := attempts(func() error { return d.hv.SetVCPUContext(v, c) }); err != nil {
 		return fmt.Errorf("vCPU %d: set registers: %w", v, err)
 	}
-	// xcr0_accum, the second word: the components the vCPU has ever enabled.
-	if len(ext.Data) >= 16 && binary.LittleEndian.Uint64(ext.Data[8:])&^3 != 0 {
-		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, ext) }); err != nil {
+	if s.ext.Live() {
+		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, s.ext) }); err != nil {
 			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
 		}
 	}
+	s.saved, s.dirty = false, false
 	return nil
 }
 
@@ -214,12 +242,12 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.step != nil && !d.step.done {
+	if d.stepping() {
 		// Only the stepping vCPU runs; the queue waits until it's done.
 		return d.pollStep(s)
 	}
 	if len(d.queue) == 0 {
-		if _, err := d.take(); err != nil {
+		if err := d.take(); err != nil {
 			return false, err
 		}
 	}
@@ -228,6 +256,9 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 	}
 	return d.next(s, 0)
 }
+
+// stepping reports whether a vCPU executes the instruction of a StepOver.
+func (d *Debugger) stepping() bool { return d.step != nil && !d.step.done }
 
 // next returns the stop at place i of the queue.
 func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
@@ -255,18 +286,22 @@ func (d *Debugger) fill(s *breakpoint.Stop, v int) {
 }
 
 // take moves one latched event to the queue.
-func (d *Debugger) take() (paused bool, err error) {
+func (d *Debugger) take() error {
 	st, err := d.hv.GdbsxDomStatus()
 	if err != nil {
-		return false, mapErr(err)
+		return mapErr(err)
 	}
-	if st.VCPU < 0 {
-		if st.Paused && d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil {
-			return true, d.takeDebugException()
-		}
-		return st.Paused, nil
+	if st.VCPU >= 0 {
+		return d.latch(st.VCPU)
 	}
-	return true, d.latch(st.VCPU)
+	if !st.Paused {
+		d.debug.quiet = false
+		return nil
+	}
+	if d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil {
+		return d.takeDebugException()
+	}
+	return nil
 }
 
 // latch queues the stop of a vCPU whose event domstatus has returned. The event
@@ -277,20 +312,28 @@ func (d *Debugger) latch(vcpu int) error {
 		return fmt.Errorf("event on vCPU %d, of %d", vcpu, d.nvcpu)
 	}
 	v := &d.vcpus[vcpu]
-	v.stopped, v.unread = true, true
+	if v.stopped {
+		return fmt.Errorf("event on vCPU %d, which is stopped", vcpu)
+	}
+	v.stopped, v.unread, v.dirty = true, true, false
+	v.tick = d.pins.tick
 	d.pending++
 	d.queue = append(d.queue, vcpu)
+	d.wakePins()
+	if d.pins.loose {
+		return d.pin(vcpu)
+	}
 	return nil
 }
 
 // takeAll moves every latched event to the queue. The domain is paused.
 func (d *Debugger) takeAll() error {
 	for range 4 * d.nvcpu {
-		n := d.pending
-		if _, err := d.take(); err != nil {
+		n := d.owed
+		if err := d.take(); err != nil {
 			return err
 		}
-		if d.pending == n {
+		if d.owed == n {
 			return nil
 		}
 	}
@@ -298,58 +341,26 @@ func (d *Debugger) takeAll() error {
 }
 
 const (
-	dr6BS   = 1 << 14
-	dr6B    = 0xf
 	eflagTF = x86.FlagTF
 	eflagIF = x86.FlagIF
-
-	// vgcfInKernel (VGCF_in_kernel, xen/include/public/arch-x86/xen.h).
-	vgcfInKernel = 1 << 2
 )
-
-// takeDebugException looks, while the domain is paused though no event is
-// latched, for a vCPU that met a debug exception of the guest's own (perf and
-// kgdb use the debug registers, old kprobes single-step): that pauses the domain
-// as well. It is given to the guest. What tells it from somebody's `xl pause` is
-// that DR6 has changed since it was last seen.
-func (d *Debugger) takeDebugException() error {
-	now := time.Now()
-	if now.Before(d.nextDB) {
-		return nil
-	}
-	d.nextDB = now.Add(10 * time.Millisecond)
-	for v := range d.nvcpu {
-		c := &d.want
-		if err := d.hv.VCPUContext(v, c); err != nil {
-			if e := mapErr(err); errors.Is(e, breakpoint.ErrGone) {
-				return e
-			}
-			continue
-		}
-		dr6 := c.DebugReg[6]
-		if dr6&(dr6B|dr6BS) == 0 || dr6 == d.vcpus[v].dr6 || c.Flags&vgcfInKernel == 0 || c.Traps[1].Address == 0 {
-			continue
-		}
-		if err := d.bounce(v, c, 1, c.User.RIP); err != nil {
-			return err
-		}
-		d.vcpus[v].dr6 = 0 // the guest clears it
-		d.owed++
-		return d.release()
-	}
-	return nil
-}
 
 // release pays what is owed to the domain's pause count: all but one for each
 // stop that waits for its answer, and everything while a vCPU steps, since the
 // others are held one by one then.
 func (d *Debugger) release() error {
+	if err := d.checkPins(); err != nil {
+		return err
+	}
 	keep := d.pending
-	if d.step != nil && !d.step.done {
+	switch {
+	case d.stepping():
 		keep = 0
+	case d.pins.loose:
+		keep = d.pending - d.pins.n
 	}
 	for d.owed > keep {
-		if err := attempts(d.hv.Unpause); err != nil {
+		if err := attempts(d.unpause); err != nil {
 			return fmt.Errorf("unpause: %w", err)
 		}
 		d.owed--
@@ -360,7 +371,10 @@ func (d *Debugger) release() error {
 // answered marks v's stop as answered and lets the domain go.
 func (d *Debugger) answered(v int) error {
 	if d.vcpus[v].stopped {
-		d.vcpus[v].stopped = false
+		if err := d.unpin(v); err != nil {
+			return err
+		}
+		d.vcpus[v].stopped, d.vcpus[v].entering = false, false
 		d.pending--
 	}
 	return d.release()
@@ -399,19 +413,19 @@ func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
 	want := &d.want
 	*want = v.ctx
 	setRegs(&want.User, &s.Regs)
-	if !v.fresh && want.User == v.ctx.User {
+	if !v.dirty && want.User == v.ctx.User {
 		return nil
 	}
 	if err := d.setContext(s.VCPU, want); err != nil {
 		return err
 	}
-	v.ctx, v.fresh = *want, false
+	v.ctx = *want
 	return nil
 }
 
-// Emulate implements breakpoint.Driver.
-func (d *Debugger) Emulate(*breakpoint.Stop, *x86.Insn) error {
-	return fmt.Errorf("debugger route: emulation by the hypervisor: %w", errors.ErrUnsupported)
+// StepOn implements breakpoint.Driver.
+func (d *Debugger) StepOn(*breakpoint.Stop, *x86.Insn) error {
+	return fmt.Errorf("debugger route: step on: %w", errors.ErrUnsupported)
 }
 
 // StepOver implements breakpoint.Driver.
@@ -436,7 +450,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	if st == nil {
 		// pausevcpu waits until the vCPU doesn't run, so after it every event of the
 		// others is latched, and can be taken: none will pause the domain again.
-		st = &step{vcpu: s.VCPU, patch: p}
+		st = &step{vcpu: s.VCPU, patch: p, done: true}
 		d.step = st
 		for o := range d.nvcpu {
 			if o == s.VCPU {
@@ -460,27 +474,28 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 		return errors.Join(err, d.endStep())
 	}
 	v.ctx = *want
-	v.fresh = true
+	v.dirty = true // TF is Xen's, not the vCPU's
 	if err := attempts(func() error { return d.liftForStep(p) }); err != nil {
 		return errors.Join(err, d.endStep())
 	}
 	// An interrupt between here and the step would run over the lifted byte.
-	if addr, mask, ok, _ := d.upcallMask(&v.ctx); ok && mask == 0 && st.masked == 0 {
-		if d.Write(v.ctx.CtrlReg[3], addr, []byte{1}) == nil {
-			st.masked = addr
+	if m, err := d.upcallMask(&v.ctx); err == nil && m.known && m.value == 0 && st.masked == 0 {
+		if d.Write(v.ctx.CtrlReg[3], m.addr, []byte{1}) == nil {
+			st.masked = m.addr
 		}
+	}
+	if err := d.unpin(s.VCPU); err != nil {
+		return errors.Join(err, d.endStep())
 	}
 	st.done = false
 	v.stopped = false
 	d.pending--
 	// Everything owed: the other stops' vCPUs are held one by one now.
-	for d.owed > 0 {
-		if err := attempts(d.hv.Unpause); err != nil {
-			v.stopped = true
-			d.pending++
-			return errors.Join(err, d.endStep())
-		}
-		d.owed--
+	if err := d.release(); err != nil {
+		st.done = true
+		v.stopped = true
+		d.pending++
+		return errors.Join(err, d.endStep())
 	}
 	return nil
 }
@@ -519,7 +534,10 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	v.ctx = d.scratch
 	v.ctx.User.RFLAGS &^= eflagTF
 	v.ctx.DebugReg[6] &^= dr6BS
-	v.stopped, v.reason, v.dr6 = true, breakpoint.Stepped, v.ctx.DebugReg[6]
+	// TF is still set in Xen, whatever an interrupt's hit on the way has done to it.
+	v.stopped, v.reason, v.dirty, v.dr6 = true, breakpoint.Stepped, true, v.ctx.DebugReg[6]
+	v.tick = d.pins.tick
+	d.wakePins()
 	d.owed++
 	d.pending++
 	d.step.done = true
@@ -527,35 +545,50 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	return true, nil
 }
 
-// endStep lets the other vCPUs go. The domain is paused, so they run with it.
+// endStep lets the other vCPUs go. The domain is paused, so they run with it. If
+// it fails it is to be called again.
 func (d *Debugger) endStep() error {
 	st := d.step
 	if st == nil {
 		return nil
 	}
-	var errs error
 	if err := attempts(func() error { return d.dropAfterStep(st.patch) }); err != nil {
-		errs = errors.Join(errs, err)
+		return err
 	}
 	if st.masked != 0 {
 		if err := attempts(func() error { return d.Write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
-			errs = errors.Join(errs, fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err))
+			return fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err)
 		}
 		st.masked = 0
 	}
 	for len(st.others) > 0 {
 		o := st.others[len(st.others)-1]
-		if err := attempts(func() error { return d.hv.GdbsxUnpauseVCPU(o) }); err != nil {
-			return errors.Join(errs, fmt.Errorf("release vCPU %d: %w", o, err))
+		if err := d.letGo(o); err != nil {
+			return fmt.Errorf("release vCPU %d: %w", o, err)
 		}
 		st.others = st.others[:len(st.others)-1]
 	}
 	d.step = nil
-	return errs
+	return nil
+}
+
+// letGo undoes a GdbsxPauseVCPU, which takes a paused domain.
+func (d *Debugger) letGo(vcpu int) error {
+	return attempts(func() error {
+		err := d.hv.GdbsxUnpauseVCPU(vcpu)
+		if !errors.Is(err, syscall.EBUSY) {
+			return err
+		}
+		if err := d.hv.Pause(); err != nil {
+			return err
+		}
+		d.owed++
+		return d.hv.GdbsxUnpauseVCPU(vcpu)
+	})
 }
 
 // Reinject implements breakpoint.Driver: Xen has no call for it, so the vCPU is
-// put at the guest's handler as Xen itself would have (bounce).
+// put at the guest's handler as Xen itself would have (enter).
 func (d *Debugger) Reinject(s *breakpoint.Stop) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -568,7 +601,7 @@ func (d *Debugger) Reinject(s *breakpoint.Stop) error {
 			return fmt.Errorf("vCPU %d isn't at a breakpoint", s.VCPU)
 		}
 		d.want = v.ctx
-		if err := d.bounce(s.VCPU, &d.want, 3, v.at+1); err != nil {
+		if err := d.enter(s.VCPU, &d.want, 3, v.at+1); err != nil {
 			return err
 		}
 	}
@@ -580,85 +613,96 @@ const (
 	flatKernelSS = 0xe02b
 )
 
-// bounce delivers exception vector to a vCPU of a 64-bit PV guest that is in
+// enter delivers exception vector to a vCPU of a 64-bit PV guest that is in
 // kernel mode: the frame that the guest expects from Xen
-// (xen/arch/x86/x86_64/entry.S, create_bounce_frame; public/arch-x86/xen.h).
-func (d *Debugger) bounce(v int, c *xenctrl.VCPUContext, vector int, rip uint64) error {
+// (xen/arch/x86/x86_64/entry.S, create_bounce_frame; public/arch-x86/xen.h). It may
+// be called again until vcpu.entering is cleared.
+func (d *Debugger) enter(v int, c *xenctrl.VCPUContext, vector int, rip uint64) error {
 	t := c.Traps[vector]
 	if t.Address == 0 {
 		return fmt.Errorf("vCPU %d: the guest has no handler for vector %d", v, vector)
 	}
-	u := &c.User
-	maskAddr, maskByte, known, err := d.upcallMask(c)
-	if err != nil {
-		return fmt.Errorf("vCPU %d: read its interrupt flag: %w", v, err)
+	s := &d.vcpus[v]
+	if !s.entering {
+		mask, err := d.upcallMask(c)
+		if err != nil {
+			return fmt.Errorf("vCPU %d: read its interrupt flag: %w", v, err)
+		}
+		s.mask, s.entering = mask, true
 	}
-	mask := uint64(maskByte)
+	u := &c.User
+	mask := uint64(s.mask.value)
 	flags := u.RFLAGS &^ eflagIF
 	if mask == 0 {
 		flags |= eflagIF
 	}
 	sp := u.RSP &^ 15
-	frame := []uint64{u.RCX, u.R11, rip, uint64(u.CS&^3) | mask<<32, flags, u.RSP, uint64(u.SS)}
+	frame := [...]uint64{u.RCX, u.R11, rip, uint64(u.CS&^3) | mask<<32, flags, u.RSP, uint64(u.SS)}
 	sp -= uint64(len(frame) * 8)
-	buf := make([]byte, 0, 64)
+	buf := make([]byte, 0, len(frame)*8)
 	for _, w := range frame {
 		buf = binary.LittleEndian.AppendUint64(buf, w)
 	}
 	if err := d.Write(c.CtrlReg[3], sp, buf); err != nil {
 		return fmt.Errorf("vCPU %d: exception frame: %w", v, err)
 	}
+	if s.mask.known && t.Flags&xenctrl.TrapDisablesEvents != 0 {
+		if err := d.Write(c.CtrlReg[3], s.mask.addr, []byte{1}); err != nil {
+			return fmt.Errorf("vCPU %d: mask events: %w", v, err)
+		}
+	}
 	u.RSP, u.RIP = sp, t.Address
 	u.CS, u.SS = flatKernelCS, flatKernelSS
 	u.RFLAGS &^= eflagTF | x86.FlagRF | x86.FlagNT | x86.FlagVM | x86.FlagAC
-	if err := d.setContext(v, c); err != nil {
-		return err
-	}
-	if known && t.Flags&xenctrl.TrapDisablesEvents != 0 {
-		return d.Write(c.CtrlReg[3], maskAddr, []byte{1})
-	}
-	return nil
+	return d.setContext(v, c)
 }
 
 // Close implements breakpoint.Driver.
-func (d *Debugger) Close(answer func(*breakpoint.Stop) error) error {
-	d.mu.Lock()
-	if d.closed {
-		d.mu.Unlock()
-		return nil
-	}
-	d.closed = true
-	d.mu.Unlock()
-	defer d.frames.Close()
-	var errs error
-	if err := attempts(d.hv.Pause); err != nil {
-		if errors.Is(err, breakpoint.ErrGone) {
-			return nil
-		}
-		errs = errors.Join(errs, err)
-	} else {
-		d.mu.Lock()
-		d.frozen++
-		d.mu.Unlock()
-		defer func() { attempts(d.hv.Unpause) }()
-	}
-	// No vCPU runs: all their events are latched.
-	errs = errors.Join(errs, drain(8*d.nvcpu+8, d.poll, answer))
+func (d *Debugger) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.step != nil && !d.step.done {
+	if d.closed {
+		return nil
+	}
+	err := d.leave()
+	if err != nil && !errors.Is(err, breakpoint.ErrGone) {
+		return err
+	}
+	d.closed = true
+	d.stopPins()
+	d.frames.Close()
+	return err
+}
+
+func (d *Debugger) leave() error {
+	if d.pending > 0 {
+		return fmt.Errorf("%d vCPUs are stopped", d.pending)
+	}
+	if d.stepping() {
 		// The step didn't come to its end: at least TF must not stay.
-		if c := &d.scratch; d.hv.VCPUContext(d.step.vcpu, c) == nil {
-			c.User.RFLAGS &^= eflagTF
-			errs = errors.Join(errs, d.setContext(d.step.vcpu, c))
+		v := d.step.vcpu
+		if err := attempts(func() error { return d.hv.VCPUContext(v, &d.scratch) }); err != nil {
+			return err
 		}
+		d.scratch.User.RFLAGS &^= eflagTF
+		if err := d.setContext(v, &d.scratch); err != nil {
+			return err
+		}
+		d.step.done = true
 	}
-	errs = errors.Join(errs, d.endStep())
+	if err := d.endStep(); err != nil {
+		return err
+	}
 	if err := attempts(func() error { return d.hv.SetDebugging(false) }); err != nil {
-		errs = errors.Join(errs, fmt.Errorf("detach debugger: %w", err))
+		return fmt.Errorf("detach debugger: %w", err)
 	}
-	d.pending = 0
-	return errors.Join(errs, d.release())
+	if err := d.release(); err != nil {
+		return err
+	}
+	if err := d.thawAll(); err != nil {
+		return err
+	}
+	return d.lastDebugExceptions()
 }
 
 // regsOf returns the registers of a context.

@@ -23,8 +23,8 @@ var (
 	ErrNoMonitor = errors.New("this Xen doesn't offer vm_event software breakpoints for the guest: " +
 		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
 	// ErrBusy: somebody else debugs or monitors the guest.
-	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; " +
-		"if it was killed, its breakpoints may still be there, and only a restart of the guest helps")
+	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed its breakpoints are " +
+		"still there, and the guest stands still at the next one: leave it so (xl unpause would kill a PV guest there)")
 )
 
 // guest is what both routes have in common: memory and patched bytes.
@@ -86,7 +86,7 @@ func (g *guest) Thaw() error {
 	if g.frozen == 0 {
 		return nil
 	}
-	if err := g.hv.Unpause(); err != nil {
+	if err := g.unpause(); err != nil {
 		return mapErr(err)
 	}
 	g.frozen--
@@ -228,14 +228,18 @@ func (g *guest) dropAfterStep(p *patch) error {
 
 // lift puts the original byte back, drop the breakpoint again.
 func (g *guest) lift(p *patch) error {
-	var cur [1]byte
-	if err := g.Read(0, p.addr, cur[:]); err != nil {
+	// The whole instruction is compared: a guest that rewrites it puts an int3 of
+	// its own over the first byte first, and the first byte of the new one last.
+	var buf [x86.MaxLen]byte
+	orig := p.insn.Bytes()
+	cur := buf[:len(orig)]
+	if err := g.Read(0, p.addr, cur); err != nil {
 		return err
 	}
-	if cur[0] != int3 {
-		return fmt.Errorf("%w: %#x holds %#x, not the breakpoint", breakpoint.ErrTextChanged, p.addr, cur[0])
+	if cur[0] != int3 || !bytes.Equal(cur[1:], orig[1:]) {
+		return fmt.Errorf("%w: %#x holds % x, not the breakpoint and the rest of % x", breakpoint.ErrTextChanged, p.addr, cur, orig)
 	}
-	return g.Write(0, p.addr, p.insn.Bytes()[:1])
+	return g.Write(0, p.addr, orig[:1])
 }
 
 func (g *guest) drop(p *patch) error { return g.Write(0, p.addr, []byte{int3}) }
@@ -246,7 +250,9 @@ func (g *guest) breakAt(addr uint64) *patch {
 	return g.breaks[addr]
 }
 
-// checkAlive returns ErrGone if the domain is dying or has shut down.
+// checkAlive returns ErrGone if the domain is dying or has shut down. One that is
+// suspended may be resumed ("xl save -c", a migration that failed), and its
+// breakpoints are still to be served then.
 func (g *guest) checkAlive() error {
 	info, err := g.hv.Info()
 	if err != nil {
@@ -267,34 +273,41 @@ func mapErr(err error) error {
 		return fmt.Errorf("%w: %w", breakpoint.ErrGone, err)
 	case errors.Is(err, paging.ErrNotMapped):
 		return fmt.Errorf("%w: %w", breakpoint.ErrNotMapped, err)
+	case errors.Is(err, paging.ErrProtected), errors.Is(err, paging.ErrNonCanonical), errors.Is(err, paging.ErrReserved):
+		return fmt.Errorf("%w: %w", breakpoint.ErrFault, err)
 	}
 	return err
 }
 
 // attempts makes a call that must not fail a few times.
 func attempts(f func() error) (err error) {
-	for range 3 {
+	for try := range 3 {
+		if try > 0 {
+			time.Sleep(time.Millisecond)
+		}
 		if err = mapErr(f()); err == nil || errors.Is(err, breakpoint.ErrGone) {
 			return err
 		}
-		time.Sleep(time.Millisecond)
 	}
 	return err
 }
 
-// drain gives answer what poll has, at most n stops: a paused guest has no more.
-func drain(n int, poll func(*breakpoint.Stop) (bool, error), answer func(*breakpoint.Stop) error) (errs error) {
-	for range n {
-		var s breakpoint.Stop
-		ok, err := poll(&s)
-		switch {
-		case err != nil:
-			errs = errors.Join(errs, err)
-		case !ok:
-			return errs
-		default:
-			errs = errors.Join(errs, answer(&s))
+// thawAll undoes all Freezes; g.mu is held.
+func (g *guest) thawAll() error {
+	for g.frozen > 0 {
+		if err := attempts(g.unpause); err != nil {
+			return err
 		}
+		g.frozen--
 	}
-	return errs
+	return nil
+}
+
+// unpause takes one from the domain's pause count. That it is 0 already, as after
+// an administrator's unpause, is no error.
+func (g *guest) unpause() error {
+	if err := g.hv.Unpause(); !errors.Is(err, syscall.EINVAL) {
+		return err
+	}
+	return nil
 }

@@ -85,8 +85,8 @@ func OpenMonitor(hv Hypervisor) (_ *MonitorRoute, err error) {
 	return m, nil
 }
 
-// already forgives that a setting is as it is wanted, which Xen calls an error:
-// a predecessor that died may have left it so (xen/arch/x86/monitor.c).
+// already ignores EEXIST: the setting was in effect (xen/arch/x86/monitor.c), as a
+// predecessor that died may have left it.
 func already(err error) error {
 	if errors.Is(err, syscall.EEXIST) {
 		return nil
@@ -143,7 +143,24 @@ func (m *MonitorRoute) Caps() breakpoint.Caps {
 		}
 	}
 	canTrap := m.caps&(xenctrl.MonitorSingleStep|xenctrl.MonitorDebugException) != 0
-	return breakpoint.Caps{VCPUs: m.nvcpu, Emulate: true, Step: m.online == 1 && canTrap}
+	const ringSlots = 8 // of 400 bytes in a page (xen/include/public/vm_event.h)
+	return breakpoint.Caps{
+		VCPUs: m.nvcpu, Step: m.online == 1 && canTrap, Queue: ringSlots,
+		LA57: m.mem.Mode().Kind == paging.FiveLevel,
+	}
+}
+
+// alone makes sure that no other vCPU runs than the one that has stopped. What
+// Caps said may be a second old; now nobody can bring another one up.
+func (m *MonitorRoute) alone() error {
+	info, err := m.hv.Info()
+	if err != nil {
+		return mapErr(err)
+	}
+	if m.online, m.checked = info.OnlineVCPUs, time.Now(); m.online != 1 {
+		return fmt.Errorf("%w: %d vCPUs are online, and they can't be held", breakpoint.ErrNoWayPast, m.online)
+	}
+	return nil
 }
 
 // Wait implements breakpoint.Driver.
@@ -317,21 +334,9 @@ func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 	return err
 }
 
-// Emulate implements breakpoint.Driver.
-func (m *MonitorRoute) Emulate(s *breakpoint.Stop, in *x86.Insn) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	v, err := m.stopOf(s)
-	if err != nil {
-		return err
-	}
-	m.out = v.ev
-	ev := &m.out
-	// Xen fetches the instruction from these 16 bytes; NOPs fill them.
-	for i := copy(ev.InsnData[:], in.Bytes()); i < len(ev.InsnData); i++ {
-		ev.InsnData[i] = 0x90
-	}
-	return m.answer(v, ev, xenctrl.EventEmulate|xenctrl.EventSetEmulInsnData)
+// StepOn implements breakpoint.Driver.
+func (m *MonitorRoute) StepOn(*breakpoint.Stop, *x86.Insn) error {
+	return fmt.Errorf("monitor route: step on: %w", errors.ErrUnsupported)
 }
 
 // StepOver implements breakpoint.Driver.
@@ -348,6 +353,9 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	}
 	if m.step != nil && (m.step.vcpu != s.VCPU || !m.step.done) {
 		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, m.step.vcpu)
+	}
+	if err := m.alone(); err != nil {
+		return err
 	}
 	mtf := m.caps&xenctrl.MonitorSingleStep != 0
 	again := m.step != nil
@@ -409,52 +417,65 @@ func (m *MonitorRoute) Reinject(s *breakpoint.Stop) error {
 }
 
 // Close implements breakpoint.Driver.
-func (m *MonitorRoute) Close(answer func(*breakpoint.Stop) error) error {
+func (m *MonitorRoute) Close() error {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.closed {
-		m.mu.Unlock()
 		return nil
 	}
+	err := m.leave()
+	if err != nil && !errors.Is(err, breakpoint.ErrGone) {
+		return err
+	}
+	if err != nil {
+		_ = m.mon.Close() // the domain is gone; what the ring takes here is not
+	}
 	m.closed = true
-	m.mu.Unlock()
-	defer m.frames.Close()
 	if m.waitEnd != nil {
 		m.waitEnd()
 	}
-	var errs error
-	if err := attempts(m.hv.Pause); err != nil {
-		if errors.Is(err, breakpoint.ErrGone) {
-			m.mon.Close()
-			return nil
+	m.frames.Close()
+	return err
+}
+
+func (m *MonitorRoute) leave() error {
+	for v := range m.vcpus {
+		if m.vcpus[v].stopped {
+			return fmt.Errorf("vCPU %d is stopped", v)
 		}
-		errs = errors.Join(errs, err)
-	} else {
-		defer func() { attempts(m.hv.Unpause) }()
 	}
-	// A ring holds eight requests; a vCPU that found it full puts its own there
-	// when there is room.
-	errs = errors.Join(errs, drain(4*m.nvcpu+16, m.poll, answer))
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	off := func(what string, f func() error) {
-		if err := attempts(func() error { return already(f()) }); err != nil && !errors.Is(err, breakpoint.ErrGone) {
-			errs = errors.Join(errs, fmt.Errorf("%s: %w", what, err))
+	off := func(what string, f func() error) error {
+		err := attempts(func() error { return already(f()) })
+		if err != nil {
+			return fmt.Errorf("%s: %w", what, err)
 		}
+		return nil
+	}
+	if err := off("notify Xen", m.flush); err != nil {
+		return err
 	}
 	if m.trapMon {
 		if m.caps&xenctrl.MonitorSingleStep != 0 {
-			off("stop monitoring single steps", func() error { return m.mon.SetSingleStep(false) })
-			for v := range m.nvcpu {
-				m.hv.DebugControl(v, false)
+			if err := off("stop monitoring single steps", func() error { return m.mon.SetSingleStep(false) }); err != nil {
+				return err
 			}
-		} else {
-			off("stop monitoring debug exceptions", func() error { return m.mon.SetDebugExceptions(false, false) })
+			for v := range m.nvcpu {
+				if err := off("end single steps", func() error { return m.hv.DebugControl(v, false) }); err != nil {
+					return err
+				}
+			}
+		} else if err := off("stop monitoring debug exceptions", func() error { return m.mon.SetDebugExceptions(false, false) }); err != nil {
+			return err
 		}
+		m.trapMon = false
 	}
-	off("stop monitoring breakpoints", func() error { return m.mon.SetSoftwareBreakpoint(false) })
-	off("notify Xen", m.flush)
-	off("detach monitor", m.mon.Close)
-	return errs
+	if err := off("stop monitoring breakpoints", func() error { return m.mon.SetSoftwareBreakpoint(false) }); err != nil {
+		return err
+	}
+	if err := off("detach monitor", m.mon.Close); err != nil {
+		return err
+	}
+	return m.thawAll()
 }
 
 func regsOfEvent(e *xenctrl.EventRegs) x86.Regs {

@@ -1210,12 +1210,22 @@ func (m *Machine) Kill() {
 	}
 }
 
-// Shutdown has the guest shut down (SHUTDOWN_*: 0 poweroff, 1 reboot, 3 crash).
+// Shutdown has the guest shut down (SHUTDOWN_*: 0 poweroff, 1 reboot, 2 suspend,
+// 3 crash).
 // The domain goes on existing, but no vCPU runs.
 func (m *Machine) Shutdown(reason uint8) {
 	m.lock()
 	defer m.mu.Unlock()
 	m.shutdown, m.reason = true, reason
+}
+
+// ResumeDomain undoes Shutdown, as XEN_DOMCTL_resumedomain does after "xl save -c"
+// or a migration that failed.
+func (m *Machine) ResumeDomain() {
+	m.lock()
+	m.shutdown = false
+	m.mu.Unlock()
+	m.wake()
 }
 
 // begin begins a call of the hypervisor: it returns holding the machine.

@@ -77,6 +77,12 @@ type Sized interface {
 	PhysicalPages() (uint64, error)
 }
 
+// Identified is implemented by drivers of guests that may be reset under a probe.
+type Identified interface {
+	// SetIdentity names bytes that tell the guest's kernel from any other.
+	SetIdentity(addr uint64, b []byte) error
+}
+
 // Symbolic is implemented by drivers that work better when they know where the
 // kernel keeps certain things. lookup returns the address of a symbol.
 type Symbolic interface {

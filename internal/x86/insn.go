@@ -1,6 +1,7 @@
 package x86
 
 import (
+	"bytes"
 	"encoding/hex"
 	"fmt"
 	"strings"
@@ -148,10 +149,35 @@ func (in *Insn) MemoryOperand() bool {
 	return false
 }
 
+// emulatePrefixes stand before an instruction that the kernel wants emulated by a
+// hypervisor, Xen or (in tests of KVM) KVM: UD2 and three letters (Linux'
+// arch/x86/include/asm/emulate_prefix.h; Xen's public/arch-x86/xen.h). The
+// hypervisor's handler of #UD looks at all of it, and goes on behind the
+// instruction that follows.
+var emulatePrefixes = [...][5]byte{
+	{0x0f, 0x0b, 'x', 'e', 'n'},
+	{0x0f, 0x0b, 'k', 'v', 'm'},
+}
+
+// unitLen returns how many bytes at the start of code Linux' decoder takes for one
+// instruction: those of an instruction with its emulate prefix, if it has one.
+func unitLen(code []byte) (int, error) {
+	n := 0
+	for _, p := range emulatePrefixes {
+		if bytes.HasPrefix(code, p[:]) {
+			n = len(p)
+		}
+	}
+	in, err := Decode(code[n:])
+	return n + in.Len, err
+}
+
 // FindBoundary checks that target is the address of an instruction, given the
 // code of the function that begins at start. It decodes from start on, as
-// Linux' can_probe does. The error wraps [ErrNotBoundary] and names the
-// instruction that target is inside of, or says why decoding did not reach it.
+// Linux' can_probe does, for which UD2, "xen" or "kvm", and the instruction that
+// follows are one: what is inside of these is executed by no processor. The error
+// wraps [ErrNotBoundary] and names the instruction that target is inside of, or
+// says why decoding did not reach it.
 func FindBoundary(code []byte, start, target uint64) error {
 	off := target - start
 	if target < start || off >= uint64(len(code)) {
@@ -159,15 +185,15 @@ func FindBoundary(code []byte, start, target uint64) error {
 			ErrNotBoundary, target, len(code), start)
 	}
 	for at := uint64(0); at < off; {
-		in, err := Decode(code[at:])
+		n, err := unitLen(code[at:])
 		if err != nil {
 			return fmt.Errorf("%w: %#x cannot be reached from %#x: at %#x: %w",
 				ErrNotBoundary, target, start, start+at, err)
 		}
-		next := at + uint64(in.Len)
+		next := at + uint64(n)
 		if next > off {
 			return fmt.Errorf("%w: %#x is %d bytes into the %d-byte instruction at %#x",
-				ErrNotBoundary, target, off-at, in.Len, start+at)
+				ErrNotBoundary, target, off-at, n, start+at)
 		}
 		at = next
 	}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -393,5 +394,87 @@ func TestLengthsObjdump(t *testing.T) {
 	t.Logf("%d files: %+v", len(real), total)
 	if total.insns == 0 {
 		t.Error("nothing compared")
+	}
+}
+
+// xenCPUID is the beginning of xen_cpuid in Debian's 6.1 kernel, with the UD2,
+// "xen" and CPUID at prefixedCPUID.
+const (
+	xenCPUID = "e82b3e0500" + "4989f8" + "4989c9" + "4889d7" + "458b10" + "4183fa05" + "742a" + "53" +
+		"4489d0" + "8b0a" + "0f0b78656e0fa2" + "418900" + "31c0" + "4183fa0b" + "0f95c0" + "891e"
+	prefixedCPUID = 0x1d
+)
+
+// TestEmulatePrefix: the boundaries in code with an emulate prefix are those that
+// objdump finds with a NOP in its place, except the one behind it. Nothing
+// executes a copy of it.
+func TestEmulatePrefix(t *testing.T) {
+	code, err := hex.DecodeString(xenCPUID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := exec.LookPath("objdump"); err != nil {
+		requireLab(t, "no objdump (Debian package binutils): %v", err)
+	}
+	path := filepath.Join(t.TempDir(), "nop")
+	nop := append([]byte(nil), code...)
+	copy(nop[prefixedCPUID:], "\x0f\x1f\x44\x00\x00")
+	if err := os.WriteFile(path, nop, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("objdump", "-D", "-w", "-z", "-b", "binary", "-m", "i386:x86-64", path)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	starts := map[uint64]bool{}
+	for line := range strings.Lines(string(out)) {
+		if addr, _, ok := strings.Cut(line, ":\t"); ok {
+			n, err := strconv.ParseUint(strings.TrimSpace(addr), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			starts[n] = true
+		}
+	}
+	const cpuid = prefixedCPUID + 5
+	if len(starts) < 15 || !starts[prefixedCPUID] || !starts[cpuid] || !starts[cpuid+2] {
+		t.Fatalf("objdump's starts: %v", starts)
+	}
+	delete(starts, cpuid)
+	for _, by := range []string{"xen", "kvm"} {
+		copy(code[prefixedCPUID+2:], by)
+		for off := range uint64(len(code)) {
+			err := FindBoundary(code, kernText, kernText+off)
+			if (err == nil) != starts[off] {
+				t.Errorf("%s: +%#x: %v", by, off, err)
+			}
+			if err != nil && off > prefixedCPUID && off < cpuid+2 && !strings.Contains(err.Error(), "7-byte instruction at 0xffffffff8100001d") {
+				t.Error(err)
+			}
+		}
+		in, err := Decode(code[prefixedCPUID:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in.CanEmulate() || !errors.Is(in.CanStep(), ErrNotSteppable) {
+			t.Errorf("%s can be executed", &in)
+		}
+		if _, err := in.Relocate(kernText, kernText+64); !errors.Is(err, ErrNotRelocatable) {
+			t.Errorf("%s can be copied: %v", &in, err)
+		}
+	}
+	// UD2 and other letters, as behind Linux' WARN, are what they look like.
+	copy(code[prefixedCPUID+2:], "xep")
+	if err := FindBoundary(code, kernText, kernText+prefixedCPUID+2); err != nil {
+		t.Error(err)
+	}
+	// What follows the prefix is cut, or is no instruction.
+	for _, tail := range []string{"", "0f", "06"} {
+		cut, _ := hex.DecodeString("0f0b78656e" + tail)
+		if err := FindBoundary(append(cut, 0x0f), kernText, kernText+uint64(len(cut))); !errors.Is(err, ErrNotBoundary) {
+			t.Errorf("% x: %v", cut, err)
+		}
 	}
 }

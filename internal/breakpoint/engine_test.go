@@ -1,13 +1,10 @@
-package route_test
+package breakpoint_test
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"math/rand/v2"
 	"slices"
-	"syscall"
 	"testing"
 	"time"
 
@@ -124,7 +121,7 @@ func TestEveryInstruction(t *testing.T) {
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
-		for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.OutOfLine, breakpoint.InPlace, breakpoint.ByHypervisor} {
+		for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.OutOfLine, breakpoint.InPlace} {
 			probed := 0
 			var stats breakpoint.Stats
 			for i, in := range m.Insns() {
@@ -151,7 +148,7 @@ func TestEveryInstruction(t *testing.T) {
 						return breakpoint.Continue
 					},
 				}
-				if probed%2 == 0 && method != breakpoint.ByHypervisor {
+				if probed%2 == 0 {
 					p.Post = func(c *breakpoint.Context) breakpoint.Verdict {
 						post++
 						if c.Regs.Flags&0x100 != 0 {
@@ -188,7 +185,6 @@ func TestEveryInstruction(t *testing.T) {
 				stats.Emulated += s.Emulated
 				stats.OutOfLine += s.OutOfLine
 				stats.InPlace += s.InPlace
-				stats.Hypervisor += s.Hypervisor
 				require.Equal(t, before, m.Text())
 			}
 			t.Logf("method %d: %d instructions, %+v", method, probed, stats)
@@ -196,104 +192,4 @@ func TestEveryInstruction(t *testing.T) {
 			sim.Verify(t, m, before)
 		}
 	})
-}
-
-// TestInterleaved does random operations on many probes at once, fails a random
-// call now and then, and looks whether the guest is whole afterwards.
-func TestInterleaved(t *testing.T) {
-	rounds := 30
-	if testing.Short() {
-		rounds = 5
-	}
-	each(t, func(t *testing.T, cfg sim.Config) {
-		for seed := range rounds {
-			cfg.Seed = uint64(seed)*7919 + 1
-			r := rand.New(rand.NewPCG(cfg.Seed, 1))
-			m := sim.New(cfg)
-			before := m.Text()
-			m.Start()
-			interleave(t, m, cfg, r)
-			m.Release()
-			sim.Verify(t, m, before)
-			if t.Failed() {
-				for i, c := range m.CallLog() {
-					if c.Err != nil {
-						t.Logf("seed %d: call %d: %v: %v", cfg.Seed, i, c, c.Err)
-					}
-				}
-			}
-			m.Stop()
-			require.False(t, m.Attached() || m.MonitorOpen(), "still attached")
-			require.Zero(t, m.Mappings(), "mappings left")
-			require.Zero(t, m.Pauses(), "pauses left")
-			if t.Failed() {
-				return
-			}
-		}
-	})
-}
-
-func interleave(t *testing.T, m *sim.Machine, cfg sim.Config, r *rand.Rand) {
-	if r.IntN(2) == 0 {
-		m.FailCall(1+r.IntN(60), fmt.Errorf("injected: %w", syscall.ENOMEM))
-	}
-	drv, err := attach(m, cfg)
-	if err != nil {
-		require.ErrorContains(t, err, "injected")
-		return
-	}
-	e := breakpoint.New(drv, breakpoint.Config{
-		Scratch:  scratch(m),
-		MayFault: func(a uint64) bool { return a%5 == 0 },
-		Logger:   slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
-	})
-	insns := m.Insns()
-	var probes []*breakpoint.Probe
-	serving, stopServing := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for serving.Err() == nil {
-			if _, err := e.Serve(serving, true); err != nil && !errors.Is(err, context.Canceled) {
-				t.Logf("serve: %v", err)
-			}
-		}
-	}()
-	for range 40 {
-		switch r.IntN(5) {
-		case 0, 1:
-			in := insns[r.IntN(len(insns))]
-			if in.VA == m.Symbol("int3_entry") {
-				continue // see TestEveryInstruction
-			}
-			p := &breakpoint.Probe{Addr: in.VA}
-			if r.IntN(2) == 0 {
-				p.Pre = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }
-			}
-			if r.IntN(2) == 0 {
-				p.Post = func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }
-			}
-			if e.Register(p) == nil {
-				probes = append(probes, p)
-			}
-		case 2:
-			if len(probes) > 0 {
-				i := r.IntN(len(probes))
-				e.Unregister(probes[i])
-				probes = append(probes[:i], probes[i+1:]...)
-			}
-		case 3:
-			time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
-		case 4:
-			if r.IntN(4) == 0 {
-				m.FailCall(1+r.IntN(40), fmt.Errorf("injected: %w", syscall.EAGAIN))
-			}
-		}
-	}
-	stopServing()
-	<-done
-	// A failure may be reported, but nothing may be left behind.
-	if err := e.Close(); err != nil {
-		t.Logf("close: %v", err)
-	}
 }

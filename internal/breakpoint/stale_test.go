@@ -1,4 +1,4 @@
-package route_test
+package breakpoint_test
 
 import (
 	"context"

@@ -1,0 +1,585 @@
+package breakpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/goid"
+	"github.com/vmprobes/vmprobes/internal/x86"
+)
+
+// mode is what stops are served for.
+type mode uint8
+
+const (
+	unserved mode = iota // nobody sees hits: no handler runs
+	ending               // a Serve with handlers ends: Post of hits whose Pre has run
+	serving              // all handlers run
+)
+
+// Serve answers stops until a handler's verdict isn't Continue (then it returns
+// that verdict), ctx is done, or something fails. If live is false no handler
+// runs and hits count as missed.
+//
+// An error doesn't mean that a vCPU is left behind: what could not be answered is
+// answered by the next Serve or by Close. Nor does a panic of a handler: its hit is
+// seen to the end.
+//
+// Before a live Serve returns, vCPUs that execute the instruction of a hit have
+// 20 ms to come back for their Post handlers, which otherwise run in the next live
+// Serve, or never.
+func (e *Engine) Serve(ctx context.Context, live bool) (Verdict, error) {
+	e.serving.Lock()
+	defer e.serving.Unlock()
+	if !live {
+		return e.serve(ctx, unserved)
+	}
+	e.mu.Lock()
+	e.server = goid.Get()
+	e.mu.Unlock()
+	v, err := e.serve(ctx, serving)
+	e.wind()
+	return v, err
+}
+
+func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
+	for {
+		if err := ctx.Err(); err != nil {
+			return Continue, err
+		}
+		if e.owing.Load() {
+			if v, err := e.serveOwing(ctx, m); v != Continue || err != nil {
+				return v, err
+			}
+			continue
+		}
+		if err := e.drv.Wait(ctx, &e.stop); err != nil {
+			return Continue, err
+		}
+		if v, err := e.locked(&e.stop, m); v != Continue || err != nil {
+			return v, err
+		}
+	}
+}
+
+func (e *Engine) locked(s *Stop, m mode) (Verdict, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.handle(s, m)
+}
+
+// wind serves until the vCPUs have come back whose Post handlers are due.
+func (e *Engine) wind() {
+	const limit = 20 * time.Millisecond
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.postsDue() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	for e.postsDue() {
+		if _, err := e.wait(ctx, ending); err != nil {
+			e.log.Debug("waiting for Post handlers", "err", err)
+			return
+		}
+	}
+}
+
+// wait serves one stop; e.mu is released while it waits for it.
+func (e *Engine) wait(ctx context.Context, m mode) (Verdict, error) {
+	e.mu.Unlock()
+	err := e.drv.Wait(ctx, &e.stop)
+	e.mu.Lock()
+	if err != nil {
+		return Continue, err
+	}
+	return e.handle(&e.stop, m)
+}
+
+func (e *Engine) postsDue() bool {
+	return slices.ContainsFunc(e.active, func(f *inflight) bool { return e.wantsPost(f, ending) })
+}
+
+// handle answers one stop; e.mu is held, except while handlers run.
+func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
+	if s.VCPU < 0 || s.VCPU >= e.nvcpu {
+		return Continue, fmt.Errorf("stop of vCPU %d, of %d", s.VCPU, e.nvcpu)
+	}
+	switch s.Reason {
+	case Stepped:
+		return e.stepped(s, m)
+	case Hit:
+	default:
+		return Continue, errors.Join(fmt.Errorf("vCPU %d stopped for reason %d, which is none", s.VCPU, s.Reason), e.resume(s))
+	}
+	if s.User {
+		e.stats.Reinjected++
+		return Continue, e.reinject(s)
+	}
+	if st := e.sites[s.Regs.IP]; st != nil && st.armed {
+		return e.hit(st, s, m)
+	}
+	if sl := e.slotEnd[s.Regs.IP]; sl != nil {
+		return e.leaveSlot(sl, s, m)
+	}
+	return Continue, e.foreign(s)
+}
+
+// foreign answers a breakpoint that is none of ours. If the byte is no longer an
+// int3, it was: it has been removed since, and the instruction is executed. As
+// long as that can't be told the guest is given nothing.
+func (e *Engine) foreign(s *Stop) error {
+	b := e.buf[:1]
+	err := e.again(func() error { return e.drv.Read(s.Regs.CR3, s.Regs.IP, b) })
+	switch {
+	case err == nil:
+	case transient(err):
+		return e.owe(debt{duty: dutyForeign, stop: *s}, fmt.Errorf("read the breakpoint at %#x: %w", s.Regs.IP, err))
+	case errors.Is(err, ErrGone):
+		return err
+	default:
+		b[0] = 0 // the vCPU finds out itself
+	}
+	if b[0] != int3 {
+		e.stats.Stale++
+		e.log.Debug("breakpoint was removed", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
+		return e.resume(s)
+	}
+	e.stats.Reinjected++
+	e.log.Debug("breakpoint is the guest's own", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
+	return e.reinject(s)
+}
+
+// take returns an unused inflight for a hit of st.
+func (e *Engine) take(st *site, s *Stop) *inflight {
+	var f *inflight
+	if n := len(e.idle); n > 0 {
+		f, e.idle = e.idle[n-1], e.idle[:n-1]
+	} else {
+		f = new(inflight)
+	}
+	*f = inflight{vcpu: s.VCPU, site: st, owners: append(f.owners[:0], st.owners...), before: s.Regs}
+	return f
+}
+
+// maxActive bounds the hits that are on their way. A guest has one for each of its
+// vCPUs and each task that was preempted in a slot; one that wants to use up this
+// process' memory could leave any number behind.
+const maxActive = 1 << 14
+
+func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
+
+// depart marks f as executed by its vCPU.
+func (e *Engine) depart(f *inflight, sl *slot) {
+	f.slot = sl
+	if sl != nil {
+		sl.busy++
+	}
+	e.active = append(e.active, f)
+}
+
+// arrive ends what depart began.
+func (e *Engine) arrive(f *inflight) {
+	if f.slot != nil {
+		f.slot.busy--
+	}
+	if i := slices.Index(e.active, f); i >= 0 {
+		e.active = slices.Delete(e.active, i, i+1)
+	}
+}
+
+// find returns the hit that the vCPU of s ends in slot sl (nil: in place). The
+// guest may have run interrupt handlers, which hit as well, or even moved the
+// task to another vCPU, but the task's stack is its own.
+func (e *Engine) find(s *Stop, sl *slot) *inflight {
+	var best *inflight
+	score := 0
+	for _, f := range e.active {
+		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
+			continue
+		}
+		n := 1
+		if d := int64(f.before.SP - s.Regs.SP); d >= -64 && d <= 64 {
+			n += 4
+		}
+		if f.vcpu == s.VCPU {
+			n += 2
+		}
+		if n > score || n == score && f.before.SP == s.Regs.SP {
+			best, score = f, n
+		}
+	}
+	if sl == nil && best != nil && best.vcpu != s.VCPU && !e.cheap {
+		return nil
+	}
+	return best
+}
+
+// wants reports whether o's registration is still there, and enabled.
+func (e *Engine) wants(o owner, st *site) bool {
+	return o.site == st && o.Probe.gen == o.gen && o.Enabled()
+}
+
+func (e *Engine) hit(st *site, s *Stop, m mode) (v Verdict, err error) {
+	f := e.take(st, s)
+	e.stats.Hits++
+	if m != serving {
+		for _, o := range f.owners {
+			if e.wants(o, st) {
+				o.missed.Add(1)
+			}
+		}
+		return e.execute(f, s, m)
+	}
+	// If a handler panics the hit is still seen to its end.
+	finished := false
+	defer func() {
+		if !finished {
+			f.post = false
+			s.Regs = f.before
+			if _, err := e.execute(f, s, unserved); err != nil {
+				e.log.Error("hit not finished after a panic", "err", err)
+			}
+		}
+	}()
+	v = e.before(f, s)
+	finished = true
+	f.post = v == Continue
+	bad := e.checkRegs(&f.before, s)
+	w, err := e.execute(f, s, m)
+	if v == Continue {
+		v = w
+	}
+	return v, errors.Join(bad, err)
+}
+
+// checkRegs takes back what handlers have left in s.Regs, if no vCPU can have it.
+func (e *Engine) checkRegs(before *x86.Regs, s *Stop) error {
+	if s.Regs == *before {
+		return nil
+	}
+	err := s.Regs.CheckChange(before, e.drv.Caps().LA57)
+	if err == nil {
+		return nil
+	}
+	s.Regs = *before
+	return fmt.Errorf("vCPU %d at %#x goes on with the registers that it had: %w: a handler left %w", s.VCPU, before.IP, ErrBadRegs, err)
+}
+
+// before runs the handlers that come before the instruction at the breakpoint:
+// Pre and Post of the shifted owners, whose instruction is another one, and Pre of
+// the others. Each sees the vCPU at its probe; if one sends it elsewhere that holds
+// from when all have run, and the first one's word counts. As soon as one ends the
+// hit the rest miss it.
+func (e *Engine) before(f *inflight, s *Stop) (v Verdict) {
+	st := f.site
+	n := 0
+	for n < len(f.owners) && f.owners[n].shifted() {
+		n++
+	}
+	shifted, others := f.owners[:n], f.owners[n:]
+	v, moved := e.pre(shifted, st, s, v)
+	if moved {
+		return v // the vCPU doesn't come to the instruction of the others
+	}
+	if n > 0 && v == Continue {
+		for _, o := range shifted {
+			if !e.wants(o, st) {
+				continue
+			}
+			if v = e.call(o.Probe, o.Post, s, true); v != Continue {
+				break
+			}
+		}
+		if s.Regs.IP != st.addr {
+			return v
+		}
+	}
+	v, _ = e.pre(others, st, s, v)
+	return v
+}
+
+// pre runs the Pre handlers of owners unless a verdict was given, and reports
+// whether one sent the vCPU elsewhere.
+func (e *Engine) pre(owners []owner, st *site, s *Stop, v Verdict) (_ Verdict, moved bool) {
+	to := st.addr
+	for _, o := range owners {
+		switch {
+		case !e.wants(o, st):
+			continue
+		case v != Continue:
+			o.missed.Add(1)
+			continue
+		}
+		o.hits.Add(1)
+		s.Regs.IP = o.Addr
+		v = e.call(o.Probe, o.Pre, s, false)
+		if s.Regs.IP != o.Addr && !moved {
+			to, moved = s.Regs.IP, true
+		}
+	}
+	s.Regs.IP = to
+	return v, moved
+}
+
+// after runs the Post handlers of a hit.
+func (e *Engine) after(f *inflight, s *Stop) (v Verdict) {
+	for _, o := range f.owners {
+		if o.shifted() || !e.wants(o, f.site) {
+			continue
+		}
+		if v = e.call(o.Probe, o.Post, s, true); v != Continue {
+			break
+		}
+	}
+	return v
+}
+
+// call runs a handler of p, without the engine's lock.
+func (e *Engine) call(p *Probe, handler func(*Context) Verdict, s *Stop, post bool) Verdict {
+	if handler == nil {
+		return Continue
+	}
+	e.running = p
+	e.ctx = Context{Probe: p, VCPU: s.VCPU, Regs: &s.Regs, Post: post, e: e}
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		e.handled()
+	}()
+	return handler(&e.ctx)
+}
+
+// handled says that no handler runs.
+func (e *Engine) handled() {
+	e.running = nil
+	e.done.Broadcast()
+}
+
+// execute has the instruction of a hit executed, by the first way that works.
+func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
+	st := f.site
+	if s.Regs.IP != st.addr || !st.armed {
+		// Redirected by a handler, or removed by one: the guest's own bytes run.
+		e.give(f)
+		return Continue, e.resume(s)
+	}
+	in := &st.insn
+	why := x86.ErrNotEmulated
+	if e.cfg.Method == Auto && e.emulates(in) {
+		if why = e.emulate(in, s); why == nil {
+			e.stats.Emulated++
+			return e.finish(f, s, m)
+		}
+	}
+	if e.cheap && e.cfg.Method == Auto && !e.wantsPost(f, m) {
+		return Continue, e.stepOn(f, s)
+	}
+	if len(e.active) >= maxActive {
+		return Continue, e.giveUp(f, s, fmt.Errorf("%#x (%s): %w: %d hits are on their way and haven't come back", st.addr, in.String(), ErrNoWayPast, maxActive))
+	}
+	f.before = s.Regs
+	if sl := st.slot; sl != nil {
+		e.depart(f, sl)
+		s.Regs.IP = sl.addr
+		e.stats.OutOfLine++
+		return Continue, e.resume(s)
+	}
+	if err := e.canStepNow(in); err != nil {
+		if transient(why) {
+			return Continue, e.owe(debt{duty: dutyExecute, stop: *s, f: f}, fmt.Errorf("%#x (%s): %w", st.addr, in.String(), why))
+		}
+		return Continue, e.giveUp(f, s, fmt.Errorf("%#x (%s): %w: %w; %w", st.addr, in.String(), ErrNoWayPast, why, err))
+	}
+	e.depart(f, nil)
+	err := e.stepOver(f, s)
+	if err == nil {
+		e.stats.InPlace++
+	}
+	return Continue, err
+}
+
+// emulates reports whether an attempt is made to emulate in here.
+func (e *Engine) emulates(in *x86.Insn) bool {
+	return in.CanEmulate() && (!e.cheap || !in.MemoryOperand())
+}
+
+// emulate makes s.Regs what in makes of them. If it fails it has changed nothing.
+func (e *Engine) emulate(in *x86.Insn, s *Stop) (err error) {
+	before := s.Regs
+	e.mem = memory{e.drv, s.Regs.CR3}
+	for try := range tries {
+		if try > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		err = in.Emulate(&s.Regs, &e.mem)
+		if err == nil && e.cheap && !onlyIP(&before, &s.Regs) {
+			err = x86.ErrNotEmulated // a step costs less
+		}
+		if err == nil {
+			return nil
+		}
+		s.Regs = before
+		if !transient(err) {
+			return err
+		}
+	}
+	return err
+}
+
+// onlyIP reports whether a and b differ in IP at the most.
+func onlyIP(a, b *x86.Regs) bool {
+	c := *a
+	c.IP = b.IP
+	return c == *b
+}
+
+// transient reports whether a failure may go away by itself: it is neither the
+// guest's doing nor one that stays.
+func transient(err error) bool {
+	return err != nil && !final(err) && !errors.Is(err, ErrFault) && !errors.Is(err, ErrNotMapped) &&
+		!errors.Is(err, x86.ErrNotEmulated)
+}
+
+// giveUp takes a breakpoint out so that the vCPU at it can go on.
+func (e *Engine) giveUp(f *inflight, s *Stop, why error) error {
+	st := f.site
+	s.Regs.IP = st.addr
+	err := e.removeSite(st)
+	if st.armed && !errors.Is(err, ErrGone) {
+		return errors.Join(why, e.owe(debt{duty: dutyGiveUp, stop: *s, f: f}, err))
+	}
+	for _, o := range st.owners {
+		if o.site == st {
+			e.disown(o.Probe)
+		}
+	}
+	e.give(f)
+	return errors.Join(why, err, e.resume(s))
+}
+
+// wantsPost reports whether a Post handler is to run after the instruction.
+func (e *Engine) wantsPost(f *inflight, m mode) bool {
+	if !f.post || m == unserved {
+		return false
+	}
+	for _, o := range f.owners {
+		if o.Post != nil && !o.shifted() && e.wants(o, f.site) {
+			return true
+		}
+	}
+	return false
+}
+
+// finish runs the post handlers, with s.Regs after the instruction, and lets the
+// vCPU go.
+func (e *Engine) finish(f *inflight, s *Stop, m mode) (v Verdict, err error) {
+	if !e.wantsPost(f, m) {
+		e.give(f)
+		return Continue, e.resume(s)
+	}
+	was := s.Regs
+	finished := false
+	defer func() {
+		if !finished {
+			s.Regs = was
+			if err := e.resume(s); err != nil {
+				e.log.Error("hit not finished after a panic", "err", err)
+			}
+		}
+	}()
+	v = e.after(f, s)
+	finished = true
+	e.give(f)
+	bad := e.checkRegs(&was, s)
+	return v, errors.Join(bad, e.resume(s))
+}
+
+// leaveSlot takes a vCPU back from out-of-line execution.
+func (e *Engine) leaveSlot(sl *slot, s *Stop, m mode) (Verdict, error) {
+	f := e.find(s, sl)
+	if f == nil {
+		// Nobody was sent there, yet the int3 is ours, and no other.
+		e.log.Error("vCPU at the end of a slot that it wasn't sent to", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
+		s.Regs.IP = sl.site.addr + uint64(sl.site.insn.Len)
+		return Continue, e.resume(s)
+	}
+	e.arrive(f)
+	if sl.busy == 0 && !sl.site.armed {
+		defer e.freeSlot(sl.site)
+	}
+	return e.complete(f, s, sl.addr, m)
+}
+
+// complete ends a hit whose instruction the vCPU executed itself, at address at.
+func (e *Engine) complete(f *inflight, s *Stop, at uint64, m mode) (Verdict, error) {
+	err := e.finishStep(f, s, at)
+	switch {
+	case err == nil:
+		return e.finish(f, s, m)
+	case transient(err):
+		return Continue, e.owe(debt{duty: dutyComplete, stop: *s, f: f, at: at}, err)
+	}
+	// The vCPU is behind the instruction all the same.
+	s.Regs.IP = f.site.addr + uint64(f.site.insn.Len)
+	e.give(f)
+	return Continue, errors.Join(err, e.resume(s))
+}
+
+func (e *Engine) finishStep(f *inflight, s *Stop, at uint64) error {
+	st := f.site
+	e.mem = memory{e.drv, s.Regs.CR3}
+	err := st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before)
+	for try := 1; try < tries && err != nil && !final(err); try++ {
+		time.Sleep(time.Millisecond)
+		err = st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before)
+	}
+	if err != nil {
+		return fmt.Errorf("%#x: %w", st.addr, err)
+	}
+	return nil
+}
+
+func (e *Engine) stepped(s *Stop, m mode) (Verdict, error) {
+	f := e.find(s, nil)
+	if f == nil {
+		return Continue, errors.Join(fmt.Errorf("vCPU %d was stepped, but not by us", s.VCPU), e.resume(s))
+	}
+	st := f.site
+	if s.Regs.IP == st.addr && st.insn.Repeats() && st.armed {
+		return Continue, e.stepOver(f, s)
+	}
+	e.arrive(f)
+	err := e.finishStep(f, s, st.addr)
+	switch {
+	case err == nil:
+		return e.finish(f, s, m)
+	case transient(err):
+		return Continue, e.owe(debt{duty: dutyComplete, stop: *s, f: f, at: st.addr}, err)
+	case e.cheap && errors.Is(err, x86.ErrStepLost):
+		// It faulted. The guest's handler runs, and may come back for another hit.
+		e.give(f)
+		return Continue, e.resume(s)
+	}
+	// It faulted, which newSite rules out as far as that can be known: the vCPU
+	// is in the guest's fault handler. What was set for the step must not stay.
+	if s.Regs.Flags&x86.FlagTF != 0 {
+		const step = x86.FlagTF | x86.FlagIF
+		s.Regs.Flags = s.Regs.Flags&^step | f.before.Flags&step
+	}
+	e.give(f)
+	return Continue, errors.Join(err, e.resume(s))
+}
+
+// memory is guest memory as the vCPU with these page tables sees it.
+type memory struct {
+	drv Driver
+	cr3 uint64
+}
+
+func (m *memory) ReadVirt(addr uint64, b []byte) error  { return m.drv.Read(m.cr3, addr, b) }
+func (m *memory) WriteVirt(addr uint64, b []byte) error { return m.drv.Store(m.cr3, addr, b) }

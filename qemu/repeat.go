@@ -1,0 +1,366 @@
+package qemu
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// A repeated string instruction ends a step after each iteration. To make each of
+// them by a step takes 13 seconds for 40,000, with the VM stopped; to let the vCPU
+// run to the instruction behind, with the breakpoint out, misses what an interrupt
+// handler hits meanwhile. So steps are made where the processor decides something:
+// the first iteration in each page of source and destination, which meets what
+// faults, permissions and accessed bits there are, the last one, which leaves
+// flags and accumulator, and the one that ends a comparison. What is between them
+// is memory of this VM and nothing else, and done here, through the stub, which
+// tells QEMU's translator and its log of dirty pages about it.
+
+// slice is for how long a repeated instruction may keep the VM stopped at a time.
+// Then the VM runs: the vCPU takes what interrupts are due, and comes back.
+var slice = 25 * time.Millisecond
+
+// minSkip is how many iterations are worth to be done here.
+const minSkip = 16
+
+// repeat has d.thread execute the repeated instruction at addr, all other vCPUs
+// standing still, for no longer than a slice. It reports whether the vCPU has
+// left addr; v.regs are its registers then, and if it hasn't.
+func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
+	v := d.vm
+	op, bulk := p.insn.StringOp()
+	bulk = bulk && v.phys && v.regs[rCS]&3 == 0
+	var mem *paging.Memory
+	for end := time.Now().Add(slice); ; {
+		before := v.regs
+		if err := d.step(addr, p); err != nil {
+			return false, err
+		}
+		data, err := v.call("g")
+		if err != nil {
+			return false, err
+		}
+		if err := v.takeRegs(data); err != nil {
+			return false, err
+		}
+		if v.regs[rIP] != addr {
+			return true, nil
+		}
+		if bulk && v.regs[rCX] > minSkip {
+			if mem == nil {
+				mem = paging.New(&tables{vm: v}, d.mem.Load().Mode())
+				if bulk, err = v.unwatched(); err != nil {
+					return false, err
+				}
+			}
+			if bulk {
+				if err := d.skip(op, &before, mem); err != nil {
+					return false, err
+				}
+			}
+		}
+		if !time.Now().Before(end) {
+			return false, nil
+		}
+	}
+}
+
+// unwatched reports whether the guest has no watchpoint armed, which an access
+// from here would pass by: the enable bits of DR7 (SDM 3B §18.2.4) in "info
+// registers".
+func (v *VM) unwatched() (bool, error) {
+	text, err := v.hmp("info registers -a")
+	if err != nil {
+		return false, err
+	}
+	return noWatchpoints(text), nil
+}
+
+func noWatchpoints(text string) bool {
+	found := false
+	for f := range strings.FieldsSeq(text) {
+		s, ok := strings.CutPrefix(f, "DR7=")
+		if !ok {
+			continue
+		}
+		dr7, err := strconv.ParseUint(s, 16, 64)
+		if err != nil || dr7&0xff != 0 {
+			return false
+		}
+		found = true
+	}
+	return found
+}
+
+// An operand is where the elements of iterations lie that are all in one page.
+type operand struct {
+	frame paging.Frame
+	off   int // of the first element in the frame
+}
+
+// addr is the physical address of the lowest of n elements.
+func (o operand) addr(n, size int, down bool) uint64 {
+	a := uint64(o.frame)<<12 + uint64(o.off)
+	if down {
+		a -= uint64((n - 1) * size)
+	}
+	return a
+}
+
+// room returns how many elements from addr on are in the same page as the whole
+// of the one before it, at prev.
+func room(prev, addr uint64, size int, down bool) uint64 {
+	off := addr & (paging.PageSize - 1)
+	switch {
+	case prev/paging.PageSize != addr/paging.PageSize:
+		return 0
+	case !down:
+		return (paging.PageSize - off) / uint64(size)
+	case prev&(paging.PageSize-1)+uint64(size) > paging.PageSize:
+		return 0
+	}
+	return off/uint64(size) + 1
+}
+
+// skip does iterations of the instruction that d.thread is at, if it has just
+// executed one, and before are the registers before that.
+func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) error {
+	v := d.vm
+	down := v.regs[rFlags]&x86.FlagDF != 0
+	delta := uint64(op.Size)
+	if down {
+		delta = -delta
+	}
+	if v.regs[rCX] != before[rCX]-1 {
+		return nil // that step was not made
+	}
+	count := min(v.regs[rCX], paging.PageSize) - 1
+	at := func(reg int, base uint64, write bool) (o operand, ok bool) {
+		addr := base + v.regs[reg]
+		n := room(base+before[reg], addr, op.Size, down)
+		if v.regs[reg] != before[reg]+delta || n <= minSkip {
+			return o, false
+		}
+		count = min(count, n-1)
+		t, err := mem.Translate(paging.Root(v.regs[rCR3]), paging.VAddr(addr))
+		if err != nil {
+			return o, false
+		}
+		r, _, ok := v.ram.locate(t.Frame)
+		return operand{t.Frame, int(t.Offset)}, ok && (!write || !r.rom)
+	}
+	var src, dst operand
+	ok := true
+	if op.Kind.Source() {
+		base := uint64(0)
+		switch op.Segment {
+		case 0x64:
+			base = v.regs[rFSBase]
+		case 0x65:
+			base = v.regs[rGSBase]
+		}
+		src, ok = at(rSI, base, false)
+	}
+	if ok && op.Kind.Dest() {
+		dst, ok = at(rDI, 0, op.Kind == x86.Movs || op.Kind == x86.Stos)
+	}
+	if v.err != nil || !ok {
+		return v.err
+	}
+	n, err := v.iterate(op, src, dst, int(count), down, v.regs[rAX])
+	if err != nil || n < minSkip {
+		return err
+	}
+	want := v.regs
+	want[rCX] -= uint64(n)
+	if op.Kind.Source() {
+		want[rSI] += uint64(n) * delta
+	}
+	if op.Kind.Dest() {
+		want[rDI] += uint64(n) * delta
+	}
+	return d.put(&want)
+}
+
+// iterate does at most n iterations in memory and returns how many it did: fewer
+// if a comparison ends the instruction earlier, whose last iteration is left to
+// the vCPU, or minSkip is not reached. If what it wrote were written again, with
+// the same registers, nothing would change: this process may be killed before it
+// sets the registers.
+func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uint64) (int, error) {
+	size := op.Size
+	distance := 0 // from where it reads up, or down, to where it writes
+	if op.Kind == x86.Movs && src.frame == dst.frame {
+		if distance = dst.off - src.off; down {
+			distance = -distance
+		}
+		// Elements that are written over after they were read can't be read again; and
+		// those that are half written before are not worth the trouble.
+		if distance < 0 || distance%size != 0 {
+			n = min(n, max(distance, -distance)/size)
+		}
+	}
+	if n < minSkip || op.Kind == x86.Lods {
+		return n, nil // the vCPU loads the last element itself
+	}
+	var acc [8]byte
+	binary.LittleEndian.PutUint64(acc[:], ax)
+	a, b := make([]byte, n*size), make([]byte, n*size)
+	if op.Kind.Source() {
+		if err := v.readRAM(src.addr(n, size, down), a); err != nil {
+			return 0, err
+		}
+	}
+	if op.Kind == x86.Cmps || op.Kind == x86.Scas {
+		if err := v.readRAM(dst.addr(n, size, down), b); err != nil {
+			return 0, err
+		}
+	}
+	// element returns the i-th in the order of execution.
+	element := func(b []byte, i int) []byte {
+		if down {
+			i = n - 1 - i
+		}
+		return b[i*size:][:size]
+	}
+	switch op.Kind {
+	case x86.Stos:
+		for i := range n {
+			copy(b[i*size:], acc[:size])
+		}
+	case x86.Movs:
+		for i := range n {
+			from := element(a, i)
+			if back := distance / size; distance > 0 && i >= back {
+				from = element(b, i-back) // what it has written itself
+			}
+			copy(element(b, i), from)
+		}
+	default:
+		for i := range n {
+			x := acc[:size]
+			if op.Kind == x86.Cmps {
+				x = element(a, i)
+			}
+			if bytes.Equal(x, element(b, i)) != op.Equal {
+				return i, nil
+			}
+		}
+		return n, nil
+	}
+	delete(v.pages, dst.frame)
+	return n, v.writePhys(dst.addr(n, size, down), b)
+}
+
+// readRAM reads physical memory, all in one frame, of the stopped VM.
+func (v *VM) readRAM(addr uint64, b []byte) error {
+	if v.direct == nil {
+		return v.readPhys(addr, b)
+	}
+	page, release, err := v.direct.page(paging.Frame(addr>>12), false)
+	if err != nil {
+		return err
+	}
+	defer release()
+	copy(b, page[addr&(paging.PageSize-1):])
+	return nil
+}
+
+// tables are the page tables of a VM while it is stopped, for who holds v.mu. What
+// has been read of them stays as it was, as it may in a processor's TLB.
+type tables struct {
+	vm    *VM
+	pages map[paging.Frame][]byte
+}
+
+// Page implements [paging.Frames].
+func (t *tables) Page(f paging.Frame, writable bool) ([]byte, func(), error) {
+	if t.vm.direct != nil {
+		return t.vm.direct.page(f, writable)
+	}
+	page := t.pages[f]
+	if page == nil {
+		page = make([]byte, paging.PageSize)
+		if err := t.vm.readPhys(uint64(f)<<12, page); err != nil {
+			return nil, nil, err
+		}
+		if t.pages == nil || len(t.pages) >= maxPages {
+			t.pages = make(map[paging.Frame][]byte)
+		}
+		t.pages[f] = page
+	}
+	return page, func() {}, nil
+}
+
+// underway is an execution that has begun at a breakpoint, was a hit, and runs on
+// with the VM before it is over: QEMU before 11 now and then ends a step that it
+// hasn't made, and a repeated instruction gets a slice at a time. The vCPU comes
+// back to the breakpoint, at once or when it has served interrupts; the guest may
+// even move the task to another vCPU meanwhile. Whoever it is by then, it is the
+// execution that has these general registers: they are the interrupted task's
+// own, its stack pointer above all, whatever else comes to the breakpoint first.
+type underway struct {
+	regs  x86.Regs
+	over  bool // the answer was StepOver, and Stepped is still to come
+	tries int  // how often it came back, unless it repeats
+}
+
+// maxUnderway bounds how many are kept. One that never comes back, as its task
+// has died, is forgotten when so many others have come.
+const maxUnderway = 256
+
+// maxTries is how often in a row a step that ends where it began is taken for one
+// that wasn't made. One of 10,000 isn't; an indirect jump may lead to itself.
+const maxTries = 8
+
+// own is what of the registers is the task's, and so the same when it comes back
+// from an interrupt, also on another vCPU: not the bases, not the page tables,
+// which may change under a kernel thread, and not RF, which interrupts set.
+func own(f *regFile) x86.Regs {
+	r := f.general()
+	r.FSBase, r.GSBase, r.CR3 = 0, 0, 0
+	r.Flags &^= x86.FlagRF
+	return r
+}
+
+// leave notes that d.thread, whose registers are v.regs, is let go in the middle
+// of its execution.
+func (d *Driver) leave(u underway) {
+	u.regs = own(&d.vm.regs)
+	if len(d.underway) >= maxUnderway {
+		i := max(0, slices.IndexFunc(d.underway, func(u underway) bool { return !u.over }))
+		d.underway = slices.Delete(d.underway, i, i+1)
+	}
+	d.underway = append(d.underway, u)
+}
+
+// back returns the execution that the vCPU with v.regs goes on with, if any.
+func (d *Driver) back() (u underway, ok bool) {
+	if len(d.underway) == 0 {
+		return u, false
+	}
+	regs := own(&d.vm.regs)
+	i := slices.IndexFunc(d.underway, func(u underway) bool { return u.regs == regs })
+	if i < 0 {
+		return u, false
+	}
+	u = d.underway[i]
+	d.underway = slices.Delete(d.underway, i, i+1)
+	return u, true
+}
+
+// owed reports whether a Stepped stop is still to come of an execution at addr.
+func (d *Driver) owed(addr uint64) bool {
+	return slices.ContainsFunc(d.underway, func(u underway) bool { return u.over && u.regs.IP == addr })
+}
+
+// forgetUnderway drops what is underway at addr, unless a Stepped stop is owed.
+func (d *Driver) forgetUnderway(addr uint64) {
+	d.underway = slices.DeleteFunc(d.underway, func(u underway) bool { return u.regs.IP == addr && !u.over })
+}
