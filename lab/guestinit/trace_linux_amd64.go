@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -121,13 +122,12 @@ func traceable(first, last string) (from, to int, err error) {
 // and how many calls the tracer has recorded since it was turned on.
 func ftraceState() (string, error) {
 	// After a failed change of text the kernel turns ftrace off until it boots again
-	// (ftrace_kill, kernel/trace/ftrace.c).
-	b, err := os.ReadFile("/proc/sys/kernel/ftrace_enabled")
-	if err != nil {
-		return "", err
-	}
+	// (ftrace_kill, kernel/trace/ftrace.c); this file can't be read then.
 	alive := "no"
-	if strings.TrimSpace(string(b)) == "1" {
+	switch b, err := os.ReadFile("/proc/sys/kernel/ftrace_enabled"); {
+	case err != nil && !errors.Is(err, unix.ENODEV):
+		return "", err
+	case err == nil && strings.TrimSpace(string(b)) == "1":
 		alive = "yes"
 	}
 	enabled, err := countLines(tracing + "enabled_functions")
