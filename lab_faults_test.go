@@ -318,6 +318,7 @@ func testWatchpoints(t labTest) {
 			}
 			most = max(most, took)
 		}
+		assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"), "signs of trouble in the guest's log after watched reads %s", when)
 		return least, most
 	}
 	t.ask("watch %d", reads) // the first one starts slowly
