@@ -23,3 +23,20 @@ func trapAddresses() (handler, restorer uintptr)
 
 // traps counts the SIGTRAPs that came. It is written by the handler.
 var traps uint64
+
+// setDS and getDS load and read the DS register.
+func setDS(selector uint64)
+func getDS() (selector uint64)
+
+// readLoop reads 8 bytes of fd n times into *byKernel, each followed by a store to
+// *byUser.
+//
+//go:noescape
+func readLoop(n, fd uint64, byKernel, byUser *uint64)
+
+// callLoop calls a function so many times, which makes that many system calls each
+// time.
+func callLoop(times, calls uint64)
+
+// callAddress is where that function begins.
+func callAddress() uintptr

@@ -132,3 +132,63 @@ TEXT ·trapAddresses(SB), NOSPLIT, $0-16
 	MOVQ $trapReturn<>(SB), AX
 	MOVQ AX, restorer+8(FP)
 	RET
+
+// func setDS(selector uint64)
+TEXT ·setDS(SB), NOSPLIT, $0-8
+	MOVQ selector+0(FP), AX
+	BYTE $0x8e; BYTE $0xd8 // mov %eax,%ds
+	RET
+
+// func getDS() (selector uint64)
+TEXT ·getDS(SB), NOSPLIT, $0-8
+	XORL AX, AX
+	BYTE $0x8c; BYTE $0xd8 // mov %ds,%eax
+	MOVQ AX, selector+0(FP)
+	RET
+
+// func readLoop(n, fd uint64, byKernel, byUser *uint64)
+TEXT ·readLoop(SB), NOSPLIT, $0-32
+	MOVQ n+0(FP), R12
+	MOVQ byUser+24(FP), R13
+again:
+	TESTQ R12, R12
+	JZ   end
+	XORQ AX, AX            // read
+	MOVQ fd+8(FP), DI
+	MOVQ byKernel+16(FP), SI
+	MOVQ $8, DX
+	SYSCALL
+	MOVQ R12, (R13)
+	DECQ R12
+	JMP  again
+end:
+	RET
+
+// func callLoop(times, calls uint64)
+TEXT ·callLoop(SB), NOSPLIT, $8-16
+	MOVQ times+0(FP), R13
+again:
+	TESTQ R13, R13
+	JZ   end
+	MOVQ calls+8(FP), R12
+	CALL call<>(SB)
+	DECQ R13
+	JMP  again
+end:
+	RET
+
+// call makes R12 system calls, which must be one or more. callSteps counts its
+// instructions.
+TEXT call<>(SB), NOSPLIT|NOFRAME, $0
+again:
+	MOVQ $110, AX          // getppid
+	SYSCALL
+	DECQ R12
+	JNZ  again
+	RET
+
+// func callAddress() uintptr
+TEXT ·callAddress(SB), NOSPLIT, $0-8
+	MOVQ $call<>(SB), AX
+	MOVQ AX, ret+0(FP)
+	RET

@@ -27,6 +27,35 @@
 //	                        DONE check rounds=R ymm=… mem=…
 //	int3user N              execute N int3 in user mode:
 //	                        DONE int3user sent=N sigtraps=M
+//	threads                 the threads that make the calls of "open" and "busy":
+//	                        DONE threads cpu0=TID cpu1=TID
+//	online N                bring CPU N up, which must be the next one; "open" and
+//	                        "busy" use it from then on: DONE online cpus=N+1
+//	breaks N                debug a process that calls a function N times, with a
+//	                        breakpoint at it: DONE breaks calls=N hits=H others=0 status=0
+//	                        (others: signals that are none of the debugger's)
+//	steps N                 … that makes N system calls in a function, stepping
+//	                        from its first instruction to its return:
+//	                        DONE steps calls=N made=S want=S others=0
+//	watch N                 … whose memory is written N times by the kernel, in its
+//	                        read(2), and N times by itself, under a watchpoint of
+//	                        perf's and one of the debugger's:
+//	                        DONE watch reads=N kernel=N user=N odd=0 others=0 status=0
+//	ldt                     load DS with a local segment and take that away:
+//	                        DONE ldt before=7 after=0
+//	ftrace FUNCTION         trace calls of a function
+//	ftrace FIRST BEHIND     trace all functions from FIRST up to but without BEHIND
+//	ftrace off              end it. Each is answered with
+//	                        DONE ftrace alive=yes|no enabled=FUNCTIONS calls=N
+//	                        (enabled: those that the kernel has changed, for kprobes
+//	                        too; calls: recorded since it was turned on)
+//	kprobes on FUNCTION…    have a kprobe event at each function
+//	kprobes counts          "| FUNCTION TID:HITS …" lines, and
+//	                        DONE kprobes on=N missed=M
+//	kprobes off             have none
+//	event NAME on|off       a trace event as xdp/xdp_exception, or a subsystem's all
+//	reload N                unload the modules and load them again, N times:
+//	                        DONE reload modules=M times=N
 //	kallsyms NAME           DONE kallsyms NAME 0x… (all matches), of the table as
 //	                        it was when first asked for
 //	kallsymshash            SHA-256 of /proc/kallsyms: of the kernel's lines, and
@@ -41,4 +70,8 @@
 //	stat                    "| " line of /proc/1/stat
 //	sleep MILLISECONDS      nothing, later
 //	poweroff                shut the guest down
+//
+// There is no gdb in the guest, which has no file system to keep one in: "breaks",
+// "steps" and "watch" do by ptrace(2) what it does for breakpoints, single steps
+// and watchpoints, to a process whose every instruction is known.
 package main

@@ -167,7 +167,7 @@ func textHash() (string, error) {
 }
 
 // trouble matches what a damaged kernel logs.
-var trouble = regexp.MustCompile(`BUG:|Oops|int3|WARNING:|general protection|invalid opcode|Call Trace|soft lockup|rcu.*stall|Kernel panic|segfault|traps:|unhandled`)
+var trouble = regexp.MustCompile(`BUG:|Oops|int3|WARNING:|general protection|invalid opcode|Call Trace|soft lockup|rcu.*stall|Kernel panic|segfault|traps:|unhandled|cut here|ftrace (?:bug|failed|faulted)|jump_label: Fatal`)
 
 // ownTrap matches what the kernel logs for the int3user command, because it
 // comes from process 1.

@@ -40,9 +40,10 @@ type guest struct {
 
 // worker is a thread bound to one CPU.
 type worker struct {
-	cpu  int
-	jobs chan func()
-	made atomic.Uint64
+	cpu    int
+	thread int
+	jobs   chan func()
+	made   atomic.Uint64
 }
 
 func newGuest(cpus int) *guest {
@@ -51,16 +52,46 @@ func newGuest(cpus int) *guest {
 		say("ERR %v", err)
 	}
 	for i := range cpus {
-		w := &worker{cpu: i, jobs: make(chan func())}
-		g.cpus = append(g.cpus, w)
-		go func() {
-			bind(w.cpu)
-			for job := range w.jobs {
-				job()
-			}
-		}()
+		g.addWorker(i)
 	}
 	return g
+}
+
+func (g *guest) addWorker(cpu int) {
+	w := &worker{cpu: cpu, jobs: make(chan func())}
+	g.cpus = append(g.cpus, w)
+	ready := make(chan struct{})
+	go func() {
+		bind(w.cpu)
+		w.thread = unix.Gettid()
+		close(ready)
+		for job := range w.jobs {
+			job()
+		}
+	}()
+	<-ready
+}
+
+// online brings a CPU up and gives it a worker. It must be the next one.
+func (g *guest) online(cpu uint64) (string, error) {
+	if cpu != uint64(len(g.cpus)) {
+		return "", fmt.Errorf("online: the next CPU is %d", len(g.cpus))
+	}
+	file := fmt.Sprintf("/sys/devices/system/cpu/cpu%d/online", cpu)
+	if err := os.WriteFile(file, []byte("1"), 0o644); err != nil {
+		return "", err
+	}
+	g.addWorker(int(cpu))
+	return fmt.Sprintf("online cpus=%d", len(g.cpus)), nil
+}
+
+// threads names the threads that make the load.
+func (g *guest) threads() string {
+	reply := "threads"
+	for _, w := range g.cpus {
+		reply += fmt.Sprintf(" cpu%d=%d", w.cpu, w.thread)
+	}
+	return reply
 }
 
 // startCheckers starts what runs beside the load. The garbage collector must

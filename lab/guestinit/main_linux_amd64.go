@@ -176,6 +176,34 @@ func (g *guest) command(words []string) (string, error) {
 			return "", err
 		}
 		return int3User(n)
+	case "breaks", "steps", "watch":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		return map[string]func(uint64) (string, error){"breaks": breaks, "steps": steps, "watch": watch}[words[0]](n)
+	case "ldt":
+		return ldt()
+	case "ftrace":
+		return ftrace(words[1:])
+	case "kprobes":
+		return kprobes(words[1:])
+	case "event":
+		return event(arg(1), arg(2))
+	case "reload":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		return reloadModules(n)
+	case "online":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		return g.online(n)
+	case "threads":
+		return g.threads(), nil
 	case "kallsymshash":
 		return kallsymsHash()
 	case "kallsyms":

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,33 @@ func loadModules() {
 			say("ERR %s: %v", file, err)
 		}
 	}
+}
+
+// reloadModules takes the modules out of the kernel and loads them again, n times.
+func reloadModules(n uint64) (string, error) {
+	files, err := filepath.Glob("/modules/*.ko")
+	if err != nil {
+		return "", err
+	}
+	for range n {
+		for _, file := range files {
+			name := strings.TrimSuffix(filepath.Base(file), ".ko")
+			if err := unix.DeleteModule(name, unix.O_NONBLOCK); err != nil {
+				return "", fmt.Errorf("unload %s: %w", name, err)
+			}
+		}
+		for _, file := range files {
+			f, err := os.Open(file)
+			if err == nil {
+				err = unix.FinitModule(int(f.Fd()), "", 0)
+				_ = f.Close()
+			}
+			if err != nil {
+				return "", fmt.Errorf("load %s: %w", file, err)
+			}
+		}
+	}
+	return fmt.Sprintf("reload modules=%d times=%d", len(files), n), nil
 }
 
 // kallsymsHash hashes the lines of /proc/kallsyms, without what isn't of a loaded

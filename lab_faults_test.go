@@ -1,0 +1,602 @@
+package vmprobes_test
+
+import (
+	"bytes"
+	"context"
+	endian "encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/lab/labguest"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// TestLabFaults has a test for each way in which a probe, a tool or an
+// administrator once brought a guest down or left it standing. The last one of a
+// guest leaves it dead.
+func TestLabFaults(t *testing.T) {
+	labguest.Require(t, "pv", "hvm")
+	// Where each makes sense, and where it is part of a short run: Bochs is slow.
+	const pv, hvm = "pv", "hvm"
+	both := []string{pv, hvm}
+	wanted := func(hosts, short []string) bool {
+		if testing.Short() {
+			hosts = short
+		}
+		return slices.Contains(hosts, labguest.Host())
+	}
+	for _, cfg := range matrix() {
+		if cfg.VCPUs < 2 {
+			continue
+		}
+		t.Run(guestName(cfg), func(t *testing.T) {
+			lt := startGuest(t, cfg)
+			lt.hash = lt.texthash()
+			for _, c := range []struct {
+				name         string
+				hosts, short []string
+				test         func(labTest)
+			}{
+				{"LDT", both, both, testLDT},
+				{"JumpLabels", both, both, testJumpLabels},
+				{"Ftrace", both, both, testFtrace},
+				{"TwoTools", both, []string{pv}, testTwoTools},
+				{"Watchpoints", both, []string{pv}, testWatchpoints},
+				{"Pause", both, []string{pv}, testPause},
+				{"Unpause", []string{pv}, []string{pv}, testUnpause},
+				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
+				{"Checkpoint", both, []string{pv}, testCheckpoint},
+				{"Killed", both, both, testKilledTool},
+			} {
+				if !wanted(c.hosts, c.short) {
+					continue
+				}
+				t.Run(c.name, func(t *testing.T) {
+					mine := lt
+					mine.T = t
+					require.Contains(t, mine.answers(), "ping", "the guest was hurt before")
+					c.test(mine)
+				})
+			}
+		})
+		for name, step := range map[string]vmprobes.Stepping{"online": vmprobes.StepAuto, "online-inplace": vmprobes.StepInPlace} {
+			if !wanted(both, []string{pv}) || testing.Short() && step != vmprobes.StepAuto {
+				continue
+			}
+			t.Run(guestName(cfg)+"-"+name, func(t *testing.T) {
+				cfg := cfg
+				cfg.VCPUs, cfg.Extra = 1, []string{"maxvcpus = 2"}
+				testOnline(startGuest(t, cfg), step)
+			})
+		}
+	}
+}
+
+// answers pings the guest and returns what it says, or the error.
+func (t labTest) answers() string { return <-t.later("ping") }
+
+// patience is how long a guest is given that may be dead.
+const patience = time.Minute
+
+// later sends a command and returns what comes of it.
+func (t labTest) later(format string, args ...any) <-chan string {
+	c := make(chan string, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		reply, err := t.g.Command(ctx, fmt.Sprintf(format, args...))
+		if err != nil {
+			reply = err.Error()
+		}
+		c <- reply
+	}()
+	return c
+}
+
+// unhurt checks that the guest lives and logs no trouble.
+func (t labTest) unhurt() {
+	t.Helper()
+	require.Contains(t, <-t.later("open 5 all"), "open total=", "each vCPU makes calls; the guest:\n%s", tail(t.g.Console(), 4000))
+	t.unharmedAtRest()
+}
+
+// xl runs an administrator's command.
+func xl(t testing.TB, args ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "xl", args...).CombinedOutput()
+	require.NoError(t, err, "xl %s: %s", strings.Join(args, " "), out)
+}
+
+// domain is what Xen says of the guest.
+func (t labTest) domain() xenctrl.DomainInfo {
+	t.Helper()
+	h, err := xenctrl.Open()
+	require.NoError(t, err)
+	defer h.Close()
+	d, err := h.Domain(xenctrl.DomID(t.g.(*labguest.Guest).DomID()))
+	require.NoError(t, err)
+	return d
+}
+
+// standsStill checks that the guest is up and doesn't run for a second.
+func (t labTest) standsStill(why string) {
+	t.Helper()
+	before := t.domain()
+	time.Sleep(time.Second)
+	after := t.domain()
+	assert.False(t, after.Gone(), "%s: the guest is down: state %#x", why, after.Flags)
+	assert.Equal(t, before.CPUTime, after.CPUTime, "%s: nanoseconds that the guest has run for", why)
+}
+
+// testLDT: mov %eax,%ds in flush_ldt is in the exception table, although it has no
+// operand in memory. Where it is executed elsewhere its fault is an oops.
+func testLDT(t labTest) {
+	require.Contains(t, t.ask("ldt"), "before=7 after=0", "without a probe")
+	s := t.open(nil)
+	function, err := s.Lookup("flush_ldt")
+	require.NoError(t, err)
+	code := make([]byte, 256)
+	_, err = s.ReadMemory(code, function)
+	require.NoError(t, err)
+	offset := uint64(0)
+	for at := 0; at < len(code)-15 && offset == 0; {
+		in, err := x86.Decode(code[at:])
+		require.NoError(t, err)
+		if bytes.Equal(in.Bytes(), []byte{0x8e, 0xd8}) {
+			offset = uint64(at)
+		}
+		at += in.Len
+	}
+	require.NotZero(t, offset, "mov %%eax,%%ds in flush_ldt: % x", code)
+	assert.ErrorIs(t, s.Register(&vmprobes.Probe{Symbol: "flush_ldt", Offset: offset}), vmprobes.ErrNoWayPast)
+	entry := &vmprobes.Probe{Symbol: "flush_ldt"}
+	require.NoError(t, s.Register(entry))
+	serve(t, s, func() {
+		for range 5 {
+			assert.Contains(t, t.ask("ldt"), "before=7 after=0")
+		}
+	})
+	assert.GreaterOrEqual(t, entry.Stats().Hits, uint64(5))
+	require.NoError(t, s.Close())
+	t.unhurt()
+}
+
+// testJumpLabels: the guest rewrites the jump labels of its modules, too.
+func testJumpLabels(t labTest) {
+	s := t.open(nil)
+	k := s.Guest().Linux()
+	types, err := k.Types()
+	require.NoError(t, err)
+	mods, err := k.Modules()
+	require.NoError(t, err)
+	labels, accepted := 0, []string(nil)
+	for _, m := range mods {
+		if m.Name != "tun" {
+			continue
+		}
+		v := types.At(k, "module", m.Addr)
+		table, err := v.Field("jump_entries").Pointer()
+		require.NoError(t, err)
+		n, err := v.Field("num_jump_entries").Uint()
+		require.NoError(t, err)
+		require.Less(t, n, uint64(1000))
+		for i := range n {
+			// struct jump_entry (linux/jump_label.h): code and target, relative to
+			// themselves, and the key.
+			at := table + 16*i
+			var b [4]byte
+			require.NoError(t, k.Read(at, b[:]))
+			site := at + uint64(int64(int32(endian.LittleEndian.Uint32(b[:]))))
+			if err := k.Read(site, b[:1]); err != nil {
+				continue // of its init code, which is gone
+			}
+			labels++
+			if err := s.Register(&vmprobes.Probe{Addr: vmprobes.Addr(site)}); !errors.Is(err, vmprobes.ErrNotProbeable) {
+				accepted = append(accepted, fmt.Sprintf("%#x: %v", site, err))
+			}
+		}
+	}
+	assert.Greater(t, labels, 10, "jump labels of tun")
+	assert.Empty(t, accepted, "jump labels of tun that aren't refused as no place for a probe")
+	serve(t, s, func() {
+		t.ask("event xdp/xdp_exception on")
+		t.ask("event xdp/xdp_exception off")
+	})
+	require.NoError(t, s.Close())
+	t.unhurt()
+}
+
+// testFtrace: the function tracer rewrites the instruction that a function begins
+// with, and gives up for good when it finds another one there.
+func testFtrace(t labTest) {
+	s := t.open(nil)
+	addr, err := s.Lookup(probed)
+	require.NoError(t, err)
+	p := t.loadProbe(probed)
+	require.NoError(t, s.Register(&p.Probe))
+	assert.Equal(t, addr, p.Address(), "the address that was asked for")
+	var total uint64
+	serve(t, s, func() {
+		load := func() { total += number(t, t.ask("open 20 all"), "total") }
+		load()
+		for range 3 {
+			reply := t.ask("ftrace %s", probed)
+			assert.Equal(t, "yes", field(t, reply, "alive"), reply)
+			load()
+			assert.GreaterOrEqual(t, number(t, t.ask("ftrace off"), "calls"), uint64(40))
+			load()
+		}
+	})
+	p.sawAll(t, total)
+	// A probe at a function that is traced already, and traced on when it is gone.
+	t.ask("ftrace %s", probed)
+	q := t.loadProbe(probed)
+	require.NoError(t, s.Register(&q.Probe))
+	serve(t, s, func() { total = number(t, t.ask("open 20 all"), "total") })
+	require.NoError(t, s.Unregister(&q.Probe))
+	q.sawAll(t, total)
+	require.NoError(t, s.Close())
+	t.ask("ftrace off")
+	t.ftraceWorks()
+	t.unhurt()
+}
+
+// testTwoTools: one tool at a time, also where Xen would let a second one in.
+func testTwoTools(t labTest) {
+	rounds := 5
+	if testing.Short() {
+		rounds = 2
+	}
+	for range rounds {
+		var wg sync.WaitGroup
+		var sessions [2]*vmprobes.Session
+		var errs [2]error
+		for i := range sessions {
+			wg.Go(func() { sessions[i], errs[i] = vmprobes.Open(t.Context(), t.g.Name(), nil) })
+		}
+		wg.Wait()
+		opened := 0
+		for i, s := range sessions {
+			if s != nil {
+				opened++
+				assert.NoError(t, s.Close())
+			} else {
+				assert.ErrorIs(t, errs[i], vmprobes.ErrBusy)
+			}
+		}
+		assert.Equal(t, 1, opened, "sessions that two Opens at once made: %v", errs)
+	}
+	// Between programs.
+	t.ask("busy 0 all")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+	cmd.Env = append(os.Environ(), "VMPROBES_TEST_CHILD=SIGINT", "VMPROBES_TEST_DOMAIN="+t.g.Name())
+	out := start(t, cmd, "hits\n")
+	s, err := vmprobes.Open(t.Context(), t.g.Name(), nil)
+	assert.ErrorIs(t, err, vmprobes.ErrBusy)
+	if s != nil {
+		assert.NoError(t, s.Close())
+	}
+	require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
+	require.NoError(t, <-out.done, "%s", out)
+	assert.Contains(t, t.ask("stop"), "failed=0")
+	t.unhurt()
+}
+
+// testWatchpoints: a watchpoint of a user's debugger that the kernel hits on its
+// behalf stops a PV guest where it is debugged. It is the guest's, and must cost it
+// nothing that matters.
+func testWatchpoints(t labTest) {
+	const reads = 500 // so many that the start of the process doesn't matter
+	var want string
+	// watch returns the shortest and the longest time of three.
+	watch := func(when string) (least, most time.Duration) {
+		for i := range 3 {
+			began := time.Now()
+			reply := t.ask("watch %d", reads)
+			took := time.Since(began)
+			if want == "" {
+				want = reply
+			}
+			assert.Equal(t, want, reply, when)
+			if i == 0 || took < least {
+				least = took
+			}
+			most = max(most, took)
+		}
+		assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"), "signs of trouble in the guest's log after watched reads %s", when)
+		return least, most
+	}
+	t.ask("watch %d", reads) // the first one starts slowly
+	_, alone := watch("without a session")
+	require.Equal(t, uint64(reads), number(t, want, "kernel"), want)
+	s := t.open(nil)
+	time.Sleep(1100 * time.Millisecond) // the session is idle then
+	idle, _ := watch("with a session and no probe")
+	p := t.loadProbe(probed)
+	require.NoError(t, s.Register(&p.Probe))
+	var served time.Duration
+	serve(t, s, func() {
+		served, _ = watch("with a probe and a loop")
+		p.sawAll(t, number(t, t.ask("open 50 all"), "total"))
+	})
+	t.Logf("%d watched reads: at most %v without a session, at least %v with an idle one, %v with a loop", reads, alone, idle, served)
+	assert.Less(t, idle, 5*alone, "time for %d watched reads with an idle session", reads)
+	assert.Less(t, served, 5*alone, "time for %d watched reads with a loop", reads)
+	require.NoError(t, s.Close())
+
+	// The session may end at any moment of it.
+	closes := 12
+	if testing.Short() && labguest.Is("hvm") {
+		closes = 2
+	}
+	stop, stopped := make(chan struct{}), make(chan string, 1)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				stopped <- ""
+				return
+			default:
+			}
+			if reply := <-t.later("watch %d", reads); reply != want {
+				stopped <- reply
+				return
+			}
+		}
+	}()
+	for i := range closes {
+		s, err := vmprobes.Open(t.Context(), t.g.Name(), nil)
+		if !assert.NoError(t, err, "session %d", i) {
+			break
+		}
+		time.Sleep(time.Duration(50+37*i) * time.Millisecond)
+		assert.NoError(t, s.Close(), "session %d", i)
+		for range 5 {
+			if !assert.Zero(t, t.domain().Flags&xenctrl.DomainPaused, "session %d left the domain paused", i) {
+				xl(t, "unpause", t.g.Name())
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	close(stop)
+	assert.Empty(t, <-stopped, "watched reads while sessions come and go: want %s", want)
+	t.unhurt()
+}
+
+// testPause: what an administrator has paused stays so until he says otherwise.
+func testPause(t labTest) {
+	s := t.open(nil)
+	p := t.loadProbe(probed)
+	require.NoError(t, s.Register(&p.Probe))
+	paused := func(what string) {
+		t.Helper()
+		time.Sleep(300 * time.Millisecond) // in the middle of it
+		xl(t, "pause", t.g.Name())
+		time.Sleep(300 * time.Millisecond)
+		t.standsStill(what + ", paused by xl")
+		xl(t, "unpause", t.g.Name())
+	}
+	serve(t, s, func() {
+		before := number(t, t.ask("count"), "total")
+		t.ask("busy 0 all")
+		for range 3 {
+			paused("hits")
+		}
+		reply := t.ask("stop")
+		assert.NotContains(t, reply, "BAD")
+		p.sawAll(t, number(t, reply, "total")-before)
+	})
+	require.NoError(t, s.Unregister(&p.Probe))
+	// A user's single steps leave their trace in DR6.
+	for _, command := range []string{"steps", "watch"} {
+		n := 50
+		var want string
+		for began := time.Now(); time.Since(began) < 2*time.Second; n *= 2 {
+			began = time.Now()
+			want = t.ask("%s %d", command, 2*n)
+		}
+		reply := t.later("%s %d", command, n)
+		paused(command)
+		assert.Equal(t, want, <-reply, "%s", command)
+	}
+	require.NoError(t, s.Close())
+	t.unhurt()
+}
+
+// testUnpause: an administrator unpauses a PV guest while a handler runs, for which
+// the guest is paused.
+func testUnpause(t labTest) {
+	s := t.open(nil)
+	p := t.loadProbe(probed)
+	count, n := p.Pre, 0
+	p.Pre = func(q *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		if n++; n%5 == 3 {
+			if out, err := exec.Command("xl", "unpause", t.g.Name()).CombinedOutput(); err != nil {
+				t.Errorf("xl unpause: %v: %s", err, out)
+			}
+			time.Sleep(100 * time.Millisecond) // for the guest to run into its ruin
+		}
+		return count(q, r)
+	}
+	require.NoError(t, s.Register(&p.Probe))
+	serve(t, s, func() {
+		reply := <-t.later("open 10 all")
+		assert.Contains(t, reply, fmt.Sprintf("total=%d ", 10*t.cfg.VCPUs))
+		assert.NotContains(t, reply, "BAD")
+	})
+	p.sawAll(t, uint64(10*t.cfg.VCPUs))
+	require.NoError(t, s.Close())
+	assert.Zero(t, t.domain().Flags&xenctrl.DomainPaused, "the domain is paused")
+	t.unhurt()
+}
+
+// testRefusedRegisters: a handler sets a register to what Xen doesn't accept. The
+// guest goes on with what it had.
+func testRefusedRegisters(t labTest) {
+	s := t.open(nil)
+	n := 0
+	p := &vmprobes.Probe{Symbol: probed, Pre: func(_ *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
+		if n++; n == 3 {
+			r.SP = 1 << 62 // not canonical
+		}
+		return vmprobes.Continue
+	}}
+	require.NoError(t, s.Register(p))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.Loop(ctx) }()
+	select {
+	case reply := <-t.later("open 10 all"):
+		assert.Contains(t, reply, fmt.Sprintf("total=%d ", 10*t.cfg.VCPUs))
+		assert.NotContains(t, reply, "BAD")
+	case <-time.After(30 * time.Second):
+		t.Errorf("the guest doesn't go on; domain state %#x", t.domain().Flags)
+	}
+	cancel()
+	if err := <-done; errors.Is(err, context.Canceled) {
+		t.Log("Loop went on")
+	} else {
+		assert.Error(t, err, "Loop's end")
+		t.Log("Loop ended:", err)
+	}
+	assert.Greater(t, n, 2, "hits")
+	require.NoError(t, s.Close())
+	assert.Zero(t, t.domain().Flags&xenctrl.DomainPaused, "the domain is paused")
+	t.unhurt()
+}
+
+// testCheckpoint: "xl save -c" suspends the guest, writes it to a file and lets it
+// go on.
+func testCheckpoint(t labTest) {
+	for _, probes := range []int{0, 1} {
+		s := t.open(nil)
+		p := t.loadProbe(probed)
+		if probes > 0 {
+			require.NoError(t, s.Register(&p.Probe))
+		} else {
+			time.Sleep(1100 * time.Millisecond) // the session is idle then
+		}
+		during := func() {
+			xl(t, "save", "-c", t.g.Name(), "/dev/null")
+			// Its own int3s are answered, and ours.
+			reply := <-t.later("int3user 20")
+			assert.Contains(t, reply, "sent=20 sigtraps=20", "after a checkpoint with %d probes", probes)
+			reply = <-t.later("open 20 all")
+			assert.Contains(t, reply, fmt.Sprintf("total=%d ", 20*t.cfg.VCPUs), "after a checkpoint with %d probes", probes)
+		}
+		if probes > 0 {
+			serve(t, s, during)
+			p.sawAll(t, uint64(20*t.cfg.VCPUs))
+		} else {
+			during()
+			reply := t.ask("ftrace %s", probed) // has int3s in the kernel
+			assert.Equal(t, "yes", field(t, reply, "alive"))
+			t.ask("ftrace off")
+		}
+		require.NoError(t, s.Close())
+		t.unhurt()
+	}
+}
+
+// testKilledTool: after SIGKILL of a tool its guest stands still at the next hit. It
+// is not hurt, as long as nobody lets it run on.
+func testKilledTool(t labTest) {
+	t.ask("busy 0 all")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+	cmd.Env = append(os.Environ(), "VMPROBES_TEST_CHILD=SIGKILL", "VMPROBES_TEST_DOMAIN="+t.g.Name())
+	out := start(t, cmd, "hits\n")
+	require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
+	<-out.done
+	time.Sleep(time.Second)
+	for range 3 {
+		t.standsStill("after SIGKILL of the tool")
+	}
+	assert.NotRegexp(t, `Oops|BUG|panic`, t.g.Console())
+	_, err := vmprobes.Open(t.Context(), t.g.Name(), nil)
+	assert.ErrorIs(t, err, vmprobes.ErrBusy)
+	t.standsStill("after another tool was refused")
+}
+
+// testOnline: a guest that runs on one vCPU of two has patched the locks out of its
+// text, and patches them in when the second one comes. That one executes what is
+// probed at once.
+func testOnline(t labTest, step vmprobes.Stepping) {
+	s := t.open(&vmprobes.Options{Stepping: step})
+	from, err := s.Lookup("__smp_locks")
+	require.NoError(t, err)
+	to, err := s.Lookup("__smp_locks_end")
+	require.NoError(t, err)
+	require.Less(t, uint64(to-from), uint64(1<<20))
+	table := make([]byte, to-from)
+	_, err = s.ReadMemory(table, from)
+	require.NoError(t, err)
+	const samples = 60
+	sites, accepted := map[vmprobes.Addr]byte{}, []string(nil)
+	stride := max(1, len(table)/4/samples)
+	for i := 0; i+4 <= len(table); i += 4 * stride {
+		// Relative to the entry (LOCK_PREFIX_HERE, arch/x86/include/asm/alternative.h).
+		at := from + vmprobes.Addr(i) + vmprobes.Addr(int64(int32(endian.LittleEndian.Uint32(table[i:]))))
+		var b [1]byte
+		if _, err := s.ReadMemory(b[:], at); err != nil || b[0] != 0x3e && b[0] != 0xf0 {
+			continue // of init code, which is gone
+		}
+		sites[at] = b[0]
+		if err := s.Register(&vmprobes.Probe{Addr: at}); !errors.Is(err, vmprobes.ErrNotProbeable) {
+			accepted = append(accepted, fmt.Sprintf("%v, %#x: %v", at, b, err))
+		}
+	}
+	assert.Empty(t, accepted, "lock prefixes that aren't refused as no place for a probe")
+	require.Greater(t, len(sites), samples/2)
+	p := t.loadProbe(probed)
+	require.NoError(t, s.Register(&p.Probe))
+	var total uint64
+	serve(t, s, func() {
+		total = number(t, t.ask("open 50 all"), "total")
+		xl(t, "vcpu-set", t.g.Name(), "2")
+		online := ""
+		for range 20 { // the guest hears of it by and by
+			if online = <-t.later("online 1"); strings.Contains(online, "cpus=2") {
+				break
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+		require.Contains(t, online, "cpus=2")
+		threads := t.threads()
+		require.Len(t, threads, 2)
+		p.threads.Store(&threads)
+		total += number(t, t.ask("open 50 all"), "total")
+	})
+	assert.EqualValues(t, 150, total)
+	p.sawAll(t, total)
+	patched := 0
+	for at, before := range sites {
+		var b [1]byte
+		_, err := s.ReadMemory(b[:], at)
+		require.NoError(t, err)
+		assert.Equal(t, byte(0xf0), b[0], "lock prefix at %v", at)
+		if before == 0x3e {
+			patched++
+		}
+	}
+	t.Logf("%d lock prefixes looked at, %d were patched", len(sites), patched)
+	require.NoError(t, s.Close())
+	t.hash = t.texthash()
+	t.unhurt()
+}
