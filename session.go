@@ -118,9 +118,11 @@ type Session struct {
 	seq  atomic.Uint64
 	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
 	regs Regs
+	hit  Hit
 
 	handling atomic.Pointer[Probe] // whose handler runs
 	cr3      atomic.Uint64         // of the vCPU that hit it
+	readHit  func(addr uint64, b []byte) error
 
 	mu      sync.Mutex
 	probes  []*Probe
@@ -166,6 +168,7 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 		Method:    breakpoint.Method(opts.Stepping),
 		Logger:    log,
 	})
+	s.readHit = func(addr uint64, b []byte) error { return s.drv.Read(s.cr3.Load(), addr, b) }
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.serveIdle(0)
@@ -283,7 +286,8 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 			}
 			if s.sink != nil {
 				c.Leave() // the body of a range is no handler
-				return s.sink(&Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)})
+				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)}
+				return s.sink(&s.hit)
 			}
 			return Continue
 		})
@@ -298,11 +302,10 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 
 // dispatch calls a handler with the registers of a hit, and takes them back.
 func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action) breakpoint.Verdict {
-	cr3 := c.Regs.CR3
-	s.cr3.Store(cr3)
+	s.cr3.Store(c.Regs.CR3)
 	s.handling.Store(p)
 	defer s.handling.Store(nil)
-	s.regs.load(c.Regs, func(addr uint64, b []byte) error { return s.drv.Read(cr3, addr, b) })
+	s.regs.load(c.Regs, s.readHit)
 	if s.guest != nil {
 		s.regs.kernel = s.guest.Linux()
 	}
