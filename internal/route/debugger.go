@@ -461,8 +461,8 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 			if o == s.VCPU {
 				continue
 			}
-			if err := d.hv.GdbsxPauseVCPU(o); err != nil {
-				return errors.Join(fmt.Errorf("hold vCPU %d: %w", o, mapErr(err)), d.endStep())
+			if err := d.hold(o); err != nil {
+				return errors.Join(fmt.Errorf("hold vCPU %d: %w", o, err), d.endStep())
 			}
 			st.others = append(st.others, o)
 		}
@@ -493,6 +493,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 		return errors.Join(err, d.endStep())
 	}
 	st.done = false
+	d.pins.ran = true
 	v.stopped = false
 	d.pending--
 	// Everything owed: the other stops' vCPUs are held one by one now.
@@ -578,10 +579,20 @@ func (d *Debugger) endStep() error {
 	return nil
 }
 
-// letGo undoes a GdbsxPauseVCPU, which takes a paused domain.
+// hold holds a vCPU by itself, and letGo undoes it.
+func (d *Debugger) hold(vcpu int) error {
+	return d.paused(func() error { return d.hv.GdbsxPauseVCPU(vcpu) })
+}
+
 func (d *Debugger) letGo(vcpu int) error {
+	return d.paused(func() error { return d.hv.GdbsxUnpauseVCPU(vcpu) })
+}
+
+// paused makes a call that takes a paused domain: one that isn't, because somebody
+// has unpaused it, is paused first, and that is owed.
+func (d *Debugger) paused(call func() error) error {
 	return attempts(func() error {
-		err := d.hv.GdbsxUnpauseVCPU(vcpu)
+		err := call()
 		if !errors.Is(err, syscall.EBUSY) {
 			return err
 		}
@@ -589,7 +600,7 @@ func (d *Debugger) letGo(vcpu int) error {
 			return err
 		}
 		d.owed++
-		return d.hv.GdbsxUnpauseVCPU(vcpu)
+		return call()
 	})
 }
 

@@ -1,7 +1,6 @@
 package route
 
 import (
-	"errors"
 	"fmt"
 	"time"
 
@@ -25,6 +24,7 @@ type pins struct {
 	tick    uint64
 	n       int    // vCPUs pinned
 	cpuTime uint64 // the domain's, when it was seen paused: it doesn't change as long as it is
+	ran     bool   // a vCPU has stepped since then
 	loose   bool
 
 	awake bool
@@ -116,10 +116,10 @@ func (d *Debugger) pin(v int) error {
 		if err != nil {
 			return mapErr(err)
 		}
-		d.pins.cpuTime = info.CPUTime
+		d.pins.ran, d.pins.cpuTime = false, info.CPUTime
 	}
-	if err := d.hv.GdbsxPauseVCPU(v); err != nil {
-		return mapErr(err)
+	if err := d.hold(v); err != nil {
+		return err
 	}
 	d.vcpus[v].pinned = true
 	d.pins.n++
@@ -154,7 +154,8 @@ func (d *Debugger) checkPins() error {
 	if err != nil {
 		return mapErr(err)
 	}
-	if info.Flags&xenctrl.DomainPaused != 0 && info.CPUTime == d.pins.cpuTime {
+	if info.Flags&xenctrl.DomainPaused != 0 && (d.pins.ran || info.CPUTime == d.pins.cpuTime) {
+		d.pins.ran, d.pins.cpuTime = false, info.CPUTime
 		return nil
 	}
 	// From here on nothing moves, until our own pause is undone.
@@ -167,8 +168,8 @@ func (d *Debugger) checkPins() error {
 	}
 	for v := range d.vcpus {
 		if c := &d.vcpus[v]; c.stopped && !c.pinned {
-			if err := attempts(func() error { return d.pin(v) }); err != nil {
-				return errors.Join(fmt.Errorf("vCPU %d: hold: %w", v, err))
+			if err := d.pin(v); err != nil {
+				return fmt.Errorf("vCPU %d: hold: %w", v, err)
 			}
 		}
 	}
