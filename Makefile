@@ -30,6 +30,7 @@ help:
 	@echo 'make lab-shell   a dom0 prompt (HOST=pv, hvm or hvm-amd)'
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
+	@echo 'make interleave  INTERLEAVINGS=$(INTERLEAVINGS) interleavings on the simulated Xen (hours)'
 	@echo 'make bench       benchmarks'
 	@echo 'make bench-lab   hits a second beside a minimal C loop, on a real Xen (HOST=pv or hvm)'
 	@echo 'make deps        install the Debian packages that all this needs'
@@ -88,6 +89,13 @@ fuzz-beside:
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+# Random operations and failures on the simulated Xen, with fresh seeds: the nightly
+# form of a test that "make check" runs in short.
+INTERLEAVINGS = 1000000
+.PHONY: interleave
+interleave: deps-go
+	VMPROBES_INTERLEAVINGS=$(INTERLEAVINGS) $(GO) test -count=1 -timeout 24h -run '^TestInterleaved$$' -v ./internal/breakpoint
 
 # --- the lab
 
