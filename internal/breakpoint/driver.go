@@ -53,7 +53,7 @@ const (
 )
 
 // A Stop is a vCPU that stopped. It stays so until the Stop is answered by
-// exactly one of Resume, Emulate, StepOver and Reinject. An answer that fails was
+// exactly one of Resume, StepOn, StepOver and Reinject. An answer that fails was
 // not given: the vCPU is still stopped, and it, or another one, can be made again.
 type Stop struct {
 	VCPU   int

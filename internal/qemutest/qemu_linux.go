@@ -157,10 +157,7 @@ func Start(tb testing.TB, c Config) *VM {
 		if path == v.GDB && c.NoGDB {
 			continue
 		}
-		v.eventually("QEMU makes its sockets", func() bool {
-			_, err := os.Stat(path)
-			return err == nil
-		})
+		v.eventually("QEMU makes its sockets", func() bool { return listens(path) })
 	}
 	f, err := os.OpenFile(v.RAM, os.O_RDWR, 0)
 	if err != nil {
@@ -250,6 +247,23 @@ func (c CPU) Count() uint64 { return c.vm.Load(c.data + offCount) }
 
 // IRQs is how many interrupts the vCPU has served.
 func (c CPU) IRQs() uint64 { return c.vm.Load(c.data + offIRQs) }
+
+// listens reports whether somebody listens on a socket: its file is there a moment
+// before. To connect would use up the one connection that QEMU takes.
+func listens(path string) bool {
+	const flags, listening = 3, "00010000" // __SO_ACCEPTCON, include/uapi/linux/net.h
+	table, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		_, err := os.Stat(path)
+		return err == nil
+	}
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > flags && f[len(f)-1] == path {
+			return f[flags] == listening
+		}
+	}
+	return false
+}
 
 // A StringState has the registers that a repeated string instruction uses.
 type StringState struct{ CX, SI, DI, AX, Flags uint64 }
