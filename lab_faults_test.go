@@ -213,6 +213,9 @@ func testJumpLabels(t labTest) {
 	}
 	assert.Greater(t, labels, 10, "jump labels of tun")
 	assert.Empty(t, accepted, "jump labels of tun that aren't refused as no place for a probe")
+	// What the labels are for goes on working, beside another probe.
+	p := t.loadProbe(probed)
+	require.NoError(t, s.Register(&p.Probe))
 	serve(t, s, func() {
 		t.ask("event xdp/xdp_exception on")
 		t.ask("event xdp/xdp_exception off")
@@ -335,13 +338,15 @@ func testWatchpoints(t labTest) {
 		p.sawAll(t, number(t, t.ask("open 50 all"), "total"))
 	})
 	t.Logf("%d watched reads: at most %v without a session, at least %v with an idle one, %v with a loop", reads, alone, idle, served)
-	assert.Less(t, idle, 5*alone, "time for %d watched reads with an idle session", reads)
-	assert.Less(t, served, 5*alone, "time for %d watched reads with a loop", reads)
+	// Each takes a poll, of some milliseconds here. It was fifty times as long when each
+	// took ten.
+	assert.Less(t, idle, 20*alone, "time for %d watched reads with an idle session", reads)
+	assert.Less(t, served, 20*alone, "time for %d watched reads with a loop", reads)
 	require.NoError(t, s.Close())
 
 	// The session may end at any moment of it.
 	closes := 12
-	if testing.Short() && labguest.Is("hvm") {
+	if testing.Short() {
 		closes = 2
 	}
 	stop, stopped := make(chan struct{}), make(chan string, 1)
