@@ -11,7 +11,7 @@ import (
 // page returns a page that only frame n has.
 func page(n uint64) []byte {
 	b := make([]byte, 0, 4096)
-	for i := uint64(0); i < 512; i++ {
+	for i := range uint64(512) {
 		b = le.AppendUint64(b, n*0x9e3779b97f4a7c15+i)
 	}
 	return b

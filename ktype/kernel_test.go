@@ -314,7 +314,7 @@ func TestRealDWARF(t *testing.T) {
 		for line := range strings.Lines(strings.TrimSpace(wanted)) {
 			name, members, _ := strings.Cut(strings.TrimSpace(line), ":")
 			structs++
-			for _, m := range strings.Fields(members) {
+			for m := range strings.FieldsSeq(members) {
 				path := "struct " + name + "." + m
 				b, berr := btf.Offset(path)
 				d, derr := dwarf.Offset(path)

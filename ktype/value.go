@@ -363,8 +363,8 @@ func readString(m Memory, addr, most uint64, buf []byte, add func([]byte)) error
 		if err := m.Read(addr, p); err != nil {
 			return err
 		}
-		if i := bytes.IndexByte(p, 0); i >= 0 {
-			add(p[:i])
+		if before, _, ok := bytes.Cut(p, []byte{0}); ok {
+			add(before)
 			return nil
 		}
 		add(p)

@@ -148,7 +148,7 @@ func (c *cache) fetchBochs(ctx context.Context) (string, error) {
 	}
 	var tried []string
 	var failed []error
-	for _, base := range strings.Fields(repositories) {
+	for base := range strings.FieldsSeq(repositories) {
 		uri := strings.TrimSuffix(base, "/") + "/" + bochsPool + bochsArchive
 		if slices.Contains(tried, uri) {
 			continue

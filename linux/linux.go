@@ -216,8 +216,8 @@ func readString(read func(uint64, []byte) error, addr uint64, limit int) (string
 		if err := read(at, b); err != nil {
 			return string(s), err
 		}
-		if i := bytes.IndexByte(b, 0); i >= 0 {
-			return string(append(s, b[:i]...)), nil
+		if before, _, ok := bytes.Cut(b, []byte{0}); ok {
+			return string(append(s, before...)), nil
 		}
 		s = append(s, b...)
 	}

@@ -372,7 +372,7 @@ func TestSymbolFiles(t *testing.T) {
 		return path
 	}
 	good := write("good", s.SystemMap())
-	moved := bytes.ReplaceAll(s.SystemMap(), []byte(fmt.Sprintf("%016x D linux_banner", s.Sym["linux_banner"])), []byte("ffffffff81020040 D linux_banner"))
+	moved := bytes.ReplaceAll(s.SystemMap(), fmt.Appendf(nil, "%016x D linux_banner", s.Sym["linux_banner"]), []byte("ffffffff81020040 D linux_banner"))
 	other := write("other", moved)
 	// Of a build with the same release, and data at the same place.
 	rebuilt := write("rebuilt", regexp.MustCompile(`(?m)^([0-9a-f]{15}).( t fn_)`).ReplaceAll(s.SystemMap(), []byte("${1}8$2")))

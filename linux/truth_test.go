@@ -245,11 +245,11 @@ func TestKernelTables(t *testing.T) {
 	n, err := k.FtraceSites()
 	require.NoError(t, err)
 	assert.Greater(t, n, 30000)
-	found := ""
+	var found strings.Builder
 	for _, r := range k.Explain() {
-		found += r.Found
+		found.WriteString(r.Found)
 	}
-	assert.Contains(t, found, fmt.Sprintf(", %d blacklist entries", oracle.blacklist))
+	assert.Contains(t, found.String(), fmt.Sprintf(", %d blacklist entries", oracle.blacklist))
 
 	for name, want := range map[string][2]string{ // why not at +0, and at +1
 		"do_sys_openat2":     {"", "ftrace"},

@@ -189,8 +189,8 @@ func cstring(str []byte, off uint32) []byte {
 	}
 	s := str[off:]
 	s = s[:min(len(s), maxName+1)]
-	if n := bytes.IndexByte(s, 0); n >= 0 {
-		return s[:n]
+	if before, _, ok := bytes.Cut(s, []byte{0}); ok {
+		return before
 	}
 	return nil
 }

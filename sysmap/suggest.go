@@ -2,6 +2,7 @@ package sysmap
 
 import (
 	"hash/maphash"
+	"slices"
 	"strings"
 )
 
@@ -54,10 +55,8 @@ func (m *Map) Suggest(name string) []string {
 		if s == name || len(out) >= maxSuggest {
 			return
 		}
-		for _, o := range out {
-			if o == s {
-				return
-			}
+		if slices.Contains(out, s) {
+			return
 		}
 		out = append(out, s)
 	}

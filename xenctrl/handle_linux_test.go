@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -115,9 +116,7 @@ func TestPreserving(t *testing.T) {
 	} {
 		f := newFakeLib()
 		f.ext = c.ext
-		for k, v := range c.fail {
-			f.fail[k] = v
-		}
+		maps.Copy(f.fail, c.fail)
 		err := newHandle(f).SetVCPUContextPreserving(5, 0, new(VCPUContext))
 		if !errors.Is(err, c.err) {
 			t.Errorf("%s: %v, want %v", c.name, err, c.err)

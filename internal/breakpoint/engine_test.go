@@ -105,12 +105,7 @@ func quiesce(t *testing.T, m *sim.Machine) {
 
 // isOwn reports whether va is one of the guest's own breakpoints.
 func isOwn(m *sim.Machine, va uint64) bool {
-	for _, a := range m.OwnBreakpoints() {
-		if a == va {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(m.OwnBreakpoints(), va)
 }
 
 // TestEveryInstruction probes each instruction of the guest in turn, in each way

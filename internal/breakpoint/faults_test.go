@@ -583,7 +583,7 @@ func TestShifted(t *testing.T) {
 		require.NoError(t, e.Unregister(shifted))
 		stop := &breakpoint.Probe{Addr: addr, At: addr + 5, Pre: func(*breakpoint.Context) breakpoint.Verdict { return 1 }}
 		require.NoError(t, e.Register(stop))
-		base, before := m.Executed(addr), direct.Hits()
+		before := direct.Hits()
 		m.Release()
 		v, err := e.Serve(t.Context(), true)
 		require.NoError(t, err)

@@ -119,7 +119,7 @@ func (g *Linux) Symbol(name string) uint64 {
 // Counts returns the numbers of an answer such as "open total=10 cpu0=5 cpu1=5".
 func Counts(reply string) map[string]int {
 	m := map[string]int{}
-	for _, f := range strings.Fields(reply) {
+	for f := range strings.FieldsSeq(reply) {
 		if k, v, ok := strings.Cut(f, "="); ok {
 			if n, err := strconv.Atoi(v); err == nil {
 				m[k] = n

@@ -679,10 +679,8 @@ func (m *Machine) hypercall(v *vcpu) {
 
 // isOwn reports whether the guest has an int3 of its own at va.
 func (m *Machine) isOwn(va uint64) bool {
-	for _, o := range m.prog.own {
-		if o == va {
-			return true
-		}
+	if slices.Contains(m.prog.own, va) {
+		return true
 	}
 	return m.custom
 }

@@ -362,9 +362,7 @@ func TestLengthsObjdump(t *testing.T) {
 	var wg sync.WaitGroup
 	sem := make(chan struct{}, runtime.GOMAXPROCS(0))
 	for _, f := range real {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
+		wg.Go(func() {
 			sem <- struct{}{}
 			defer func() { <-sem }()
 			r, err := compareLengths(t, f)
@@ -388,7 +386,7 @@ func TestLengthsObjdump(t *testing.T) {
 			total.xen += r.xen
 			total.nops += r.nops
 			total.printMiss += r.printMiss
-		}()
+		})
 	}
 	wg.Wait()
 	t.Logf("%d files: %+v", len(real), total)

@@ -201,7 +201,7 @@ func modules() error {
 	if err != nil {
 		return err
 	}
-	for _, path := range strings.Fields(string(list)) {
+	for path := range strings.FieldsSeq(string(list)) {
 		f, err := os.Open(path)
 		if err != nil {
 			return err

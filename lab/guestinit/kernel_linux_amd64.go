@@ -93,11 +93,12 @@ func kallsyms(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	reply := "kallsyms " + name
+	var reply strings.Builder
+	reply.WriteString("kallsyms " + name)
 	for _, a := range found {
-		reply += fmt.Sprintf(" %#x", a)
+		reply.WriteString(fmt.Sprintf(" %#x", a))
 	}
-	return reply, nil
+	return reply.String(), nil
 }
 
 // kernelBuffer is what textHash reads into: the garbage collector is off, so

@@ -87,11 +87,12 @@ func (g *guest) online(cpu uint64) (string, error) {
 
 // threads names the threads that make the load.
 func (g *guest) threads() string {
-	reply := "threads"
+	var reply strings.Builder
+	reply.WriteString("threads")
 	for _, w := range g.cpus {
-		reply += fmt.Sprintf(" cpu%d=%d", w.cpu, w.thread)
+		reply.WriteString(fmt.Sprintf(" cpu%d=%d", w.cpu, w.thread))
 	}
-	return reply
+	return reply.String()
 }
 
 // startCheckers starts what runs beside the load. The garbage collector must

@@ -242,11 +242,12 @@ func kprobeCounts() (string, error) {
 		if err != nil {
 			return "", err
 		}
-		line := name
+		var line strings.Builder
+		line.WriteString(name)
 		for _, m := range histLine.FindAllSubmatch(b, -1) {
-			line += fmt.Sprintf(" %s:%s", m[1], m[2])
+			line.WriteString(fmt.Sprintf(" %s:%s", m[1], m[2]))
 		}
-		say("| %s", line)
+		say("| %s", line.String())
 	}
 	b, err := os.ReadFile(tracing + "kprobe_profile") // event hits missed
 	if err != nil {
