@@ -98,7 +98,6 @@ func OpenDebugger(hv Hypervisor) (*Debugger, error) {
 	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
-	d.pace.turn, _ = hv.(yielder)
 	d.vcpus = make([]vcpu, d.nvcpu)
 	d.roots = d.currentRoots
 	for v := range d.vcpus {

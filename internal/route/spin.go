@@ -17,12 +17,7 @@ type pace struct {
 	sleep  time.Duration
 	holder spin.Holder
 	timer  *time.Timer
-	turn   yielder // nil: turns can't be given away
 }
-
-// yielder is a Hypervisor that can give away this domain's turn on the processor:
-// the guest may be waiting for that very one.
-type yielder interface{ Yield() bool }
 
 const (
 	// paceSpin is how long answers are asked for without rest when the last one
@@ -48,9 +43,6 @@ func (p *pace) rest(ctx context.Context) {
 	waited := spin.Clock() - p.begin
 	if waited < paceFirst || p.near && waited < paceSpin {
 		p.holder.Begin()
-		if p.turn != nil {
-			p.turn.Yield()
-		}
 		p.holder.End()
 		return
 	}

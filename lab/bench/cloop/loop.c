@@ -305,6 +305,7 @@ disable:
 
 static void *ext; /* for a vCPU's extended state */
 static uint64_t ext_size, ext_mask;
+static uint64_t ext_used; /* of ext_size, which the set call wants to have again */
 static vcpu_guest_context_any_t ctx;
 
 static int domctl(struct xen_domctl *d, uint32_t cmd)
@@ -336,6 +337,7 @@ static int get_ext(void)
 		set_xen_guest_handle_raw(d.u.vcpuextstate.buffer, ext);
 		if ((rc = domctl(&d, XEN_DOMCTL_getvcpuextstate)) < 0)
 			ext_size = 0;
+		ext_used = d.u.vcpuextstate.size;
 	}
 	return rc;
 }
@@ -345,12 +347,18 @@ static int set_rip(uint64_t rip)
 	struct xen_domctl d = { 0 };
 
 	ctx.x64.user_regs.rip = rip;
-	if (get_ext() < 0 || xc_vcpu_setcontext(xch, dom, 0, &ctx) < 0)
+	if (get_ext() < 0) {
+		complain("get extended state");
 		return -1;
+	}
+	if (xc_vcpu_setcontext(xch, dom, 0, &ctx) < 0) {
+		complain("set context");
+		return -1;
+	}
 	if (!(((uint64_t *)ext)[1] & ~UINT64_C(3))) /* no more than x87 and SSE */
 		return 0;
 	d.u.vcpuextstate.xfeature_mask = ext_mask;
-	d.u.vcpuextstate.size = ext_size;
+	d.u.vcpuextstate.size = ext_used;
 	set_xen_guest_handle_raw(d.u.vcpuextstate.buffer, ext);
 	return domctl(&d, XEN_DOMCTL_setvcpuextstate);
 }
