@@ -460,7 +460,7 @@ func (m *MonitorRoute) Close() error {
 
 func (m *MonitorRoute) leave() error {
 	for v := range m.vcpus {
-		if m.vcpus[v].stopped {
+		if m.vcpus[v].stopped && !m.dead() {
 			return fmt.Errorf("vCPU %d is stopped", v)
 		}
 	}
