@@ -473,3 +473,50 @@ func TestReplacedInStep(t *testing.T) {
 		})
 	}
 }
+
+// TestCloseInStep closes while somebody has paused the domain in the middle of a step:
+// TF doesn't stay, or Close fails.
+func TestCloseInStep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("Close waits for ten seconds")
+	}
+	for _, h := range hosts() {
+		t.Run(h.name, func(t *testing.T) {
+			t.Parallel()
+			cfg := h.cfg
+			cfg.VCPUs, cfg.IRQEvery = 1, -1
+			m := sim.New(cfg)
+			before := m.Text()
+			m.Start()
+			defer m.Stop()
+			quiesce(t, m)
+			drv, err := attach(m, cfg)
+			require.NoError(t, err)
+			d := &stepping{Driver: drv}
+			e := breakpoint.New(d, breakpoint.Config{MayFault: never, Method: breakpoint.InPlace})
+			hv := m.Hypervisor()
+			ctx, cancel := context.WithCancel(t.Context())
+			d.begun = cancel
+			paused := false
+			p := &breakpoint.Probe{Addr: outOfLine(t, m), Pre: func(*breakpoint.Context) breakpoint.Verdict {
+				if !paused {
+					paused = true
+					assert.NoError(t, hv.Pause())
+				}
+				return breakpoint.Continue
+			}}
+			require.NoError(t, e.Register(p))
+			m.Release()
+			_, err = e.Serve(ctx, true)
+			require.ErrorIs(t, err, context.Canceled)
+			err = e.Close()
+			require.NoError(t, hv.Unpause())
+			if err != nil {
+				require.ErrorIs(t, err, breakpoint.ErrUnanswered)
+				require.NoError(t, e.Close())
+			}
+			m.Release()
+			sim.Verify(t, m, before)
+		})
+	}
+}

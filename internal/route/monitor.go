@@ -464,6 +464,11 @@ func (m *MonitorRoute) leave() error {
 			return fmt.Errorf("vCPU %d is stopped", v)
 		}
 	}
+	// A domain that somebody has paused in the middle of a step: its vCPU has TF, and
+	// there is no call to take it back. With the monitor trap flag there is.
+	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && !m.dead() {
+		return fmt.Errorf("vCPU %d has not made its step yet", st.vcpu)
+	}
 	if !m.left {
 		if err := m.detach(); err != nil {
 			return err
