@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
 	"syscall"
 	"time"
 
@@ -17,7 +16,7 @@ import (
 
 // MonitorRoute is the monitor route: an HVM or PVH guest whose int3s are
 // vm_event requests. A request carries the vCPU's registers and stops that vCPU
-// only; the response sets them, or has Xen emulate an instruction.
+// only; the response sets them.
 type MonitorRoute struct {
 	*guest
 	caps xenctrl.MonitorCaps
