@@ -619,7 +619,7 @@ func (d *Debugger) Reinject(s *breakpoint.Stop) error {
 		}
 		d.want = v.ctx
 		err := d.enter(s.VCPU, &d.want, 3, v.at+1)
-		if errors.Is(err, breakpoint.ErrFault) || errors.Is(err, breakpoint.ErrNotMapped) || errors.Is(err, errNoHandler) {
+		if cantTake(err) {
 			// Xen would crash a guest that can't take its exception, and does so as soon as
 			// it is left; until then the vCPU comes back to its int3.
 			d.want = v.ctx
@@ -639,6 +639,11 @@ const (
 )
 
 var errNoHandler = errors.New("the guest has no handler")
+
+// cantTake reports whether enter has failed because of what the guest is like.
+func cantTake(err error) bool {
+	return errors.Is(err, breakpoint.ErrFault) || errors.Is(err, breakpoint.ErrNotMapped) || errors.Is(err, errNoHandler)
+}
 
 // enter delivers exception vector to a vCPU of a 64-bit PV guest that is in
 // kernel mode: the frame that the guest expects from Xen
