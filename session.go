@@ -389,7 +389,11 @@ func (s *Session) serveIdle(after time.Duration) {
 		}
 		pause, last := time.Millisecond, ""
 		for ctx.Err() == nil {
+			begin := time.Now()
 			_, err := s.eng.Serve(ctx, false)
+			if time.Since(begin) > time.Second {
+				pause = time.Millisecond // what went wrong before is over
+			}
 			if errors.Is(err, breakpoint.ErrGone) || ctx.Err() != nil {
 				return
 			}
@@ -398,7 +402,10 @@ func (s *Session) serveIdle(after time.Duration) {
 					s.log.Error("answering a hit outside of Loop", "err", err)
 					last = msg
 				}
-				time.Sleep(pause)
+				select { // a Loop need not wait
+				case <-time.After(pause):
+				case <-ctx.Done():
+				}
 				pause = min(2*pause, time.Second)
 			}
 		}

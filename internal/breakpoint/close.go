@@ -194,10 +194,12 @@ func (e *Engine) pollAll() error {
 	return nil
 }
 
-// endSlots makes the slots harmless in which vCPUs still are.
+// endSlots makes the slots harmless in which vCPUs still are, if nothing else keeps
+// Close from leaving the guest: they may come back yet. It returns what it has left,
+// now or before.
 func (e *Engine) endSlots() error {
-	if len(e.active) == 0 {
-		return nil
+	if len(e.active) == 0 || e.owing.Load() || len(e.sites) > 0 {
+		return e.ended
 	}
 	if err := e.again(e.drv.Freeze); err != nil {
 		return err
@@ -208,7 +210,7 @@ func (e *Engine) endSlots() error {
 			errs = errors.Join(errs, e.endWithJump(sl))
 		}
 	}
-	return errors.Join(errs, e.thaw())
+	return errors.Join(e.ended, errs, e.thaw())
 }
 
 // standStill freezes the guest, answers what has stopped, and returns with the

@@ -164,6 +164,7 @@ type inflight struct {
 	owners []owner
 	before x86.Regs
 	post   bool // run post handlers
+	told   int  // owners that have counted it, or needn't
 }
 
 // An Engine owns the breakpoints of one guest.
@@ -183,7 +184,8 @@ type Engine struct {
 	active  []*inflight // on their way: a vCPU can have several, one for each interrupt level
 	idle    []*inflight // to be used again
 	owed    []debt
-	thaws   int // Thaws that failed, which thawLater makes
+	thaws   int   // Thaws that failed, which thawLater makes
+	ended   error // slots that Close had to leave behind
 	nvcpu   int
 	cheap   bool // Caps.CheapStep
 	hidden  bool // Caps.Hidden
@@ -263,25 +265,35 @@ func (e *Engine) Sites() []Site {
 }
 
 // Register arms every probe, or none.
-func (e *Engine) Register(probes ...*Probe) (err error) {
+func (e *Engine) Register(probes ...*Probe) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closing {
 		return ErrClosed
 	}
-	if err := e.freeze(); err != nil {
+	err := e.freeze()
+	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, e.thaw()) }()
 	for i, p := range probes {
-		if err := e.add(p); err != nil {
-			for _, q := range slices.Backward(probes[:i]) {
-				err = errors.Join(err, e.drop(q, true))
-			}
-			return err
+		if err = e.add(p); err != nil {
+			probes = probes[:i]
+			break
 		}
 	}
-	return nil
+	all := err == nil
+	if all {
+		if err = e.thaw(); err == nil {
+			return nil
+		}
+	}
+	for _, q := range slices.Backward(probes) { // the guest is frozen still
+		err = errors.Join(err, e.drop(q, true))
+	}
+	if !all {
+		err = errors.Join(err, e.thaw())
+	}
+	return err
 }
 
 // Unregister removes probes; those that aren't registered are ignored. The

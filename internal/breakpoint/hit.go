@@ -220,25 +220,31 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 }
 
 // wants reports whether o's registration is still there, and enabled.
-func (e *Engine) wants(o owner, st *site) bool {
+func (o owner) wants(st *site) bool {
 	return o.site == st && o.Probe.gen == o.gen && o.Enabled()
+}
+
+// miss counts f as missed by those of owners that want it.
+func (f *inflight) miss(owners []owner) {
+	for _, o := range owners {
+		if o.wants(f.site) {
+			o.missed.Add(1)
+		}
+	}
 }
 
 func (e *Engine) hit(st *site, s *Stop, m mode) (v Verdict, err error) {
 	f := e.take(st, s)
 	e.stats.Hits++
 	if m != serving {
-		for _, o := range f.owners {
-			if e.wants(o, st) {
-				o.missed.Add(1)
-			}
-		}
+		f.miss(f.owners)
 		return e.execute(f, s, m)
 	}
 	// If a handler panics the hit is still seen to its end.
 	finished := false
 	defer func() {
 		if !finished {
+			f.miss(f.owners[f.told:])
 			f.post = false
 			s.Regs = f.before
 			if _, err := e.execute(f, s, unserved); err != nil {
@@ -282,34 +288,33 @@ func (e *Engine) before(f *inflight, s *Stop) (v Verdict) {
 		n++
 	}
 	shifted, others := f.owners[:n], f.owners[n:]
-	v, moved := e.pre(shifted, st, s, v)
-	if moved {
-		return v // the vCPU doesn't come to the instruction of the others
-	}
-	if n > 0 && v == Continue {
+	v, moved := e.pre(f, shifted, s, v)
+	if !moved && v == Continue {
 		for _, o := range shifted {
-			if !e.wants(o, st) {
+			if !o.wants(st) {
 				continue
 			}
 			if v = e.call(o.Probe, o.Post, s, true); v != Continue {
 				break
 			}
 		}
-		if s.Regs.IP != st.addr {
-			return v
-		}
 	}
-	v, _ = e.pre(others, st, s, v)
+	if s.Regs.IP != st.addr {
+		return v // the vCPU doesn't come to the instruction of the others
+	}
+	v, _ = e.pre(f, others, s, v)
 	return v
 }
 
 // pre runs the Pre handlers of owners unless a verdict was given, and reports
 // whether one sent the vCPU elsewhere.
-func (e *Engine) pre(owners []owner, st *site, s *Stop, v Verdict) (_ Verdict, moved bool) {
+func (e *Engine) pre(f *inflight, owners []owner, s *Stop, v Verdict) (_ Verdict, moved bool) {
+	st := f.site
 	to := st.addr
 	for _, o := range owners {
+		f.told++
 		switch {
-		case !e.wants(o, st):
+		case !o.wants(st):
 			continue
 		case v != Continue:
 			o.missed.Add(1)
@@ -329,7 +334,7 @@ func (e *Engine) pre(owners []owner, st *site, s *Stop, v Verdict) (_ Verdict, m
 // after runs the Post handlers of a hit.
 func (e *Engine) after(f *inflight, s *Stop) (v Verdict) {
 	for _, o := range f.owners {
-		if o.shifted() || !e.wants(o, f.site) {
+		if o.shifted() || !o.wants(f.site) {
 			continue
 		}
 		if v = e.call(o.Probe, o.Post, s, true); v != Continue {
@@ -363,6 +368,10 @@ func (e *Engine) handled() {
 // execute has the instruction of a hit executed, by the first way that works.
 func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 	st := f.site
+	if now := e.sites[st.addr]; !st.armed && now != nil && now.armed {
+		// Removed and put back meanwhile: that is no further execution.
+		f.site, st = now, now
+	}
 	if s.Regs.IP != st.addr || !st.armed {
 		// Redirected by a handler, or removed by one: the guest's own bytes run.
 		e.give(f)
@@ -468,7 +477,7 @@ func (e *Engine) wantsPost(f *inflight, m mode) bool {
 		return false
 	}
 	for _, o := range f.owners {
-		if o.Post != nil && !o.shifted() && e.wants(o, f.site) {
+		if o.Post != nil && !o.shifted() && o.wants(f.site) {
 			return true
 		}
 	}

@@ -110,7 +110,7 @@ func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	case dutyReinject:
 		return Continue, e.reinject(s)
 	case dutyForeign:
-		return Continue, e.foreign(s)
+		return e.handle(s, m) // it may be ours by now
 	case dutyExecute:
 		if st := d.f.site; st.armed && time.Since(d.since) > executeFor {
 			return Continue, e.giveUp(d.f, s, fmt.Errorf("%#x (%s): %w: its memory can't be had", st.addr, st.insn.String(), ErrNoWayPast))
@@ -124,35 +124,44 @@ func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	case dutyComplete:
 		return e.complete(d.f, s, d.at, m)
 	}
+	if !d.f.site.armed {
+		return e.execute(d.f, s, m) // somebody else took it out
+	}
 	return Continue, e.giveUp(d.f, s, nil)
 }
 
 // settle tries once to do all that is owed. It returns what is new: a debt that
 // stays one was told of when it was made.
 func (e *Engine) settle(m mode) (v Verdict, errs error) {
-	owed := e.owed
+	owed, next := e.owed, 0
 	e.owed = nil
-	for i := range owed {
-		d := &owed[i]
+	defer func() { // a handler may panic, and the rest is owed all the same
+		e.retried = nil
+		e.owed = append(e.owed, owed[next:]...)
+		e.owing.Store(len(e.owed) > 0)
+	}()
+	for next < len(owed) {
+		d := &owed[next]
+		next++
 		n := len(e.owed)
 		e.retried = d
 		w, err := e.pay(d, m)
-		e.retried = nil
+		if v == Continue {
+			v = w // of a handler that ran, whatever became of the answer
+		}
+		if v != Continue {
+			m = min(m, ending)
+		}
 		switch {
 		case errors.Is(err, ErrGone):
-			e.owed = nil
-			e.owing.Store(false)
+			e.owed, next = nil, len(owed)
 			return Continue, err
-		case len(e.owed) > n:
+		case len(e.owed) > n && e.owed[n].duty == d.duty:
 			e.log.Debug("still owed", "vcpu", d.stop.VCPU, "err", err)
 		default:
 			errs = errors.Join(errs, err)
-			if v == Continue {
-				v = w
-			}
 		}
 	}
-	e.owing.Store(len(e.owed) > 0)
 	return v, errs
 }
 

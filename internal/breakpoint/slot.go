@@ -171,6 +171,8 @@ func (e *Engine) endWithJump(sl *slot) error {
 		return fmt.Errorf("end slot at %#x: %w", sl.addr, err)
 	}
 	delete(e.slotEnd, sl.end)
-	return fmt.Errorf("a vCPU is still executing the copy of %#x in dead code at %#x; the %d bytes there were left, as harmless code",
-		sl.site.addr, sl.addr, slotSize)
+	e.active = slices.DeleteFunc(e.active, func(f *inflight) bool { return f.slot == sl })
+	e.ended = errors.Join(e.ended, fmt.Errorf("a vCPU is still executing the copy of %#x in dead code at %#x; the %d bytes there were left, as harmless code",
+		sl.site.addr, sl.addr, slotSize))
+	return nil
 }

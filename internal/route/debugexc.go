@@ -124,6 +124,10 @@ func (d *Debugger) giveDebugExceptions() (n int, err error) {
 			err = attempts(func() error { return d.hv.SetVCPUExtState(v, s.ext) })
 		case d.debug.found(c, s.dr6):
 			err = d.enter(v, c, 1, c.User.RIP)
+			if cantTake(err) { // nor can anybody else give it, and it must not be found again
+				c.DebugReg[6] &^= dr6BS | 1<<breakpoints - 1
+				err = d.setContext(v, c)
+			}
 		default:
 			continue
 		}

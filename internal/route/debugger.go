@@ -617,7 +617,15 @@ func (d *Debugger) Reinject(s *breakpoint.Stop) error {
 			return fmt.Errorf("vCPU %d isn't at a breakpoint", s.VCPU)
 		}
 		d.want = v.ctx
-		if err := d.enter(s.VCPU, &d.want, 3, v.at+1); err != nil {
+		err := d.enter(s.VCPU, &d.want, 3, v.at+1)
+		if cantTake(err) {
+			// Xen would crash a guest that can't take its exception, and does so as soon as
+			// it is left; until then the vCPU comes back to its int3.
+			d.want = v.ctx
+			d.want.User.RIP = v.at
+			err = d.setContext(s.VCPU, &d.want)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -629,6 +637,13 @@ const (
 	flatKernelSS = 0xe02b
 )
 
+var errNoHandler = errors.New("the guest has no handler")
+
+// cantTake reports whether enter has failed because of what the guest is like.
+func cantTake(err error) bool {
+	return errors.Is(err, breakpoint.ErrFault) || errors.Is(err, breakpoint.ErrNotMapped) || errors.Is(err, errNoHandler)
+}
+
 // enter delivers exception vector to a vCPU of a 64-bit PV guest that is in
 // kernel mode: the frame that the guest expects from Xen
 // (xen/arch/x86/x86_64/entry.S, create_bounce_frame; public/arch-x86/xen.h). It may
@@ -636,7 +651,7 @@ const (
 func (d *Debugger) enter(v int, c *xenctrl.VCPUContext, vector int, rip uint64) error {
 	t := c.Traps[vector]
 	if t.Address == 0 {
-		return fmt.Errorf("vCPU %d: the guest has no handler for vector %d", v, vector)
+		return fmt.Errorf("vCPU %d, vector %d: %w", v, vector, errNoHandler)
 	}
 	s := &d.vcpus[v]
 	if !s.entering {
@@ -691,7 +706,7 @@ func (d *Debugger) Close() error {
 }
 
 func (d *Debugger) leave() error {
-	if d.pending > 0 {
+	if d.pending > 0 && !d.dead() {
 		return fmt.Errorf("%d vCPUs are stopped", d.pending)
 	}
 	if d.stepping() {

@@ -43,6 +43,7 @@ type guest struct {
 
 	breaksMu sync.Mutex
 	breaks   map[uint64]*patch
+	stepped  *patch // that is lifted for a step
 
 	mu     sync.Mutex // the route's own
 	frozen int        // Freezes without their Thaw
@@ -170,7 +171,11 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 		return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, addr, cur, in.Bytes())
 	}
 	p := &patch{addr: addr, insn: *in}
-	if err := g.drop(p); err != nil {
+	if st := g.stepped; st != nil && st.addr == addr {
+		// A vCPU is still stepping there: the breakpoint comes back behind it.
+		p = st
+		p.insn, p.gone = *in, false
+	} else if err := g.drop(p); err != nil {
 		return err
 	}
 	g.breaks[addr] = p
@@ -211,20 +216,22 @@ func (g *guest) liftForStep(p *patch) error {
 		return err
 	}
 	p.lifted = true
+	g.stepped = p
 	return nil
 }
 
 func (g *guest) dropAfterStep(p *patch) error {
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
-	if !p.lifted || p.gone {
-		p.lifted = false
-		return nil
-	}
-	if err := g.drop(p); err != nil {
-		return err
+	if p.lifted && !p.gone {
+		if err := g.drop(p); err != nil {
+			return err
+		}
 	}
 	p.lifted = false
+	if g.stepped == p {
+		g.stepped = nil
+	}
 	return nil
 }
 
@@ -272,6 +279,9 @@ func (g *guest) checkAlive() error {
 	}
 	return nil
 }
+
+// dead reports whether no vCPU of the domain will ever run again.
+func (g *guest) dead() bool { return errors.Is(g.checkAlive(), breakpoint.ErrGone) }
 
 // mapErr gives errors of Xen and of page walks the engine's names.
 func mapErr(err error) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
 	"syscall"
 	"time"
 
@@ -17,7 +16,7 @@ import (
 
 // MonitorRoute is the monitor route: an HVM or PVH guest whose int3s are
 // vm_event requests. A request carries the vCPU's registers and stops that vCPU
-// only; the response sets them, or has Xen emulate an instruction.
+// only; the response sets them.
 type MonitorRoute struct {
 	*guest
 	caps xenctrl.MonitorCaps
@@ -460,9 +459,14 @@ func (m *MonitorRoute) Close() error {
 
 func (m *MonitorRoute) leave() error {
 	for v := range m.vcpus {
-		if m.vcpus[v].stopped {
+		if m.vcpus[v].stopped && !m.dead() {
 			return fmt.Errorf("vCPU %d is stopped", v)
 		}
+	}
+	// A domain that somebody has paused in the middle of a step: its vCPU has TF, and
+	// there is no call to take it back. With the monitor trap flag there is.
+	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && !m.dead() {
+		return fmt.Errorf("vCPU %d has not made its step yet", st.vcpu)
 	}
 	if !m.left {
 		if err := m.detach(); err != nil {
