@@ -483,10 +483,14 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 		return errors.Join(err, d.endStep())
 	}
 	// An interrupt between here and the step would run over the lifted byte.
-	if m, err := d.upcallMask(&v.ctx); err == nil && m.known && m.value == 0 && st.masked == 0 {
-		if d.Write(v.ctx.CtrlReg[3], m.addr, []byte{1}) == nil {
+	m, err := d.upcallMask(&v.ctx)
+	if err == nil && m.known && m.value == 0 && st.masked == 0 {
+		if err = d.Write(v.ctx.CtrlReg[3], m.addr, []byte{1}); err == nil {
 			st.masked = m.addr
 		}
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("vCPU %d: mask events: %w", s.VCPU, err), d.endStep())
 	}
 	if err := d.unpin(s.VCPU); err != nil {
 		return errors.Join(err, d.endStep())
