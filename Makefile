@@ -23,7 +23,7 @@ help:
 	@echo 'make demo-xen    the same with a PV guest on a real Xen (HOST=hvm: PVH)'
 	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
-	@echo 'make check       what needs no emulator (3 minutes)'
+	@echo 'make check       what needs no emulator (6 minutes)'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
