@@ -37,7 +37,6 @@ type lengthResult struct {
 	mismatch  int
 	noSteps   int // CanStep refuses
 	emulates  int
-	xen       int
 	nops      int
 	printMiss int // String fell back to hexadecimal
 }
@@ -167,9 +166,6 @@ func compareLengths(t *testing.T, path string, options ...string) (lengthResult,
 		}
 		if in.CanEmulate() {
 			res.emulates++
-		}
-		if in.XenEmulatable() {
-			res.xen++
 		}
 		if in.IsNop() {
 			res.nops++
@@ -383,7 +379,6 @@ func TestLengthsObjdump(t *testing.T) {
 			total.mismatch += r.mismatch
 			total.noSteps += r.noSteps
 			total.emulates += r.emulates
-			total.xen += r.xen
 			total.nops += r.nops
 			total.printMiss += r.printMiss
 		})

@@ -116,7 +116,6 @@ func TestPredicates(t *testing.T) {
 		nop = 1 << iota
 		int3
 		emul
-		xen
 		rip
 		mem
 		rep
@@ -127,10 +126,10 @@ func TestPredicates(t *testing.T) {
 		code string
 		want int
 	}{
-		{"90", nop | emul | xen},
-		{"66 90", nop | emul | xen},
+		{"90", nop | emul},
+		{"66 90", nop | emul},
 		{"f3 90", nop | emul},
-		{"41 90", emul | xen}, // xchg r8, rax
+		{"41 90", emul}, // xchg r8, rax
 		{"f3 41 90", 0},
 		{"0f 1f 00", nop | emul},
 		{"0f 1f 44 00 00", nop | emul},
@@ -141,17 +140,17 @@ func TestPredicates(t *testing.T) {
 		{"f3 48 0f 1e c8", 0}, // rdsspq rax
 		{"cc", int3 | mem | noStep | noMove},
 		{"cd 80", mem | noStep | noMove},
-		{"55", emul | xen | mem},
-		{"c3", emul | xen | mem},
-		{"e8 00000000", emul | xen | mem | noMove},
+		{"55", emul | mem},
+		{"c3", emul | mem},
+		{"e8 00000000", emul | mem | noMove},
 		{"66 e8 00000000", mem | noStep | noMove},
-		{"eb fe", emul | xen | noMove},
-		{"74 00", emul | xen | noMove},
+		{"eb fe", emul | noMove},
+		{"74 00", emul | noMove},
 		{"e3 00", emul | noMove},
-		{"48 8b 05 00000000", emul | xen | rip | mem},
-		{"48 8d 05 00000000", emul | xen | rip},
-		{"65 48 8b 04 25 28000000", emul | xen | mem},
-		{"48 01 07", xen | mem},
+		{"48 8b 05 00000000", emul | rip | mem},
+		{"48 8d 05 00000000", emul | rip},
+		{"65 48 8b 04 25 28000000", emul | mem},
+		{"48 01 07", mem},
 		{"f0 48 01 07", mem},
 		{"f3 48 a5", mem | rep},
 		{"a5", mem},
@@ -184,19 +183,19 @@ func TestPredicates(t *testing.T) {
 		{"c7 f8 00000000", noStep | noMove},
 		{"f1", mem | noStep | noMove},
 		{"ff 2f", mem | noStep | noMove},
-		{"ff d0", emul | xen | mem},
-		{"ff e0", emul | xen},
+		{"ff d0", emul | mem},
+		{"ff e0", emul},
 		{"c5 f8 77", 0},
 		{"62 f1 7c 48 10 05 00000000", rip | mem},
 		{"0f 31", 0},
 		{"d7", mem},
 		{"f7 f9", 0},
-		{"48 0f cf", emul | xen},
+		{"48 0f cf", emul},
 	} {
 		in := mustDecode(t, tc.code)
 		got := 0
 		for i, b := range []bool{
-			in.IsNop(), in.IsInt3(), in.CanEmulate(), in.XenEmulatable(), in.RIPRelative(),
+			in.IsNop(), in.IsInt3(), in.CanEmulate(), in.RIPRelative(),
 			in.MemoryOperand(), in.Repeats(), in.CanStep() != nil,
 		} {
 			if b {
@@ -242,7 +241,7 @@ func TestString(t *testing.T) {
 func TestZeroInsn(t *testing.T) {
 	var in Insn
 	r := kernelRegs()
-	if in.IsNop() || in.IsInt3() || in.CanEmulate() || in.XenEmulatable() || in.Repeats() || in.MemoryOperand() {
+	if in.IsNop() || in.IsInt3() || in.CanEmulate() || in.Repeats() || in.MemoryOperand() {
 		t.Error("the zero Insn is something")
 	}
 	if err := in.Emulate(&r, nil); !errors.Is(err, ErrNotEmulated) {
