@@ -167,20 +167,6 @@ func (t labTest) ftraceWorks() {
 	assert.GreaterOrEqual(t, number(t, reply, "calls"), uint64(10), "calls of %s traced in the guest", probed)
 }
 
-// unharmedAtRest is unharmed, after the guest has had time to come to rest: it turns
-// the static key of perf's events, which watchpoints are, off a second after the
-// last one (perf_sched_events, kernel/events/core.c).
-func (t labTest) unharmedAtRest() {
-	t.Helper()
-	for range 10 {
-		if t.ask("texthash") == t.hash {
-			break
-		}
-		time.Sleep(500 * time.Millisecond)
-	}
-	t.unharmed(t.hash)
-}
-
 // rewriting has the guest rewrite its text in every way that it has: function
 // tracing of all of fs/, kprobes at functions, static keys and static calls of
 // trace events, and code of modules. Between that, between is called.
@@ -257,7 +243,7 @@ func testCoexist(t labTest) {
 	// does to its text at the first time only is done.
 	t.rewriting(names, func() { t.debugging(debugged) })
 	t.ftraceWorks()
-	time.Sleep(2 * time.Second) // see unharmedAtRest
+	time.Sleep(2 * time.Second) // a static key of perf stays on for a second
 	t.hash = t.texthash()
 	lap("without probes")
 
@@ -299,6 +285,6 @@ func testCoexist(t labTest) {
 	t.Logf("%d rounds of the load; %+v", total, s.Stats())
 	require.NoError(t, s.Close())
 	t.ftraceWorks()
-	t.unharmedAtRest()
+	t.unharmed(t.hash)
 	lap("without probes again")
 }

@@ -110,7 +110,7 @@ func (t labTest) later(format string, args ...any) <-chan string {
 func (t labTest) unhurt() {
 	t.Helper()
 	require.Contains(t, <-t.later("open 5 all"), "open total=", "each vCPU makes calls; the guest:\n%s", tail(t.g.Console(), 4000))
-	t.unharmedAtRest()
+	t.unharmed(t.hash)
 }
 
 // xl runs an administrator's command.

@@ -171,10 +171,30 @@ func (t labTest) texthash() string {
 // unharmed checks that the guest is as it was, by its own account.
 func (t labTest) unharmed(texthash string) {
 	t.Helper()
-	assert.Equal(t, texthash, t.ask("texthash"), "the guest's own view of its text")
+	t.sameText(texthash)
 	reply := t.ask("check")
 	assert.NotContains(t, reply, "BAD", "the guest's ymm registers or memory")
 	assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"), "signs of trouble in the guest's log:\n%s", tail(t.g.Console(), 4000))
+}
+
+// sameText compares the guest's text with what it was. The guest patches itself for a
+// while after some of what it does, and for good when it finds, on a busy machine, that
+// its clock isn't to be relied on (__sched_clock_stable and others are static keys).
+func (t labTest) sameText(texthash string) {
+	t.Helper()
+	now := t.ask("texthash")
+	for range 10 {
+		if now == texthash {
+			return
+		}
+		time.Sleep(500 * time.Millisecond)
+		now = t.ask("texthash")
+	}
+	if console := t.g.Console(); strings.Contains(console, "clocksource 'tsc' as unstable") {
+		t.Logf("the guest has changed its text for another clock: %s, was %s", now, texthash)
+		return
+	}
+	assert.Equal(t, texthash, now, "the guest's own view of its text")
 }
 
 func TestLab(t *testing.T) {
