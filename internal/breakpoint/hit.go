@@ -560,6 +560,7 @@ func (e *Engine) stepped(s *Stop, m mode) (Verdict, error) {
 	}
 	st := f.site
 	if s.Regs.IP == st.addr && st.insn.Repeats() && st.armed {
+		unstep(f, s) // the next step may fail, and the vCPU go another way
 		return Continue, e.stepOver(f, s)
 	}
 	e.arrive(f)
@@ -576,12 +577,17 @@ func (e *Engine) stepped(s *Stop, m mode) (Verdict, error) {
 	}
 	// It faulted, which newSite rules out as far as that can be known: the vCPU
 	// is in the guest's fault handler. What was set for the step must not stay.
+	unstep(f, s)
+	e.give(f)
+	return Continue, errors.Join(err, e.resume(s))
+}
+
+// unstep takes back what a driver has set in RFLAGS for a step.
+func unstep(f *inflight, s *Stop) {
 	if s.Regs.Flags&x86.FlagTF != 0 {
 		const step = x86.FlagTF | x86.FlagIF
 		s.Regs.Flags = s.Regs.Flags&^step | f.before.Flags&step
 	}
-	e.give(f)
-	return Continue, errors.Join(err, e.resume(s))
 }
 
 // memory is guest memory as the vCPU with these page tables sees it.
