@@ -542,11 +542,7 @@ func (e *Engine) complete(f *inflight, s *Stop, at uint64, m mode) (Verdict, err
 func (e *Engine) finishStep(f *inflight, s *Stop, at uint64) error {
 	st := f.site
 	e.mem = memory{e.drv, s.Regs.CR3}
-	err := st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before)
-	for try := 1; try < tries && err != nil && !final(err); try++ {
-		time.Sleep(time.Millisecond)
-		err = st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before)
-	}
+	err := e.again(func() error { return st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before) })
 	if err != nil {
 		return fmt.Errorf("%#x: %w", st.addr, err)
 	}

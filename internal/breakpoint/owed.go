@@ -46,11 +46,7 @@ func (e *Engine) owe(d debt, why error) error {
 
 // resume answers s. A vCPU is not left behind because a call failed.
 func (e *Engine) resume(s *Stop) error {
-	err := e.drv.Resume(s)
-	for try := 1; try < tries && err != nil && !final(err); try++ {
-		time.Sleep(time.Millisecond)
-		err = e.drv.Resume(s)
-	}
+	err := e.again(func() error { return e.drv.Resume(s) })
 	if err == nil || errors.Is(err, ErrGone) {
 		return err
 	}
@@ -67,11 +63,7 @@ func (e *Engine) reinject(s *Stop) error {
 
 // stepOn has the driver execute the instruction of a hit.
 func (e *Engine) stepOn(f *inflight, s *Stop) error {
-	err := e.drv.StepOn(s, &f.site.insn)
-	for try := 1; try < tries && err != nil && !final(err); try++ {
-		time.Sleep(time.Millisecond)
-		err = e.drv.StepOn(s, &f.site.insn)
-	}
+	err := e.again(func() error { return e.drv.StepOn(s, &f.site.insn) })
 	switch {
 	case err == nil:
 		e.stats.InPlace++
