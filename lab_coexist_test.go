@@ -220,7 +220,7 @@ func startGuest(t *testing.T, cfg labguest.Config) labTest {
 	g, err := labguest.Start(ctx, cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, g.Destroy()) })
-	return labTest{t, g, cfg, ""}
+	return labTest{t, g, cfg}
 }
 
 func testCoexist(t labTest) {
@@ -244,7 +244,7 @@ func testCoexist(t labTest) {
 	t.rewriting(names, func() { t.debugging(debugged) })
 	t.ftraceWorks()
 	time.Sleep(2 * time.Second) // a static key of perf stays on for a second
-	t.hash = t.texthash()
+	t.keepText()
 	lap("without probes")
 
 	s := t.open(nil)
@@ -285,6 +285,6 @@ func testCoexist(t labTest) {
 	t.Logf("%d rounds of the load; %+v", total, s.Stats())
 	require.NoError(t, s.Close())
 	t.ftraceWorks()
-	t.unharmed(t.hash)
+	t.unharmed()
 	lap("without probes again")
 }

@@ -44,7 +44,7 @@ func TestLabFaults(t *testing.T) {
 		}
 		t.Run(guestName(cfg), func(t *testing.T) {
 			lt := startGuest(t, cfg)
-			lt.hash = lt.texthash()
+			lt.keepText()
 			for _, c := range []struct {
 				name         string
 				hosts, short []string
@@ -110,7 +110,7 @@ func (t labTest) later(format string, args ...any) <-chan string {
 func (t labTest) unhurt() {
 	t.Helper()
 	require.Contains(t, <-t.later("open 5 all"), "open total=", "each vCPU makes calls; the guest:\n%s", tail(t.g.Console(), 4000))
-	t.unharmed(t.hash)
+	t.unharmed()
 }
 
 // xl runs an administrator's command.
@@ -523,7 +523,7 @@ func testCheckpoint(t labTest) {
 		}
 		require.NoError(t, s.Close())
 		if loses {
-			assert.Equal(t, t.hash, t.ask("texthash"))
+			t.sameText()
 			assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"))
 		} else {
 			t.unhurt()
@@ -616,6 +616,6 @@ func testOnline(t labTest, step vmprobes.Stepping) {
 	}
 	t.Logf("%d lock prefixes looked at, %d were patched", len(sites), patched)
 	require.NoError(t, s.Close())
-	t.hash = t.texthash()
+	t.keepText()
 	t.unhurt()
 }

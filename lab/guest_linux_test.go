@@ -75,14 +75,17 @@ func fakeQEMU(behaviour string) {
 			armed <- c
 		}
 	}()
-	hashes, left := 0, len(opened)
+	left := len(opened)
 	for in := bufio.NewScanner(console); in.Scan(); {
 		tag, command, _ := strings.Cut(in.Text(), " ")
 		reply := "DONE " + command
 		switch {
-		case command == "texthash":
-			if hashes++; behaviour == "changed" {
-				reply += fmt.Sprint(" ", hashes)
+		case command == "textkeep":
+		case command == "textchanges":
+			reply += " other=0 own=1"
+			if behaviour == "changed" {
+				fmt.Fprint(console, "| 0xffffffff81000000 55 cc other\r\n")
+				reply = "DONE textchanges other=1 own=1"
 			}
 		case command == "check":
 			reply = "DONE check rounds=1 ymm=ok mem=ok"

@@ -63,6 +63,10 @@
 //	                        DONE kallsymshash kernel=H:LINES modules=H:LINES
 //	text SYMBOL|0xADDR LEN  the guest's own view of kernel memory, in hex
 //	texthash                checksum of the kernel's _stext.._etext
+//	textkeep                the same, and keep a copy of it
+//	textchanges             compare it with the copy: "| ADDR OLD NEW" lines, and
+//	                        DONE textchanges other=M own=N (own: the kernel's own
+//	                        doing, at its jump labels and static calls)
 //	dmesg                   "| " lines with signs of trouble, and
 //	                        DONE dmesg bad=N boot=M (M: before GUEST READY)
 //	modules                 "| " lines of /proc/modules

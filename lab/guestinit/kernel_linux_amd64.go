@@ -15,8 +15,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/vmprobes/vmprobes/internal/texthash"
 )
 
 // int3User executes n int3 in user mode under a SIGTRAP handler of our own
@@ -138,33 +136,6 @@ func text(symbol string, size uint64) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf("text %#x %s", address, hex.EncodeToString(b)), nil
-}
-
-// textBounds are read once: the kernel makes /proc/kallsyms anew for each reader.
-var textBounds struct{ start, end uint64 }
-
-func textHash() (string, error) {
-	if textBounds.end == 0 {
-		start, err := addresses("_stext")
-		if err != nil {
-			return "", err
-		}
-		end, err := addresses("_etext")
-		if err != nil {
-			return "", err
-		}
-		textBounds.start, textBounds.end = start[0], end[0]
-	}
-	start, end := textBounds.start, textBounds.end
-	hash := new(texthash.Hash)
-	for at := start; at < end; at += uint64(len(kernelBuffer)) {
-		b := kernelBuffer[:min(uint64(len(kernelBuffer)), end-at)]
-		if err := kernelMemory(at, b); err != nil {
-			return "", err
-		}
-		_, _ = hash.Write(b)
-	}
-	return fmt.Sprintf("texthash %v bytes=%d", hash, end-start), nil
 }
 
 // trouble matches what a damaged kernel logs.

@@ -216,6 +216,10 @@ func (g *guest) command(words []string) (string, error) {
 		return text(arg(1), n)
 	case "texthash":
 		return textHash()
+	case "textkeep":
+		return textKeep()
+	case "textchanges":
+		return textChanges()
 	case "dmesg":
 		return g.dmesg()
 	case "modules":

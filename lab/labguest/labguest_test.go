@@ -103,6 +103,8 @@ func testGuest(t *testing.T, kernel string, vcpus int) {
 	assert.Contains(t, do("text do_sys_openat2 16"), "text 0xffffffff8")
 	hash := do("texthash")
 	assert.Equal(t, hash, do("texthash"))
+	do("textkeep")
+	assert.Equal(t, "textchanges other=0 own=0", do("textchanges"))
 	do("check")
 	assert.Contains(t, do("dmesg"), "bad=0")
 	_, err = g.Command(ctx, "nonsense")
