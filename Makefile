@@ -150,7 +150,7 @@ test-emulators: test-qemu
 
 test-all: vet-all lab-test lab-image
 	@$(MAKE) test-qemu QEMU_GUESTS=.
-	VMPROBES_REQUIRE_LAB= VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./qemu
+	VMPROBES_REQUIRE_LAB= VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./internal/qemu
 
 # What xl dump-core writes, read by package image.
 lab-image: deps-lab bin/image.test
@@ -162,7 +162,7 @@ QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
 test-qemu: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
-	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./qemu
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./internal/qemu
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run 'TestQEMU/($(QEMU_GUESTS))' .
 

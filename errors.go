@@ -6,9 +6,9 @@ import (
 	"io/fs"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/route"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -35,11 +35,11 @@ var (
 	// ErrDomainGone: the domain was destroyed or has shut down.
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
-	ErrBusy = route.ErrBusy
+	ErrBusy = xen.ErrBusy
 	// ErrNoGDBSX: this Xen can't stop a PV guest at a breakpoint.
-	ErrNoGDBSX = route.ErrNoGDBSX
+	ErrNoGDBSX = xen.ErrNoGDBSX
 	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.
-	ErrNoMonitor = route.ErrNoMonitor
+	ErrNoMonitor = xen.ErrNoMonitor
 	// ErrClosed: the Session is closed.
 	ErrClosed = fmt.Errorf("session is closed: %w", fs.ErrClosed)
 	// ErrLooping: a Loop or Events of the Session is running already.

@@ -12,11 +12,11 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // outOfLine is an instruction (imul) that is executed out of line.
-func outOfLine(t *testing.T, m *sim.Machine) Addr {
+func outOfLine(t *testing.T, m *xentest.Machine) Addr {
 	t.Helper()
 	for _, in := range m.Insns() {
 		if bytes.HasPrefix(in.Bytes, []byte{0x48, 0x69, 0xc0}) {
@@ -30,7 +30,7 @@ func outOfLine(t *testing.T, m *sim.Machine) Addr {
 // TestPostNeedsLoop: a Post handler runs only while a Loop does, even if its vCPU
 // comes back from the instruction between two.
 func TestPostNeedsLoop(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		var looping atomic.Bool
 		var inside, outside int
 		p := &Probe{Addr: outOfLine(t, m), Post: func(*Probe, *Regs, Flags) Action {
@@ -58,7 +58,7 @@ func TestPostNeedsLoop(t *testing.T) {
 
 // TestSessionInHandlers calls the Session's methods in handlers.
 func TestSessionInHandlers(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		other := &Probe{Symbol: entry}
 		p := &Probe{Addr: outOfLine(t, m)}
 		p.Post = func(*Probe, *Regs, Flags) Action {
@@ -91,7 +91,7 @@ func TestUnregisterWaits(t *testing.T) {
 	if testing.Short() {
 		rounds = 50
 	}
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		var gone atomic.Bool
 		var ran, late atomic.Int64
 		see := func() {
@@ -127,7 +127,7 @@ func TestUnregisterWaits(t *testing.T) {
 
 // TestUnregisterNext has a handler unregister the probe whose handler is next.
 func TestUnregisterNext(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		var b *Probe
 		gone, ran := false, 0
 		a := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action {
@@ -155,7 +155,7 @@ func TestUnregisterNext(t *testing.T) {
 // TestUnregisterBetweenEvents unregisters a probe while one of its hits is in hand,
 // outside of the goroutine that serves.
 func TestUnregisterBetweenEvents(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
 		next, stop := iter.Pull2(s.Events(t.Context()))
@@ -170,7 +170,7 @@ func TestUnregisterBetweenEvents(t *testing.T) {
 
 // TestCountsOfTwo: what one probe's handler ends, the other one has missed.
 func TestCountsOfTwo(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		require.NoError(t, quiesced(t, m))
 		n := 0
 		a := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action {
@@ -200,7 +200,7 @@ func TestCountsOfTwo(t *testing.T) {
 // TestEachAtItsProbe has the first of two handlers send the vCPU elsewhere: the
 // second one sees it at the probe all the same.
 func TestEachAtItsProbe(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		va := m.Symbol("nop5")
 		a := &Probe{Addr: Addr(va), Pre: func(_ *Probe, r *Regs) Action { r.IP += 5; return Continue }}
 		n := 0
@@ -222,7 +222,7 @@ func TestEachAtItsProbe(t *testing.T) {
 func TestSuspended(t *testing.T) {
 	for _, probes := range []int{0, 1} {
 		t.Run(fmt.Sprintf("%d probes", probes), func(t *testing.T) {
-			onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+			onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 				for range probes {
 					require.NoError(t, s.Register(&Probe{Symbol: entry}))
 				}
@@ -244,9 +244,9 @@ const aliveCheck = 100 * time.Millisecond
 // TestProbeElsewhere registers a probe with another guest in a handler of its own:
 // what it reads from then on is the other guest's, by that one's page tables.
 func TestProbeElsewhere(t *testing.T) {
-	m1, s1 := simulated(t, sim.Config{Kind: sim.HVM, VCPUs: 2, Seed: 1}, nil)
-	m2, s2 := simulated(t, sim.Config{Kind: sim.PV, GDBSX: true, VCPUs: 2, Seed: 2}, nil)
-	at := Addr(sim.DataBase + 0x800)
+	m1, s1 := simulated(t, xentest.Config{Kind: xentest.HVM, VCPUs: 2, Seed: 1}, nil)
+	m2, s2 := simulated(t, xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, Seed: 2}, nil)
+	at := Addr(xentest.DataBase + 0x800)
 	m1.Poke(uint64(at), []byte{1})
 	m2.Poke(uint64(at), []byte{2})
 	read := func(p *Probe) byte {

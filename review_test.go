@@ -11,8 +11,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // waitFails is a driver whose Wait fails a number of times.
@@ -31,7 +31,7 @@ func (d *waitFails) Wait(ctx context.Context, s *breakpoint.Stop) error {
 // TestIdleFails has the idle server fail many times: Register and Loop, for which it
 // ends, don't wait for it.
 func TestIdleFails(t *testing.T) {
-	m := sim.New(sim.Config{Kind: sim.HVM, VCPUs: 1})
+	m := xentest.New(xentest.Config{Kind: xentest.HVM, VCPUs: 1})
 	m.Start()
 	defer m.Stop()
 	g, drv := attached(t, m)

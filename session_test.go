@@ -15,14 +15,14 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/vmprobes/vmprobes/internal/route"
-	"github.com/vmprobes/vmprobes/internal/sim"
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
 // attached attaches to a simulated guest.
-func attached(t *testing.T, m *sim.Machine) (target.Guest, target.Driver) {
+func attached(t *testing.T, m *xentest.Machine) (target.Guest, target.Driver) {
 	t.Helper()
 	g, err := target.Xen(m.Hypervisor())
 	require.NoError(t, err)
@@ -33,23 +33,23 @@ func attached(t *testing.T, m *sim.Machine) (target.Guest, target.Driver) {
 
 // simulated opens a Session on a simulated guest, which runs until the test ends
 // and must then be unharmed.
-func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Session) {
+func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machine, *Session) {
 	t.Helper()
-	m := sim.New(cfg)
+	m := xentest.New(cfg)
 	before := m.Text()
 	m.Start()
 	g, drv := attached(t, m)
-	if d, ok := drv.(*route.Debugger); ok {
+	if d, ok := drv.(*xen.Debugger); ok {
 		d.SetVCPUInfo(m.VCPUInfo())
 	}
 
 	var b strings.Builder
-	fmt.Fprintf(&b, "%016x T _stext\n", uint64(sim.TextBase))
+	fmt.Fprintf(&b, "%016x T _stext\n", uint64(xentest.TextBase))
 	for _, s := range m.Symbols() {
 		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
 	}
-	fmt.Fprintf(&b, "%016x T _etext\n", sim.TextBase+uint64(len(before)))
-	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(sim.TextBase+0x100), uint64(sim.TextBase+0x200))
+	fmt.Fprintf(&b, "%016x T _etext\n", xentest.TextBase+uint64(len(before)))
+	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(xentest.TextBase+0x100), uint64(xentest.TextBase+0x200))
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)
 	info := g.Info()
@@ -59,7 +59,7 @@ func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Sess
 		require.NoError(t, s.Close())
 		m.Release()
 		if !t.Failed() {
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		}
 		m.Stop()
 		assert.Zero(t, m.Mappings())
@@ -67,10 +67,10 @@ func simulated(t *testing.T, cfg sim.Config, opts *Options) (*sim.Machine, *Sess
 	return m, s
 }
 
-func onBoth(t *testing.T, f func(t *testing.T, m *sim.Machine, s *Session)) {
-	for name, cfg := range map[string]sim.Config{
-		"pv":  {Kind: sim.PV, GDBSX: true, VCPUs: 2, AVX: true, Seed: 1},
-		"hvm": {Kind: sim.HVM, VCPUs: 2, AVX: true, Seed: 2},
+func onBoth(t *testing.T, f func(t *testing.T, m *xentest.Machine, s *Session)) {
+	for name, cfg := range map[string]xentest.Config{
+		"pv":  {Kind: xentest.PV, GDBSX: true, VCPUs: 2, AVX: true, Seed: 1},
+		"hvm": {Kind: xentest.HVM, VCPUs: 2, AVX: true, Seed: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m, s := simulated(t, cfg, nil)
@@ -81,7 +81,7 @@ func onBoth(t *testing.T, f func(t *testing.T, m *sim.Machine, s *Session)) {
 
 const entry = "endbr" // a function of the simulated guest
 
-func quiesced(t *testing.T, m *sim.Machine) error {
+func quiesced(t *testing.T, m *xentest.Machine) error {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	return m.Quiesce(ctx)
@@ -99,7 +99,7 @@ func soon(t *testing.T, what string, f func() bool) {
 }
 
 func TestLoopUntilStop(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		var order []string
 		first := &Probe{Symbol: entry, Pre: func(p *Probe, r *Regs) Action {
 			assert.Equal(t, p.Address(), r.PC())
@@ -136,7 +136,7 @@ func TestLoopUntilStop(t *testing.T) {
 }
 
 func TestHitsAreExact(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		require.NoError(t, quiesced(t, m))
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
@@ -162,7 +162,7 @@ func TestHitsAreExact(t *testing.T) {
 }
 
 func TestDisabledProbe(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action { t.Error("a disabled probe's handler runs"); return Stop }}
 		p.Disable()
 		n := 0
@@ -182,7 +182,7 @@ func TestDisabledProbe(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p, q := &Probe{Symbol: entry}, &Probe{Symbol: "push"}
 		if _, err := s.Lookup("push"); err != nil {
 			q.Symbol = m.Symbols()[3].Name
@@ -212,7 +212,7 @@ func TestEvents(t *testing.T) {
 }
 
 func TestPanicRestoresGuest(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry, Pre: func(*Probe, *Regs) Action { panic("in a handler") }}
 		require.NoError(t, s.Register(p))
 		assert.PanicsWithValue(t, "in a handler", func() { s.Loop(t.Context()) })
@@ -223,7 +223,7 @@ func TestPanicRestoresGuest(t *testing.T) {
 }
 
 func TestPostPanicRestoresGuest(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry, Post: func(*Probe, *Regs, Flags) Action { panic("after it") }}
 		require.NoError(t, s.Register(p))
 		assert.PanicsWithValue(t, "after it", func() { s.Loop(t.Context()) })
@@ -232,7 +232,7 @@ func TestPostPanicRestoresGuest(t *testing.T) {
 }
 
 func TestCloseEndsLoop(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
 		done := make(chan error, 1)
@@ -245,7 +245,7 @@ func TestCloseEndsLoop(t *testing.T) {
 }
 
 func TestUnregisterInHandler(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		var q *Probe
 		p := &Probe{Symbol: entry, Pre: func(p *Probe, r *Regs) Action {
 			assert.NoError(t, s.Unregister(p))
@@ -261,7 +261,7 @@ func TestUnregisterInHandler(t *testing.T) {
 }
 
 func TestRegisterAllOrNothing(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		text := m.Text()
 		good := &Probe{Symbol: entry}
 		insns := m.Insns()
@@ -305,15 +305,15 @@ func TestRegisterAllOrNothing(t *testing.T) {
 }
 
 func TestMemory(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
-		_, err := p.ReadMemory(make([]byte, 4), sim.TextBase)
+		_, err := p.ReadMemory(make([]byte, 4), xentest.TextBase)
 		require.ErrorIs(t, err, ErrNotRegistered)
 		clean := m.Text()
 		require.NoError(t, s.Register(p))
 		assert.NotEqual(t, clean, m.Text())
 		got := make([]byte, len(clean))
-		n, err := s.ReadMemory(got, sim.TextBase)
+		n, err := s.ReadMemory(got, xentest.TextBase)
 		require.NoError(t, err)
 		assert.Equal(t, len(got), n)
 		assert.Equal(t, clean, got, "breakpoints must not show")
@@ -322,16 +322,16 @@ func TestMemory(t *testing.T) {
 		require.Error(t, err, "under a probe")
 		assert.ErrorContains(t, err, "unregister")
 
-		word := m.Peek(sim.DataBase+0x800, 8)
-		require.NoError(t, err2(s.WriteMemory(sim.DataBase+0x800, word)))
-		v, err := p.ReadUint64(sim.DataBase + 0x800)
+		word := m.Peek(xentest.DataBase+0x800, 8)
+		require.NoError(t, err2(s.WriteMemory(xentest.DataBase+0x800, word)))
+		v, err := p.ReadUint64(xentest.DataBase + 0x800)
 		require.NoError(t, err)
 		assert.Equal(t, le64(word), v)
-		v32, err := p.ReadUint32(sim.DataBase + 0x800)
+		v32, err := p.ReadUint32(xentest.DataBase + 0x800)
 		require.NoError(t, err)
 		assert.Equal(t, uint32(le64(word)), v32)
 
-		n, err = s.ReadMemory(make([]byte, 32), sim.StackBase+2*4096-16)
+		n, err = s.ReadMemory(make([]byte, 32), xentest.StackBase+2*4096-16)
 		require.ErrorIs(t, err, ErrNotMapped)
 		assert.Equal(t, 16, n)
 		_, err = s.ReadMemory(make([]byte, 16), ^Addr(0)-3)
@@ -342,11 +342,11 @@ func TestMemory(t *testing.T) {
 func err2(_ int, err error) error { return err }
 
 func TestReadString(t *testing.T) {
-	_, s := simulated(t, sim.Config{Kind: sim.HVM, Seed: 5}, nil)
+	_, s := simulated(t, xentest.Config{Kind: xentest.HVM, Seed: 5}, nil)
 	p := &Probe{Symbol: entry}
 	require.NoError(t, s.Register(p))
 	// The end of a stack's pages: behind it nothing is mapped.
-	end := Addr(sim.StackBase + 2*4096)
+	end := Addr(xentest.StackBase + 2*4096)
 	top := make([]byte, 32)
 	_, err := s.ReadMemory(top, end-32)
 	require.NoError(t, err)
@@ -367,9 +367,9 @@ func TestReadString(t *testing.T) {
 }
 
 func TestRegsTakeEffect(t *testing.T) {
-	onBoth(t, func(t *testing.T, m *sim.Machine, s *Session) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		// Skip an instruction by doing its work: nothing may be noticed.
-		var nop sim.Insn
+		var nop xentest.Insn
 		for _, in := range m.Insns() {
 			if bytes.Equal(in.Bytes, []byte{0x0f, 0x1f, 0x44, 0, 0}) {
 				nop = in
@@ -397,11 +397,11 @@ func TestRegsTakeEffect(t *testing.T) {
 }
 
 func TestDomainDies(t *testing.T) {
-	for _, cfg := range []sim.Config{{Kind: sim.PV, GDBSX: true}, {Kind: sim.HVM}} {
-		m := sim.New(cfg)
+	for _, cfg := range []xentest.Config{{Kind: xentest.PV, GDBSX: true}, {Kind: xentest.HVM}} {
+		m := xentest.New(cfg)
 		m.Start()
 		g, drv := attached(t, m)
-		if d, ok := drv.(*route.Debugger); ok {
+		if d, ok := drv.(*xen.Debugger); ok {
 			d.SetVCPUInfo(m.VCPUInfo())
 		}
 		s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
@@ -418,7 +418,7 @@ func TestDomainDies(t *testing.T) {
 }
 
 func TestNoRoute(t *testing.T) {
-	m := sim.New(sim.Config{Kind: sim.PV, GDBSX: false})
+	m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: false})
 	before := m.Text()
 	m.Start()
 	defer m.Stop()
@@ -428,9 +428,9 @@ func TestNoRoute(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoGDBSX)
 	assert.ErrorContains(t, err, "CONFIG_GDBSX=y")
 	assert.False(t, m.Attached(), "setdebugging must not have been called")
-	sim.Verify(t, m, before)
+	xentest.Verify(t, m, before)
 
-	h := sim.New(sim.Config{Kind: sim.HVM})
+	h := xentest.New(xentest.Config{Kind: xentest.HVM})
 	g, first := attached(t, h)
 	_, err = g.Attach(t.Context())
 	require.ErrorIs(t, err, ErrBusy)
@@ -438,7 +438,7 @@ func TestNoRoute(t *testing.T) {
 }
 
 func TestLookup(t *testing.T) {
-	_, s := simulated(t, sim.Config{Kind: sim.HVM, Seed: 9}, nil)
+	_, s := simulated(t, xentest.Config{Kind: xentest.HVM, Seed: 9}, nil)
 	a, err := s.Lookup(entry)
 	require.NoError(t, err)
 	name, off, ok := s.Symbolize(a + 2)

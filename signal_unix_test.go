@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 func TestSignalUnregisters(t *testing.T) {
@@ -20,7 +20,7 @@ func TestSignalUnregisters(t *testing.T) {
 			if signal.Ignored(sig) {
 				t.Skip("the tests were started with this signal ignored (nohup, or a shell's background), which stays so")
 			}
-			_, s := simulated(t, sim.Config{Kind: sim.HVM, VCPUs: 2, Seed: 3}, nil)
+			_, s := simulated(t, xentest.Config{Kind: xentest.HVM, VCPUs: 2, Seed: 3}, nil)
 			g := guardSignals()
 			s.guard = g
 			p := &Probe{DomainName: "a3guest", Symbol: entry}

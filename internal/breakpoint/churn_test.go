@@ -13,18 +13,18 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // TestChurn registers and unregisters probes at the same few addresses, from handlers
 // and from elsewhere: no execution counts twice, and the guest is whole.
 func TestChurn(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
+	each(t, func(t *testing.T, cfg xentest.Config) {
 		for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.OutOfLine, breakpoint.InPlace} {
 			t.Run(fmt.Sprint(method), func(t *testing.T) {
 				cfg.Seed = rand.Uint64()
 				withFailures := rand.IntN(2) == 0
-				m := sim.New(cfg)
+				m := xentest.New(cfg)
 				before := m.Text()
 				m.Start()
 				defer m.Stop()
@@ -101,7 +101,7 @@ func TestChurn(t *testing.T) {
 					assert.LessOrEqual(t, p.Hits()+p.Missed(), n, "%d %#x", i, p.Addr)
 				}
 				m.Release()
-				sim.Verify(t, m, before)
+				xentest.Verify(t, m, before)
 				assert.Zero(t, m.Mappings())
 				assert.Zero(t, m.Pauses())
 			})

@@ -11,26 +11,26 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/route"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // host is a simulated Xen and how to attach to its guest.
 type host struct {
 	name string
-	cfg  sim.Config
+	cfg  xentest.Config
 }
 
 func hosts() []host {
 	return []host{
-		{"pv", sim.Config{Kind: sim.PV, GDBSX: true, AVX: true}},
-		{"hvm-tf", sim.Config{Kind: sim.HVM, AVX: true}},
-		{"hvm-mtf", sim.Config{Kind: sim.HVM, MTF: true, AVX: true}},
+		{"pv", xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true}},
+		{"hvm-tf", xentest.Config{Kind: xentest.HVM, AVX: true}},
+		{"hvm-mtf", xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true}},
 	}
 }
 
 // each runs f on every host, with one and several vCPUs.
-func each(t *testing.T, f func(t *testing.T, cfg sim.Config)) {
+func each(t *testing.T, f func(t *testing.T, cfg xentest.Config)) {
 	for _, h := range hosts() {
 		for _, n := range []int{1, 2, 4} {
 			t.Run(fmt.Sprintf("%s/%d", h.name, n), func(t *testing.T) {
@@ -43,20 +43,20 @@ func each(t *testing.T, f func(t *testing.T, cfg sim.Config)) {
 	}
 }
 
-func attach(m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
+func attach(m *xentest.Machine, cfg xentest.Config) (breakpoint.Driver, error) {
 	return attachTo(m.Hypervisor(), m, cfg)
 }
 
-func attachTo(hv route.Hypervisor, m *sim.Machine, cfg sim.Config) (breakpoint.Driver, error) {
-	if cfg.Kind == sim.PV {
-		d, err := route.OpenDebugger(hv)
+func attachTo(hv xen.Hypervisor, m *xentest.Machine, cfg xentest.Config) (breakpoint.Driver, error) {
+	if cfg.Kind == xentest.PV {
+		d, err := xen.OpenDebugger(hv)
 		if err != nil {
 			return nil, err
 		}
 		d.SetVCPUInfo(m.VCPUInfo())
 		return d, nil
 	}
-	d, err := route.OpenMonitor(hv)
+	d, err := xen.OpenMonitor(hv)
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +64,7 @@ func attachTo(hv route.Hypervisor, m *sim.Machine, cfg sim.Config) (breakpoint.D
 }
 
 // scratch proposes the machine's dead code.
-func scratch(m *sim.Machine) func(uint64, func(addr, size uint64) bool) {
+func scratch(m *xentest.Machine) func(uint64, func(addr, size uint64) bool) {
 	return func(_ uint64, try func(addr, size uint64) bool) {
 		for _, g := range m.Gaps() {
 			if try(g.VA+16, g.Size-16) {
@@ -93,26 +93,26 @@ func served(t *testing.T, e *breakpoint.Engine, f func()) error {
 	return err
 }
 
-func quiesce(t *testing.T, m *sim.Machine) {
+func quiesce(t *testing.T, m *xentest.Machine) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if err := m.Quiesce(ctx); err != nil {
-		calls := slices.DeleteFunc(m.CallLog(), func(c sim.Call) bool { return c.Op == "gdbsx domstatus" || c.Op == "info" })
+		calls := slices.DeleteFunc(m.CallLog(), func(c xentest.Call) bool { return c.Op == "gdbsx domstatus" || c.Op == "info" })
 		require.NoError(t, err, "%s\nlast calls: %v", m.State(), calls[max(0, len(calls)-30):])
 	}
 }
 
 // isOwn reports whether va is one of the guest's own breakpoints.
-func isOwn(m *sim.Machine, va uint64) bool {
+func isOwn(m *xentest.Machine, va uint64) bool {
 	return slices.Contains(m.OwnBreakpoints(), va)
 }
 
 // TestEveryInstruction probes each instruction of the guest in turn, in each way
 // of executing it, and compares the hits with the guest's own count.
 func TestEveryInstruction(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	each(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
@@ -184,7 +184,7 @@ func TestEveryInstruction(t *testing.T) {
 			}
 			t.Logf("method %d: %d instructions, %+v", method, probed, stats)
 			m.Release()
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		}
 	})
 }

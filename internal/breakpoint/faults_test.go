@@ -15,13 +15,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/route"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // find returns the guest's first instruction that begins with these bytes.
-func find(t *testing.T, m *sim.Machine, prefix ...byte) uint64 {
+func find(t *testing.T, m *xentest.Machine, prefix ...byte) uint64 {
 	t.Helper()
 	for _, in := range m.Insns() {
 		if bytes.HasPrefix(in.Bytes, prefix) {
@@ -33,12 +33,12 @@ func find(t *testing.T, m *sim.Machine, prefix ...byte) uint64 {
 }
 
 // outOfLine is an instruction (imul) that is executed out of line.
-func outOfLine(t *testing.T, m *sim.Machine) uint64 { return find(t, m, 0x48, 0x69, 0xc0) }
+func outOfLine(t *testing.T, m *xentest.Machine) uint64 { return find(t, m, 0x48, 0x69, 0xc0) }
 
 // engine attaches to a guest that is parked, and must be unharmed at the end.
-func engine(t *testing.T, cfg sim.Config, c breakpoint.Config) (*sim.Machine, *breakpoint.Engine) {
+func engine(t *testing.T, cfg xentest.Config, c breakpoint.Config) (*xentest.Machine, *breakpoint.Engine) {
 	t.Helper()
-	m := sim.New(cfg)
+	m := xentest.New(cfg)
 	before := m.Text()
 	m.Start()
 	quiesce(t, m)
@@ -49,7 +49,7 @@ func engine(t *testing.T, cfg sim.Config, c breakpoint.Config) (*sim.Machine, *b
 	t.Cleanup(func() {
 		assert.NoError(t, e.Close())
 		m.Release()
-		sim.Verify(t, m, before)
+		xentest.Verify(t, m, before)
 		m.Stop()
 		assert.Zero(t, m.Mappings())
 		assert.Zero(t, m.Pauses())
@@ -70,7 +70,7 @@ func serveFor(t *testing.T, e *breakpoint.Engine, d time.Duration) (errs []error
 	return errs
 }
 
-func failNext(m *sim.Machine, n int) {
+func failNext(m *xentest.Machine, n int) {
 	for i := range n {
 		m.FailCall(1+i, fmt.Errorf("injected: %w", syscall.ENOMEM))
 	}
@@ -82,7 +82,7 @@ func TestAnswerFails(t *testing.T) {
 	for _, kind := range []string{"emulated", "out of line"} {
 		for _, failures := range []int{3, 9, 12} {
 			t.Run(fmt.Sprintf("%s/%d", kind, failures), func(t *testing.T) {
-				each(t, func(t *testing.T, cfg sim.Config) {
+				each(t, func(t *testing.T, cfg xentest.Config) {
 					m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 					p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 					if kind == "out of line" {
@@ -119,7 +119,7 @@ func TestAnswerFails(t *testing.T) {
 
 // TestCloseOwes closes while a vCPU can't be answered, and again when it can.
 func TestCloseOwes(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
+	each(t, func(t *testing.T, cfg xentest.Config) {
 		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
 			failNext(m, 1<<14)
@@ -147,8 +147,8 @@ func TestCloseOwes(t *testing.T) {
 // TestUnregisterFails has a breakpoint that can't be removed: the probe stays, and
 // counts, until it can.
 func TestUnregisterFails(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	each(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
@@ -178,7 +178,7 @@ func TestUnregisterFails(t *testing.T) {
 		d.failing = false
 		require.NoError(t, e.Close())
 		m.Release()
-		sim.Verify(t, m, before)
+		xentest.Verify(t, m, before)
 	})
 }
 
@@ -206,7 +206,7 @@ func TestBadRegisters(t *testing.T) {
 	} {
 		for _, post := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/post=%v", name, post), func(t *testing.T) {
-				each(t, func(t *testing.T, cfg sim.Config) {
+				each(t, func(t *testing.T, cfg xentest.Config) {
 					m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 					n := 0
 					handler := func(c *breakpoint.Context) breakpoint.Verdict {
@@ -239,8 +239,8 @@ func TestBadRegisters(t *testing.T) {
 func TestRewritten(t *testing.T) {
 	for name, steps := range map[string]int{"int3 and rest": 2, "all": 3} {
 		t.Run(name, func(t *testing.T) {
-			each(t, func(t *testing.T, cfg sim.Config) {
-				m := sim.New(cfg)
+			each(t, func(t *testing.T, cfg xentest.Config) {
+				m := xentest.New(cfg)
 				drv, err := attach(m, cfg)
 				require.NoError(t, err)
 				e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
@@ -267,7 +267,7 @@ func TestRewritten(t *testing.T) {
 
 // TestWaitsForRewriting has the guest's kernel be in the middle of changing its code.
 func TestWaitsForRewriting(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
+	each(t, func(t *testing.T, cfg xentest.Config) {
 		asked := 0
 		m, e := engine(t, cfg, breakpoint.Config{MayFault: never, Rewriting: func() bool {
 			asked++
@@ -288,8 +288,8 @@ func TestWaitsForRewriting(t *testing.T) {
 // TestExpectedFault: what the guest's kernel expects to fault is not probed, with a
 // memory operand or without.
 func TestExpectedFault(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	each(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		va := m.Gaps()[0].VA + 0x100
 		drv, err := attach(m, cfg)
 		require.NoError(t, err)
@@ -310,8 +310,8 @@ func TestExpectedFault(t *testing.T) {
 // TestNoExceptionTable: where it isn't known what may fault, an access to memory
 // that isn't there is not stepped with other vCPUs held; its breakpoint is given up.
 func TestNoExceptionTable(t *testing.T) {
-	cfg := sim.Config{Kind: sim.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1}
-	m := sim.New(cfg)
+	cfg := xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1}
+	m := xentest.New(cfg)
 	va := m.Gaps()[0].VA + 0x100
 	m.Load(va, []byte{0x48, 0x8b, 0x18, 0xeb, 0xfe}) // mov (%rax),%rbx; jmp .
 	hv := m.Hypervisor()
@@ -340,8 +340,8 @@ func TestNoExceptionTable(t *testing.T) {
 // TestUnmappable has memory that a call pushes to unreachable for a moment: the
 // probe stays, and counts.
 func TestUnmappable(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	each(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
@@ -373,7 +373,7 @@ func TestUnmappable(t *testing.T) {
 		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
 		require.NoError(t, e.Close())
 		m.Release()
-		sim.Verify(t, m, before)
+		xentest.Verify(t, m, before)
 	})
 }
 
@@ -396,11 +396,11 @@ func (d *unstorable) Store(cr3, addr uint64, b []byte) error {
 func TestStepInterrupted(t *testing.T) {
 	for _, vcpus := range []int{1, 2, 4} {
 		t.Run(fmt.Sprint(vcpus), func(t *testing.T) {
-			m := sim.New(sim.Config{Kind: sim.PV, GDBSX: true, VCPUs: vcpus, AnyMask: true, Seed: rand.Uint64()})
+			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: vcpus, AnyMask: true, Seed: rand.Uint64()})
 			before := m.Text()
 			m.Start()
 			defer m.Stop()
-			drv, err := route.OpenDebugger(m.Hypervisor())
+			drv, err := xen.OpenDebugger(m.Hypervisor())
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{MayFault: never}) // no dead code: it is stepped in place
 			stepped := &breakpoint.Probe{Addr: outOfLine(t, m)}
@@ -418,7 +418,7 @@ func TestStepInterrupted(t *testing.T) {
 			assert.Greater(t, m.Counter(0), a, "the guest hangs: %s", m.State())
 			require.NoError(t, e.Close())
 			m.Release()
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		})
 	}
 }
@@ -426,8 +426,8 @@ func TestStepInterrupted(t *testing.T) {
 // TestOnlinedMeanwhile brings a second vCPU up within the second for which an HVM
 // guest is taken for one with a single vCPU: nothing is stepped in place any more.
 func TestOnlinedMeanwhile(t *testing.T) {
-	cfg := sim.Config{Kind: sim.HVM, MTF: true, VCPUs: 2, Seed: rand.Uint64()}
-	m := sim.New(cfg)
+	cfg := xentest.Config{Kind: xentest.HVM, MTF: true, VCPUs: 2, Seed: rand.Uint64()}
+	m := xentest.New(cfg)
 	before := m.Text()
 	m.Start()
 	defer m.Stop()
@@ -445,12 +445,12 @@ func TestOnlinedMeanwhile(t *testing.T) {
 	assert.Zero(t, e.Stats().InPlace)
 	require.NoError(t, e.Close())
 	m.Release()
-	sim.Verify(t, m, before)
+	xentest.Verify(t, m, before)
 }
 
 // onlining is a domain that may have one vCPU online.
 type onlining struct {
-	route.Hypervisor
+	xen.Hypervisor
 	one bool
 }
 
@@ -480,7 +480,7 @@ func TestExactWhileOthersChange(t *testing.T) {
 	}
 }
 
-func exactWhileOthersChange(t *testing.T, cfg sim.Config) {
+func exactWhileOthersChange(t *testing.T, cfg xentest.Config) {
 	m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 	insns := m.Insns()
 	pick := func() uint64 {
@@ -545,7 +545,7 @@ func exactWhileOthersChange(t *testing.T, cfg sim.Config) {
 // TestShifted has the breakpoint stand behind the instruction whose executions are
 // hits, with another probe at its place.
 func TestShifted(t *testing.T) {
-	each(t, func(t *testing.T, cfg sim.Config) {
+	each(t, func(t *testing.T, cfg xentest.Config) {
 		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 		addr := m.Symbol("nop5")
 		var order []string

@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // TestInterleaved does random operations on many probes at once, with fresh seeds,
@@ -29,7 +29,7 @@ import (
 // seed (as far as that goes: goroutines have a will of their own).
 func TestInterleaved(t *testing.T) {
 	configs := 0
-	each(t, func(*testing.T, sim.Config) { configs++ })
+	each(t, func(*testing.T, xentest.Config) { configs++ })
 	rounds := 30
 	if testing.Short() {
 		rounds = 5
@@ -37,7 +37,7 @@ func TestInterleaved(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("VMPROBES_INTERLEAVINGS")); err == nil {
 		rounds = max(1, n/configs)
 	}
-	each(t, func(t *testing.T, cfg sim.Config) {
+	each(t, func(t *testing.T, cfg xentest.Config) {
 		var left, failures atomic.Int64
 		left.Store(int64(rounds))
 		var wg sync.WaitGroup
@@ -60,18 +60,18 @@ func TestInterleaved(t *testing.T) {
 }
 
 // interleaving is one round of TestInterleaved.
-func interleaving(t *testing.T, cfg sim.Config, seed uint64) {
+func interleaving(t *testing.T, cfg xentest.Config, seed uint64) {
 	cfg.Seed = seed
 	r := rand.New(rand.NewPCG(seed, 1))
 	cfg.AnyMask = false
-	m := sim.New(cfg)
+	m := xentest.New(cfg)
 	before := m.Text()
 	m.Start()
 	defer m.Stop()
 	quiesce(t, m)
 	interleave(t, m, cfg, r)
 	m.Release()
-	sim.Verify(t, m, before)
+	xentest.Verify(t, m, before)
 	if t.Failed() {
 		for i, c := range m.CallLog() {
 			if c.Err != nil {
@@ -93,14 +93,14 @@ func logger(t *testing.T) *slog.Logger {
 }
 
 // failing makes up to a dozen of the next calls fail, in a row or not.
-func failing(m *sim.Machine, r *rand.Rand) {
+func failing(m *xentest.Machine, r *rand.Rand) {
 	first := 1 + r.IntN(60)
 	for i := range 1 + r.IntN(9) {
 		m.FailCall(first+i*(1+r.IntN(2)), fmt.Errorf("injected: %w", syscall.EAGAIN))
 	}
 }
 
-func interleave(t *testing.T, m *sim.Machine, cfg sim.Config, r *rand.Rand) {
+func interleave(t *testing.T, m *xentest.Machine, cfg xentest.Config, r *rand.Rand) {
 	withFailures := r.IntN(2) == 0
 	admin := r.IntN(3) == 0
 	if withFailures && r.IntN(2) == 0 {
@@ -254,7 +254,7 @@ func interleave(t *testing.T, m *sim.Machine, cfg sim.Config, r *rand.Rand) {
 
 // administer pauses and unpauses the domain, in pairs, and now and then suspends
 // and resumes it.
-func administer(m *sim.Machine, r *rand.Rand, stop <-chan struct{}) {
+func administer(m *xentest.Machine, r *rand.Rand, stop <-chan struct{}) {
 	h := m.Hypervisor()
 	for {
 		select {

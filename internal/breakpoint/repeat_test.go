@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // unstepping is a driver whose second step of an instruction fails, and with it
@@ -30,9 +30,9 @@ func (d *unstepping) StepOver(s *breakpoint.Stop, addr uint64) error {
 // TestRepeatedStepFails has a repeated string instruction stepped in place, the step of
 // an iteration fail, and the probe removed: the vCPU goes on without TF.
 func TestRepeatedStepFails(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		cfg.VCPUs = 1
-		m := sim.New(cfg)
+		m := xentest.New(cfg)
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
@@ -52,6 +52,6 @@ func TestRepeatedStepFails(t *testing.T) {
 		assert.Empty(t, m.Oops())
 		require.NoError(t, e.Close())
 		m.Release()
-		sim.Verify(t, m, before)
+		xentest.Verify(t, m, before)
 	})
 }

@@ -10,11 +10,11 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // one runs f on every host with two vCPUs.
-func one(t *testing.T, f func(t *testing.T, cfg sim.Config)) {
+func one(t *testing.T, f func(t *testing.T, cfg xentest.Config)) {
 	for _, h := range hosts() {
 		t.Run(h.name, func(t *testing.T) {
 			cfg := h.cfg
@@ -40,7 +40,7 @@ func serveUntil(t *testing.T, e *breakpoint.Engine, done func() bool) (told []er
 // TestPanicCounts: a handler that panics ends the hit for the probes after it, which
 // count it as missed.
 func TestPanicCounts(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 		a := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		a.Pre = func(*breakpoint.Context) breakpoint.Verdict {
@@ -64,7 +64,7 @@ func TestPanicCounts(t *testing.T) {
 // TestShiftedGoesOn has a handler send the vCPU from the probe's address to where its
 // breakpoint stands: the other probe there sees it.
 func TestShiftedGoesOn(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 		addr := m.Symbol("nop5")
 		shifted := &breakpoint.Probe{Addr: addr, At: addr + 5, Pre: func(c *breakpoint.Context) breakpoint.Verdict {
@@ -91,7 +91,7 @@ func TestShiftedGoesOn(t *testing.T) {
 func TestReplacedInHandler(t *testing.T) {
 	for _, kind := range []string{"emulated", "out of line"} {
 		t.Run(kind, func(t *testing.T) {
-			one(t, func(t *testing.T, cfg sim.Config) {
+			one(t, func(t *testing.T, cfg xentest.Config) {
 				cfg.VCPUs = 1 // another one could slip past in between
 				m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
 				p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
@@ -176,9 +176,9 @@ func (d *hooked) Thaw() error {
 }
 
 // engineOn is engine with a driver that the test can hook.
-func engineOn(t *testing.T, cfg sim.Config, c breakpoint.Config) (*sim.Machine, *hooked, *breakpoint.Engine) {
+func engineOn(t *testing.T, cfg xentest.Config, c breakpoint.Config) (*xentest.Machine, *hooked, *breakpoint.Engine) {
 	t.Helper()
-	m := sim.New(cfg)
+	m := xentest.New(cfg)
 	before := m.Text()
 	m.Start()
 	quiesce(t, m)
@@ -190,7 +190,7 @@ func engineOn(t *testing.T, cfg sim.Config, c breakpoint.Config) (*sim.Machine, 
 	t.Cleanup(func() {
 		assert.NoError(t, e.Close())
 		m.Release()
-		sim.Verify(t, m, before)
+		xentest.Verify(t, m, before)
 		m.Stop()
 		assert.Zero(t, m.Mappings())
 		assert.Zero(t, m.Pauses())
@@ -203,7 +203,7 @@ var errInjected = errors.New("injected")
 // TestPanicOwes has a Post handler panic while more than one vCPU is owed its answer:
 // the others are answered all the same.
 func TestPanicOwes(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
 		failing, seen := false, map[int]bool{}
 		d.store = func() error {
@@ -238,7 +238,7 @@ func TestPanicOwes(t *testing.T) {
 // TestOwedVerdict: a handler of a hit whose instruction could not be executed at once
 // ends Serve, even if the answer fails once more.
 func TestOwedVerdict(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
 		failing, resumes := true, 0
 		d.store = func() error {
@@ -280,8 +280,8 @@ func TestOwedVerdict(t *testing.T) {
 // TestGoneWhileStopped has the domain destroyed while a handler runs: nothing of this
 // process stays.
 func TestGoneWhileStopped(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		m.Start()
 		defer m.Stop()
 		drv, err := attach(m, cfg)
@@ -303,7 +303,7 @@ func TestGoneWhileStopped(t *testing.T) {
 // TestRegisterThaws has the guest not go on after Register for a moment: all probes are
 // registered, or none.
 func TestRegisterThaws(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
 		n := 3
 		d.thaw = func() error {
@@ -323,7 +323,7 @@ func TestRegisterThaws(t *testing.T) {
 // TestForeignOwed has the byte at a stale breakpoint be unreadable while a new one is
 // put there: the guest isn't given what is ours.
 func TestForeignOwed(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
 		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		q := &breakpoint.Probe{Addr: p.Addr}
@@ -356,8 +356,8 @@ func TestForeignOwed(t *testing.T) {
 // TestCloseTwiceInSlot closes while a vCPU on its way to a slot can't be answered, and
 // again when it can: nothing stays, or Close says so.
 func TestCloseTwiceInSlot(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
-		m := sim.New(cfg)
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
 		before := m.Text()
 		m.Start()
 		defer m.Stop()
@@ -385,7 +385,7 @@ func TestCloseTwiceInSlot(t *testing.T) {
 		err = e.Close()
 		if err == nil {
 			assert.Less(t, time.Since(begin), time.Second)
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		}
 	})
 }
@@ -393,8 +393,8 @@ func TestCloseTwiceInSlot(t *testing.T) {
 // TestGiveUpOwed has a breakpoint that is to be given up be removed by its owner and
 // put back, before it could be: the new one stays, and is removed by Close.
 func TestGiveUpOwed(t *testing.T) {
-	one(t, func(t *testing.T, cfg sim.Config) {
-		if cfg.Kind == sim.PV {
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		if cfg.Kind == xentest.PV {
 			t.Skip("it is stepped in place")
 		}
 		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
@@ -441,7 +441,7 @@ func TestReplacedInStep(t *testing.T) {
 		t.Run(h.name, func(t *testing.T) {
 			cfg := h.cfg
 			cfg.VCPUs, cfg.IRQEvery = 1, -1
-			m := sim.New(cfg)
+			m := xentest.New(cfg)
 			before := m.Text()
 			m.Start()
 			defer m.Stop()
@@ -471,7 +471,7 @@ func TestReplacedInStep(t *testing.T) {
 			assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
 			require.NoError(t, e.Close())
 			m.Release()
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		})
 	}
 }
@@ -487,7 +487,7 @@ func TestCloseInStep(t *testing.T) {
 			t.Parallel()
 			cfg := h.cfg
 			cfg.VCPUs, cfg.IRQEvery = 1, -1
-			m := sim.New(cfg)
+			m := xentest.New(cfg)
 			before := m.Text()
 			m.Start()
 			defer m.Stop()
@@ -518,7 +518,7 @@ func TestCloseInStep(t *testing.T) {
 				require.NoError(t, e.Close())
 			}
 			m.Release()
-			sim.Verify(t, m, before)
+			xentest.Verify(t, m, before)
 		})
 	}
 }

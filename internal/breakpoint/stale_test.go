@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/sim"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
 // meddler is a driver in whose calls others happen.
@@ -40,8 +40,8 @@ func (m *meddler) Read(cr3, addr uint64, b []byte) error {
 func TestStaleUnreadable(t *testing.T) {
 	for name, failures := range map[string]int{"for a moment": 2, "for long": 20} {
 		t.Run(name, func(t *testing.T) {
-			each(t, func(t *testing.T, cfg sim.Config) {
-				m := sim.New(cfg)
+			each(t, func(t *testing.T, cfg xentest.Config) {
+				m := xentest.New(cfg)
 				before := m.Text()
 				m.Start()
 				defer m.Stop()
@@ -84,7 +84,7 @@ func TestStaleUnreadable(t *testing.T) {
 				left = 0
 				require.NoError(t, e.Close())
 				m.Release()
-				sim.Verify(t, m, before)
+				xentest.Verify(t, m, before)
 			})
 		})
 	}

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/xen"
 )
 
 // lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
@@ -34,7 +34,7 @@ func lockDomain(id uint16) (release func() error, err error) {
 	if err != nil {
 		unix.Close(fd)
 		if err == unix.EWOULDBLOCK {
-			return nil, fmt.Errorf("%w (it holds %s)", route.ErrBusy, name)
+			return nil, fmt.Errorf("%w (it holds %s)", xen.ErrBusy, name)
 		}
 		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}

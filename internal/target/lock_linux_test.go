@@ -7,7 +7,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/xen"
 )
 
 func TestLockDomain(t *testing.T) {
@@ -17,7 +17,7 @@ func TestLockDomain(t *testing.T) {
 	release, err := lockDomain(7)
 	require.NoError(t, err)
 	_, err = lockDomain(7)
-	require.ErrorIs(t, err, route.ErrBusy)
+	require.ErrorIs(t, err, xen.ErrBusy)
 	other, err := lockDomain(8)
 	require.NoError(t, err)
 	require.NoError(t, other())

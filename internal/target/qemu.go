@@ -5,9 +5,9 @@ import (
 	"errors"
 	"strings"
 
+	"github.com/vmprobes/vmprobes/internal/qemu"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
-	"github.com/vmprobes/vmprobes/qemu"
 )
 
 // qemuGuest is a VM of QEMU's, under TCG or KVM.

@@ -11,7 +11,7 @@ import (
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -20,7 +20,7 @@ import (
 // xenGuest is a domain of the Xen that this program runs on.
 type xenGuest struct {
 	*paging.Cache
-	hv    route.Hypervisor
+	hv    xen.Hypervisor
 	dom   xenctrl.DomainInfo
 	info  Info
 	pages func() (uint64, error)
@@ -65,7 +65,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	case dom.Suspended():
 		return nil, fmt.Errorf("%w: it is suspended, to be saved or migrated", ErrPaused)
 	case dom.Flags&xenctrl.DomainDebugged != 0:
-		return nil, route.ErrBusy // it may be paused at a hit
+		return nil, xen.ErrBusy // it may be paused at a hit
 	case dom.Flags&xenctrl.DomainPaused != 0:
 		return nil, ErrPaused
 	}
@@ -76,7 +76,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 			return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
 		}
 	}
-	g := newXen(route.Live(h, id), dom)
+	g := newXen(xen.Live(h, id), dom)
 	g.close = h.Close
 	g.lock = func() (func() error, error) { return lockDomain(uint16(id)) }
 	g.pages = func() (uint64, error) {
@@ -97,7 +97,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 }
 
 // Xen returns the guest behind hv. Close leaves hv alone.
-func Xen(hv route.Hypervisor) (Guest, error) {
+func Xen(hv xen.Hypervisor) (Guest, error) {
 	dom, err := hv.Info()
 	if err != nil {
 		return nil, err
@@ -105,9 +105,9 @@ func Xen(hv route.Hypervisor) (Guest, error) {
 	return newXen(hv, dom), nil
 }
 
-func newXen(hv route.Hypervisor, dom xenctrl.DomainInfo) *xenGuest {
+func newXen(hv xen.Hypervisor, dom xenctrl.DomainInfo) *xenGuest {
 	g := &xenGuest{hv: hv, dom: dom, close: func() error { return nil }}
-	g.Cache = route.NewFrames(hv)
+	g.Cache = xen.NewFrames(hv)
 	g.info = Info{ID: uint16(dom.ID), Name: strconv.Itoa(int(dom.ID)), Kind: PV, VCPUs: dom.OnlineVCPUs}
 	if dom.Flags&xenctrl.DomainHVM != 0 {
 		g.info.Kind = HVM
@@ -132,9 +132,9 @@ func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
 		g.close = func() error { return errors.Join(closeAll(), release()) }
 	}
 	if g.info.Kind == PV {
-		return route.OpenDebugger(g.hv)
+		return xen.OpenDebugger(g.hv)
 	}
-	return route.OpenMonitor(g.hv)
+	return xen.OpenMonitor(g.hv)
 }
 
 // PhysicalPages implements [Sized].

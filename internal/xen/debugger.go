@@ -1,0 +1,770 @@
+package xen
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/spin"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Debugger is the debugger route: a PV guest whose int3s pause the domain
+// (XEN_DOMCTL_setdebugging), on a hypervisor with the gdbsx domctls.
+//
+// Every event raises the domain's pause count by one, and owes one unpause. The
+// domain runs when all are paid, so Debugger counts the events it has taken
+// (owed) and the stops it hasn't had an answer for (pending), and pays what is
+// owed above what is pending.
+//
+// An int3 raises no VIRQ_DEBUGGER on any Xen since 2012, so events are polled.
+type Debugger struct {
+	*guest
+
+	nvcpu   int
+	vcpus   []vcpu
+	queue   []int // vCPUs whose stop waits to be returned by Wait
+	owed    int
+	pending int
+	step    *step
+	closed  bool
+	scratch xenctrl.VCPUContext // for what is read only
+	want    xenctrl.VCPUContext // for what is to be set; a context is large
+	debug   debugWatch
+	pins    pins
+	pace    pace          // of the goroutine in Wait
+	alive   time.Duration // of spin.Clock: when checkAlive was called last; likewise
+
+	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
+	vcpuInfo uint64
+}
+
+// vcpu is a stopped vCPU's context.
+type vcpu struct {
+	ctx     xenctrl.VCPUContext
+	stopped bool
+	reason  breakpoint.Reason
+	at      uint64 // address of the int3
+	dirty   bool   // Xen may have other registers than those of ctx
+	unread  bool   // ctx hasn't been read since it stopped
+	dr6     uint64 // as last seen; 0 after a debug exception was given to the guest
+	tick    uint64 // of pins, when it stopped
+	pinned  bool   // held by itself, whatever the domain's pause count is
+
+	// A change of context that failed halfway is taken up where it was: the
+	// extended state as it was before, and the guest's interrupt mask.
+	saved    bool
+	ext      xenctrl.ExtState
+	entering bool
+	mask     upcallMask
+}
+
+// step is a StepOver in progress.
+type step struct {
+	vcpu   int
+	patch  *patch
+	others []int  // vCPUs held
+	done   bool   // the Stepped stop has been returned
+	ending bool   // not all others are held any more
+	masked uint64 // address of an upcall mask that was 0 and has been set, or 0
+}
+
+// OpenDebugger attaches to a PV guest. It changes nothing in the guest unless
+// the hypervisor has what it takes.
+func OpenDebugger(hv Hypervisor) (*Debugger, error) {
+	info, err := hv.Info()
+	if err != nil {
+		return nil, mapErr(err)
+	}
+	// Without GDBSX, setdebugging succeeds and each int3 then derails the guest:
+	// ask first. Any error means that it is missing (ENOSYS up to EOPNOTSUPP).
+	if _, err := hv.GdbsxDomStatus(); err != nil {
+		if e := mapErr(err); errors.Is(e, breakpoint.ErrGone) {
+			return nil, e
+		}
+		return nil, fmt.Errorf("%w (gdbsx_domstatus: %w)", ErrNoGDBSX, err)
+	}
+	if info.Flags&xenctrl.DomainDebugged != 0 {
+		return nil, ErrBusy
+	}
+	d := &Debugger{guest: newGuest(hv), nvcpu: info.MaxVCPUID + 1}
+	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
+		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
+	}
+	d.vcpus = make([]vcpu, d.nvcpu)
+	d.roots = d.currentRoots
+	for v := range d.vcpus {
+		if hv.VCPUContext(v, &d.scratch) == nil {
+			d.vcpus[v].dr6 = d.scratch.DebugReg[6]
+		}
+	}
+	if err := attempts(func() error { return hv.SetDebugging(true) }); err != nil {
+		return nil, fmt.Errorf("attach debugger: %w", err)
+	}
+	d.startPins()
+	return d, nil
+}
+
+// SetVCPUInfo tells where the guest keeps its struct vcpu_info: the address of
+// the per-CPU variable xen_vcpu_info (arch/x86/xen/enlighten.c), to which the
+// vCPU's GS base is added. With it the virtual interrupt flag is seen and kept.
+func (d *Debugger) SetVCPUInfo(symbol uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.vcpuInfo = symbol
+}
+
+// UseSymbols finds struct vcpu_info, and the code that runs between a debug
+// exception and where its cause is read, by the kernel's symbols.
+func (d *Debugger) UseSymbols(lookup func(name string) (addr uint64, ok bool)) {
+	if addr, ok := lookup("xen_vcpu_info"); ok {
+		d.SetVCPUInfo(addr)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.debug.useSymbols(lookup)
+}
+
+// upcallMask is evtchn_upcall_mask of a vCPU.
+type upcallMask struct {
+	known bool // the guest's struct vcpu_info could be found
+	addr  uint64
+	value byte
+}
+
+// upcallMask reads evtchn_upcall_mask, the second byte of struct vcpu_info
+// (xen/include/public/xen.h): non-zero while the guest has interrupts off. The
+// RFLAGS.IF that Xen shows is always set.
+func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (upcallMask, error) {
+	if d.vcpuInfo == 0 {
+		return upcallMask{}, nil
+	}
+	var b [2]byte
+	addr := c.GSBaseKernel + d.vcpuInfo
+	if err := d.Read(c.CtrlReg[3], addr, b[:]); err != nil {
+		return upcallMask{}, err
+	}
+	if b[0] > 1 || b[1] > 1 {
+		return upcallMask{}, nil // whatever it is, it isn't that
+	}
+	return upcallMask{true, addr + 1, b[1]}, nil
+}
+
+// currentRoots returns the kernel page tables that vCPUs use now.
+func (d *Debugger) currentRoots() ([]paging.Root, error) {
+	var c xenctrl.VCPUContext
+	var errs error
+	for v := range d.nvcpu {
+		if err := d.hv.VCPUContext(v, &c); err != nil {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		return []paging.Root{paging.Root(c.CtrlReg[3])}, nil
+	}
+	return nil, errs
+}
+
+// Caps implements breakpoint.Driver.
+func (d *Debugger) Caps() breakpoint.Caps {
+	return breakpoint.Caps{VCPUs: d.nvcpu, Step: true}
+}
+
+// setContext sets a vCPU's registers. Xen replaces the extended state (AVX and
+// so on) by its initial value when it takes the FPU image of the context, so
+// that state is saved before and restored after, unless there is none. If it fails
+// it is to be called again, as long as the vCPU is stopped.
+func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
+	s := &d.vcpus[v]
+	s.dirty = true
+	if !s.saved {
+		ext, err := d.hv.VCPUExtState(v)
+		if err != nil && !errors.Is(err, xenctrl.ErrNotSupported) {
+			return fmt.Errorf("vCPU %d: save extended state: %w", v, mapErr(err))
+		}
+		s.ext, s.saved = ext, true
+	}
+	if err := attempts(func() error { return d.hv.SetVCPUContext(v, c) }); err != nil {
+		s.keepExt()
+		return fmt.Errorf("vCPU %d: set registers: %w", v, err)
+	}
+	if s.ext.Live() {
+		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, s.ext) }); err != nil {
+			s.keepExt()
+			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
+		}
+	}
+	s.saved, s.dirty = false, false
+	return nil
+}
+
+// aliveEvery is how often a wait looks whether the domain still lives.
+const aliveEvery = 100 * time.Millisecond
+
+// keepExt makes the saved state the vCPU's own: Hypervisor.VCPUExtState may use its
+// memory again.
+func (v *vcpu) keepExt() { v.ext.Data = slices.Clone(v.ext.Data) }
+
+// Wait implements breakpoint.Driver.
+func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
+	d.pace.start()
+	for now := d.pace.begin; ; now = spin.Clock() {
+		if now-d.alive > aliveEvery {
+			if err := d.checkAlive(); err != nil {
+				return err
+			}
+			d.alive = now
+		}
+		ok, err := d.poll(s)
+		if ok || err != nil {
+			d.pace.done()
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if d.debug.gave.Swap(false) { // as good as a stop: the next one may follow soon
+			d.pace.done()
+			d.pace.start()
+		}
+		d.pace.rest(ctx)
+	}
+}
+
+// poll returns one stop, if there is one.
+func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stepping() {
+		// Only the stepping vCPU runs; the queue waits until it's done.
+		return d.pollStep(s)
+	}
+	if len(d.queue) == 0 {
+		if err := d.take(); err != nil {
+			return false, err
+		}
+	}
+	if len(d.queue) == 0 {
+		return false, nil
+	}
+	return d.next(s, 0)
+}
+
+// stepping reports whether a vCPU executes the instruction of a StepOver.
+func (d *Debugger) stepping() bool { return d.step != nil && !d.step.done }
+
+// next returns the stop at place i of the queue.
+func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
+	v := d.queue[i]
+	c := &d.vcpus[v]
+	if c.unread {
+		if err := attempts(func() error { return d.hv.VCPUContext(v, &c.ctx) }); err != nil {
+			return false, fmt.Errorf("vCPU %d: read registers: %w", v, err)
+		}
+		c.unread, c.reason = false, breakpoint.Hit
+		c.at = c.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
+		c.dr6 = c.ctx.DebugReg[6]
+	}
+	d.queue = slices.Delete(d.queue, i, i+1)
+	d.fill(s, v)
+	return true, nil
+}
+
+func (d *Debugger) fill(s *breakpoint.Stop, v int) {
+	c := &d.vcpus[v]
+	*s = breakpoint.Stop{VCPU: v, Reason: c.reason, Regs: regsOf(&c.ctx)}
+	if c.reason == breakpoint.Hit {
+		s.Regs.IP = c.at
+	}
+}
+
+// domStatus asks for the next event. It is read and cleared: a call that fails
+// clears nothing.
+func (d *Debugger) domStatus() (st xenctrl.DomStatus, err error) {
+	err = attempts(func() (err error) { st, err = d.hv.GdbsxDomStatus(); return err })
+	return st, err
+}
+
+// take moves one latched event to the queue.
+func (d *Debugger) take() error {
+	st, err := d.domStatus()
+	if err != nil {
+		return err
+	}
+	if st.VCPU >= 0 {
+		return d.latch(st.VCPU)
+	}
+	if !st.Paused {
+		d.debug.quiet = false
+		return nil
+	}
+	if d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil {
+		return d.takeDebugException()
+	}
+	return nil
+}
+
+// latch queues the stop of a vCPU whose event domstatus has returned. The event
+// is cleared in Xen by then: it must not be lost, whatever fails next.
+func (d *Debugger) latch(vcpu int) error {
+	d.owed++
+	if vcpu >= d.nvcpu {
+		return fmt.Errorf("event on vCPU %d, of %d", vcpu, d.nvcpu)
+	}
+	v := &d.vcpus[vcpu]
+	if v.stopped {
+		return fmt.Errorf("event on vCPU %d, which is stopped", vcpu)
+	}
+	v.stopped, v.unread, v.dirty = true, true, false
+	v.tick = d.pins.tick
+	d.pending++
+	d.queue = append(d.queue, vcpu)
+	d.wakePins()
+	if d.pins.loose {
+		return d.pin(vcpu)
+	}
+	return nil
+}
+
+// takeAll moves every latched event to the queue. The domain is paused.
+func (d *Debugger) takeAll() error {
+	for range 4 * d.nvcpu {
+		n := d.owed
+		if err := d.take(); err != nil {
+			return err
+		}
+		if d.owed == n {
+			return nil
+		}
+	}
+	return nil
+}
+
+const (
+	eflagTF = x86.FlagTF
+	eflagIF = x86.FlagIF
+)
+
+// release pays what is owed to the domain's pause count: all but one for each
+// stop that waits for its answer, and everything while a vCPU steps, since the
+// others are held one by one then.
+func (d *Debugger) release() error {
+	if err := d.checkPins(); err != nil {
+		return err
+	}
+	keep := d.pending
+	switch {
+	case d.stepping():
+		keep = 0
+	case d.pins.loose:
+		keep = d.pending - d.pins.n
+	}
+	for d.owed > keep {
+		if err := attempts(d.unpause); err != nil {
+			return fmt.Errorf("unpause: %w", err)
+		}
+		d.owed--
+	}
+	return nil
+}
+
+// answered marks v's stop as answered and lets the domain go.
+func (d *Debugger) answered(v int) error {
+	if d.vcpus[v].stopped {
+		if err := d.unpin(v); err != nil {
+			return err
+		}
+		d.vcpus[v].stopped, d.vcpus[v].entering = false, false
+		d.pending--
+	}
+	return d.release()
+}
+
+func (d *Debugger) stopOf(s *breakpoint.Stop) (*vcpu, error) {
+	if s.VCPU < 0 || s.VCPU >= d.nvcpu {
+		return nil, fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
+	}
+	return &d.vcpus[s.VCPU], nil
+}
+
+// Resume implements breakpoint.Driver.
+func (d *Debugger) Resume(s *breakpoint.Stop) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if v.stopped {
+		if err := d.putRegs(s, v); err != nil {
+			return err
+		}
+	}
+	if d.step != nil && d.step.vcpu == s.VCPU && d.step.done {
+		if err := d.endStep(); err != nil {
+			return err
+		}
+	}
+	return d.answered(s.VCPU)
+}
+
+// putRegs gives the vCPU the registers of s, if they differ from what it has.
+func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
+	want := &d.want
+	*want = v.ctx
+	setRegs(&want.User, &s.Regs)
+	if !v.dirty && want.User == v.ctx.User {
+		return nil
+	}
+	if err := d.setContext(s.VCPU, want); err != nil {
+		return err
+	}
+	v.ctx = *want
+	return nil
+}
+
+// StepOn implements breakpoint.Driver.
+func (d *Debugger) StepOn(*breakpoint.Stop, *x86.Insn) error {
+	return fmt.Errorf("debugger route: step on: %w", errors.ErrUnsupported)
+}
+
+// StepOver implements breakpoint.Driver.
+func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if d.frozen > 0 {
+		return errors.New("step while the domain is frozen")
+	}
+	p := d.breakAt(addr)
+	if p == nil {
+		return fmt.Errorf("step over %#x: no breakpoint there", addr)
+	}
+	if st := d.step; st != nil && st.ending {
+		if err := d.endStep(); err != nil {
+			return err
+		}
+	}
+	st := d.step
+	if st != nil && (st.vcpu != s.VCPU || !st.done) {
+		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, st.vcpu)
+	}
+	if st == nil {
+		// pausevcpu waits until the vCPU doesn't run, so after it every event of the
+		// others is latched, and can be taken: none will pause the domain again.
+		st = &step{vcpu: s.VCPU, patch: p, done: true}
+		d.step = st
+		for o := range d.nvcpu {
+			if o == s.VCPU {
+				continue
+			}
+			if err := d.hold(o); err != nil {
+				return errors.Join(fmt.Errorf("hold vCPU %d: %w", o, err), d.endStep())
+			}
+			st.others = append(st.others, o)
+		}
+		if err := d.takeAll(); err != nil {
+			return errors.Join(err, d.endStep())
+		}
+	}
+	want := &d.want
+	*want = v.ctx
+	setRegs(&want.User, &s.Regs)
+	want.User.RFLAGS |= eflagTF
+	want.DebugReg[6] &^= dr6BS
+	if err := d.setContext(s.VCPU, want); err != nil {
+		return errors.Join(err, d.endStep())
+	}
+	v.ctx = *want
+	v.dirty = true // TF is Xen's, not the vCPU's
+	if err := attempts(func() error { return d.liftForStep(p) }); err != nil {
+		return errors.Join(err, d.endStep())
+	}
+	// An interrupt between here and the step would run over the lifted byte.
+	m, err := d.upcallMask(&v.ctx)
+	if err == nil && m.known && m.value == 0 && st.masked == 0 {
+		if err = d.Write(v.ctx.CtrlReg[3], m.addr, []byte{1}); err == nil {
+			st.masked = m.addr
+		}
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("vCPU %d: mask events: %w", s.VCPU, err), d.endStep())
+	}
+	if err := d.unpin(s.VCPU); err != nil {
+		return errors.Join(err, d.endStep())
+	}
+	st.done = false
+	d.pins.ran = true
+	v.stopped = false
+	d.pending--
+	// Everything owed: the other stops' vCPUs are held one by one now.
+	if err := d.release(); err != nil {
+		st.done = true
+		v.stopped = true
+		d.pending++
+		return errors.Join(err, d.endStep())
+	}
+	return nil
+}
+
+// pollStep looks whether the stepping vCPU has come to its debug exception.
+func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
+	st, err := d.domStatus()
+	if err != nil {
+		return false, err
+	}
+	if !st.Paused {
+		return false, nil
+	}
+	if st.VCPU >= 0 {
+		if err := d.latch(st.VCPU); err != nil {
+			return false, err
+		}
+	}
+	// An interrupt handler may have run first, and met another breakpoint.
+	if i := slices.Index(d.queue, d.step.vcpu); i >= 0 {
+		return d.next(s, i)
+	}
+	if st.VCPU >= 0 || d.frozen > 0 {
+		return false, nil
+	}
+	if err := d.hv.VCPUContext(d.step.vcpu, &d.scratch); err != nil {
+		return false, mapErr(err)
+	}
+	if d.scratch.DebugReg[6]&dr6BS == 0 {
+		return false, nil // somebody else paused the domain
+	}
+	if err := attempts(func() error { return d.dropAfterStep(d.step.patch) }); err != nil {
+		return false, err
+	}
+	v := &d.vcpus[d.step.vcpu]
+	v.ctx = d.scratch
+	v.ctx.User.RFLAGS &^= eflagTF
+	v.ctx.DebugReg[6] &^= dr6BS
+	// TF is still set in Xen, whatever an interrupt's hit on the way has done to it.
+	v.stopped, v.reason, v.dirty, v.dr6 = true, breakpoint.Stepped, true, v.ctx.DebugReg[6]
+	v.tick = d.pins.tick
+	d.wakePins()
+	d.owed++
+	d.pending++
+	d.step.done = true
+	d.fill(s, d.step.vcpu)
+	return true, nil
+}
+
+// endStep lets the other vCPUs go. The domain is paused, so they run with it. If
+// it fails it is to be called again.
+func (d *Debugger) endStep() error {
+	st := d.step
+	if st == nil {
+		return nil
+	}
+	st.ending = true
+	if err := attempts(func() error { return d.dropAfterStep(st.patch) }); err != nil {
+		return err
+	}
+	if st.masked != 0 {
+		if err := attempts(func() error { return d.Write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
+			return fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err)
+		}
+		st.masked = 0
+	}
+	for len(st.others) > 0 {
+		o := st.others[len(st.others)-1]
+		if err := d.letGo(o); err != nil {
+			return fmt.Errorf("release vCPU %d: %w", o, err)
+		}
+		st.others = st.others[:len(st.others)-1]
+	}
+	d.step = nil
+	return nil
+}
+
+// hold holds a vCPU by itself, and letGo undoes it.
+func (d *Debugger) hold(vcpu int) error {
+	return d.paused(func() error { return d.hv.GdbsxPauseVCPU(vcpu) })
+}
+
+func (d *Debugger) letGo(vcpu int) error {
+	return d.paused(func() error { return d.hv.GdbsxUnpauseVCPU(vcpu) })
+}
+
+// paused makes a call that takes a paused domain: one that isn't, because somebody
+// has unpaused it, is paused first, and that is owed.
+func (d *Debugger) paused(call func() error) error {
+	return attempts(func() error {
+		err := call()
+		if !errors.Is(err, syscall.EBUSY) {
+			return err
+		}
+		if err := d.hv.Pause(); err != nil {
+			return err
+		}
+		d.owed++
+		return call()
+	})
+}
+
+// Reinject implements breakpoint.Driver: Xen has no call for it, so the vCPU is
+// put at the guest's handler as Xen itself would have (enter).
+func (d *Debugger) Reinject(s *breakpoint.Stop) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.stopOf(s)
+	if err != nil {
+		return err
+	}
+	if v.stopped {
+		if v.reason != breakpoint.Hit {
+			return fmt.Errorf("vCPU %d isn't at a breakpoint", s.VCPU)
+		}
+		d.want = v.ctx
+		err := d.enter(s.VCPU, &d.want, 3, v.at+1)
+		if cantTake(err) {
+			// Xen would crash a guest that can't take its exception, and does so as soon as
+			// it is left; until then the vCPU comes back to its int3.
+			d.want = v.ctx
+			d.want.User.RIP = v.at
+			err = d.setContext(s.VCPU, &d.want)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return d.answered(s.VCPU)
+}
+
+const (
+	flatKernelCS = 0xe033 // FLAT_KERNEL_CS, xen/include/public/arch-x86/xen-x86_64.h
+	flatKernelSS = 0xe02b
+)
+
+var errNoHandler = errors.New("the guest has no handler")
+
+// cantTake reports whether enter has failed because of what the guest is like.
+func cantTake(err error) bool {
+	return errors.Is(err, breakpoint.ErrFault) || errors.Is(err, breakpoint.ErrNotMapped) || errors.Is(err, errNoHandler)
+}
+
+// enter delivers exception vector to a vCPU of a 64-bit PV guest that is in
+// kernel mode: the frame that the guest expects from Xen
+// (xen/arch/x86/x86_64/entry.S, create_bounce_frame; public/arch-x86/xen.h). It may
+// be called again until vcpu.entering is cleared.
+func (d *Debugger) enter(v int, c *xenctrl.VCPUContext, vector int, rip uint64) error {
+	t := c.Traps[vector]
+	if t.Address == 0 {
+		return fmt.Errorf("vCPU %d, vector %d: %w", v, vector, errNoHandler)
+	}
+	s := &d.vcpus[v]
+	if !s.entering {
+		mask, err := d.upcallMask(c)
+		if err != nil {
+			return fmt.Errorf("vCPU %d: read its interrupt flag: %w", v, err)
+		}
+		s.mask, s.entering = mask, true
+	}
+	u := &c.User
+	mask := uint64(s.mask.value)
+	flags := u.RFLAGS &^ eflagIF
+	if mask == 0 {
+		flags |= eflagIF
+	}
+	sp := u.RSP &^ 15
+	frame := [...]uint64{u.RCX, u.R11, rip, uint64(u.CS&^3) | mask<<32, flags, u.RSP, uint64(u.SS)}
+	sp -= uint64(len(frame) * 8)
+	buf := make([]byte, 0, len(frame)*8)
+	for _, w := range frame {
+		buf = binary.LittleEndian.AppendUint64(buf, w)
+	}
+	if err := d.Write(c.CtrlReg[3], sp, buf); err != nil {
+		return fmt.Errorf("vCPU %d: exception frame: %w", v, err)
+	}
+	if s.mask.known && t.Flags&xenctrl.TrapDisablesEvents != 0 {
+		if err := d.Write(c.CtrlReg[3], s.mask.addr, []byte{1}); err != nil {
+			return fmt.Errorf("vCPU %d: mask events: %w", v, err)
+		}
+	}
+	u.RSP, u.RIP = sp, t.Address
+	u.CS, u.SS = flatKernelCS, flatKernelSS
+	u.RFLAGS &^= eflagTF | x86.FlagRF | x86.FlagNT | x86.FlagVM | x86.FlagAC
+	return d.setContext(v, c)
+}
+
+// Close implements breakpoint.Driver.
+func (d *Debugger) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil
+	}
+	err := d.leave()
+	if err != nil && !errors.Is(err, breakpoint.ErrGone) {
+		return err
+	}
+	d.closed = true
+	d.stopPins()
+	d.frames.Close()
+	return err
+}
+
+func (d *Debugger) leave() error {
+	if d.pending > 0 && !d.dead() {
+		return fmt.Errorf("%d vCPUs are stopped", d.pending)
+	}
+	if d.stepping() {
+		// The step didn't come to its end: at least TF must not stay.
+		v := d.step.vcpu
+		if err := attempts(func() error { return d.hv.VCPUContext(v, &d.scratch) }); err != nil {
+			return err
+		}
+		d.scratch.User.RFLAGS &^= eflagTF
+		if err := d.setContext(v, &d.scratch); err != nil {
+			return err
+		}
+		d.step.done = true
+	}
+	if err := d.endStep(); err != nil {
+		return err
+	}
+	if err := attempts(func() error { return d.hv.SetDebugging(false) }); err != nil {
+		return fmt.Errorf("detach debugger: %w", err)
+	}
+	if err := d.release(); err != nil {
+		return err
+	}
+	if err := d.thawAll(); err != nil {
+		return err
+	}
+	return d.lastDebugExceptions()
+}
+
+// regsOf returns the registers of a context.
+func regsOf(c *xenctrl.VCPUContext) x86.Regs {
+	u := &c.User
+	return x86.Regs{
+		R15: u.R15, R14: u.R14, R13: u.R13, R12: u.R12, BP: u.RBP, BX: u.RBX,
+		R11: u.R11, R10: u.R10, R9: u.R9, R8: u.R8,
+		AX: u.RAX, CX: u.RCX, DX: u.RDX, SI: u.RSI, DI: u.RDI,
+		IP: u.RIP, CS: uint64(u.CS), Flags: u.RFLAGS, SP: u.RSP, SS: uint64(u.SS),
+		FSBase: c.FSBase, GSBase: c.GSBaseKernel, CR3: c.CtrlReg[3],
+	}
+}
+
+// setRegs writes the registers that a handler can change.
+func setRegs(u *xenctrl.UserRegs, r *x86.Regs) {
+	u.R15, u.R14, u.R13, u.R12, u.RBP, u.RBX = r.R15, r.R14, r.R13, r.R12, r.BP, r.BX
+	u.R11, u.R10, u.R9, u.R8 = r.R11, r.R10, r.R9, r.R8
+	u.RAX, u.RCX, u.RDX, u.RSI, u.RDI = r.AX, r.CX, r.DX, r.SI, r.DI
+	u.RIP, u.RFLAGS, u.RSP = r.IP, r.Flags, r.SP
+}
+
+var _ breakpoint.Driver = (*Debugger)(nil)

@@ -1,0 +1,332 @@
+package xen
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Errors that say why a guest can't be probed.
+var (
+	// ErrNoGDBSX: a PV guest needs a hypervisor built with CONFIG_GDBSX.
+	ErrNoGDBSX = errors.New("this Xen is built without CONFIG_GDBSX, which breakpoints in a PV guest need: " +
+		"boot a hypervisor built with CONFIG_EXPERT=y and CONFIG_GDBSX=y, or run the guest as PVH or HVM")
+	// ErrNoMonitor: an HVM or PVH guest needs vm_event software breakpoints.
+	ErrNoMonitor = errors.New("this Xen doesn't offer vm_event software breakpoints for the guest: " +
+		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
+	// ErrBusy: somebody else debugs or monitors the guest.
+	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed its breakpoints are " +
+		"still there, and the guest stands still at the next one: leave it so (xl unpause would kill a PV guest there)")
+)
+
+// guest is what both routes have in common: memory and patched bytes.
+type guest struct {
+	hv     Hypervisor
+	frames *paging.Cache
+	mem    *paging.Memory
+	pages  atomic.Uint64 // the domain's, as checkAlive saw it last
+
+	rootMu sync.Mutex
+	root   paging.Root // 0: ask roots each time
+
+	// roots returns page-table roots that may map the kernel, best first.
+	roots func() ([]paging.Root, error)
+
+	breaksMu sync.Mutex
+	breaks   map[uint64]*patch
+	stepped  *patch // that is lifted for a step
+
+	mu     sync.Mutex // the route's own
+	frozen int        // Freezes without their Thaw
+}
+
+// patch is a breakpoint in the guest's text.
+type patch struct {
+	addr   uint64
+	insn   x86.Insn
+	lifted bool // the original is in place, for a step
+	gone   bool // removed, if in the middle of a step
+}
+
+func newGuest(hv Hypervisor) *guest {
+	g := &guest{hv: hv, frames: NewFrames(hv), breaks: make(map[uint64]*patch)}
+	g.mem = paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}) // a 64-bit PV guest's
+	return g
+}
+
+// SetKernelRoot fixes the page-table root through which kernel memory is
+// reached outside of a hit: the kernel's init_top_pgt, which never goes away.
+func (g *guest) SetKernelRoot(r paging.Root) {
+	g.rootMu.Lock()
+	defer g.rootMu.Unlock()
+	g.root = r
+}
+
+// Freeze implements breakpoint.Driver.
+func (g *guest) Freeze() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.hv.Pause(); err != nil {
+		return mapErr(err)
+	}
+	g.frozen++
+	return nil
+}
+
+// Thaw implements breakpoint.Driver.
+func (g *guest) Thaw() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.frozen == 0 {
+		return nil
+	}
+	if err := g.unpause(); err != nil {
+		return mapErr(err)
+	}
+	g.frozen--
+	return nil
+}
+
+// Translate resolves a kernel address.
+func (g *guest) Translate(addr uint64) (t paging.Translation, err error) {
+	err = g.withRoot(0, func(r paging.Root) (err error) {
+		t, err = g.mem.Translate(r, paging.VAddr(addr))
+		return err
+	})
+	return t, err
+}
+
+// withRoot calls f with cr3, or with candidates for the kernel's root until one
+// maps what f wants.
+func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
+	if cr3 != 0 {
+		return mapErr(f(paging.Root(cr3)))
+	}
+	g.rootMu.Lock()
+	root := g.root
+	g.rootMu.Unlock()
+	if root != 0 {
+		return mapErr(f(root))
+	}
+	roots, err := g.roots()
+	if err != nil {
+		return mapErr(err)
+	}
+	for _, r := range roots {
+		if err = f(r); err == nil {
+			return nil
+		}
+	}
+	return mapErr(err)
+}
+
+func (g *guest) Read(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Read(r, paging.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Write(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Write(r, paging.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Store(cr3, addr uint64, b []byte) error {
+	return g.withRoot(cr3, func(r paging.Root) error {
+		_, err := g.mem.Store(r, paging.VAddr(addr), b)
+		return err
+	})
+}
+
+func (g *guest) Patch(addr uint64, b []byte) error { return g.Write(0, addr, b) }
+
+// int3 is the breakpoint instruction.
+const int3 = 0xcc
+
+// InsertBreak implements breakpoint.Driver. One byte changes: whatever stands
+// behind it stays a boundary only where it was one.
+func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if g.breaks[addr] != nil {
+		return fmt.Errorf("breakpoint at %#x is there already", addr)
+	}
+	cur := make([]byte, in.Len)
+	if err := g.Read(0, addr, cur); err != nil {
+		return err
+	}
+	if !bytes.Equal(cur, in.Bytes()) {
+		return fmt.Errorf("%w: %#x holds % x, not % x", breakpoint.ErrTextChanged, addr, cur, in.Bytes())
+	}
+	p := &patch{addr: addr, insn: *in}
+	if st := g.stepped; st != nil && st.addr == addr {
+		// A vCPU is still stepping there: the breakpoint comes back behind it.
+		p = st
+		p.insn, p.gone = *in, false
+	} else if err := g.drop(p); err != nil {
+		return err
+	}
+	g.breaks[addr] = p
+	return nil
+}
+
+// RemoveBreak implements breakpoint.Driver.
+func (g *guest) RemoveBreak(addr uint64) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	p := g.breaks[addr]
+	if p == nil {
+		return nil
+	}
+	if !p.lifted {
+		if err := g.lift(p); err != nil {
+			if errors.Is(err, breakpoint.ErrTextChanged) {
+				p.gone = true
+				delete(g.breaks, addr)
+			}
+			return err
+		}
+	}
+	p.gone = true
+	delete(g.breaks, addr)
+	return nil
+}
+
+// liftForStep takes a breakpoint out for a step, and dropAfterStep puts it back
+// unless it has been removed meanwhile.
+func (g *guest) liftForStep(p *patch) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if p.lifted || p.gone {
+		return nil
+	}
+	if err := g.lift(p); err != nil {
+		return err
+	}
+	p.lifted = true
+	g.stepped = p
+	return nil
+}
+
+func (g *guest) dropAfterStep(p *patch) error {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	if p.lifted && !p.gone {
+		if err := g.drop(p); err != nil {
+			return err
+		}
+	}
+	p.lifted = false
+	if g.stepped == p {
+		g.stepped = nil
+	}
+	return nil
+}
+
+// lift puts the original byte back, drop the breakpoint again.
+func (g *guest) lift(p *patch) error {
+	// The whole instruction is compared: a guest that rewrites it puts an int3 of
+	// its own over the first byte first, and the first byte of the new one last.
+	var buf [x86.MaxLen]byte
+	orig := p.insn.Bytes()
+	cur := buf[:len(orig)]
+	if err := g.Read(0, p.addr, cur); err != nil {
+		return err
+	}
+	if cur[0] != int3 || !bytes.Equal(cur[1:], orig[1:]) {
+		return fmt.Errorf("%w: %#x holds % x, not the breakpoint and the rest of % x", breakpoint.ErrTextChanged, p.addr, cur, orig)
+	}
+	return g.Write(0, p.addr, orig[:1])
+}
+
+func (g *guest) drop(p *patch) error { return g.Write(0, p.addr, []byte{int3}) }
+
+func (g *guest) breakAt(addr uint64) *patch {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	return g.breaks[addr]
+}
+
+// checkAlive returns ErrGone if the domain is dying or has shut down. One that is
+// suspended may be resumed ("xl save -c", a migration that failed), and its
+// breakpoints are still to be served then.
+//
+// It looks at the domain's memory as well: if a guest gives a page back to Xen
+// (ballooning) while it is mapped here, and takes another one at the same place, the
+// mapping is of the old one, which counts as the domain's as long as it is mapped.
+func (g *guest) checkAlive() error {
+	var info xenctrl.DomainInfo
+	if err := attempts(func() (err error) { info, err = g.hv.Info(); return err }); err != nil {
+		return err
+	}
+	if info.Gone() {
+		return fmt.Errorf("%w: domain %d is dying or has shut down", breakpoint.ErrGone, info.ID)
+	}
+	if g.pages.Swap(info.TotalPages) != info.TotalPages {
+		g.frames.Invalidate()
+	}
+	return nil
+}
+
+// dead reports whether no vCPU of the domain will ever run again.
+func (g *guest) dead() bool { return errors.Is(g.checkAlive(), breakpoint.ErrGone) }
+
+// mapErr gives errors of Xen and of page walks the engine's names.
+func mapErr(err error) error {
+	switch {
+	case err == nil, errors.Is(err, breakpoint.ErrGone):
+		return err
+	case errors.Is(err, xenctrl.ErrNoDomain), errors.Is(err, syscall.ESRCH):
+		return fmt.Errorf("%w: %w", breakpoint.ErrGone, err)
+	case errors.Is(err, paging.ErrNotMapped):
+		return fmt.Errorf("%w: %w", breakpoint.ErrNotMapped, err)
+	case errors.Is(err, paging.ErrProtected), errors.Is(err, paging.ErrNonCanonical), errors.Is(err, paging.ErrReserved):
+		return fmt.Errorf("%w: %w", breakpoint.ErrFault, err)
+	}
+	return err
+}
+
+// attempts makes a call that must not fail a few times.
+func attempts(f func() error) (err error) {
+	for try := range 3 {
+		if try > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		if err = mapErr(f()); err == nil || errors.Is(err, breakpoint.ErrGone) {
+			return err
+		}
+	}
+	return err
+}
+
+// thawAll undoes all Freezes; g.mu is held.
+func (g *guest) thawAll() error {
+	for g.frozen > 0 {
+		if err := attempts(g.unpause); err != nil {
+			return err
+		}
+		g.frozen--
+	}
+	return nil
+}
+
+// unpause takes one from the domain's pause count. That it is 0 already, as after
+// an administrator's unpause, is no error.
+func (g *guest) unpause() error {
+	if err := g.hv.Unpause(); !errors.Is(err, syscall.EINVAL) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,61 @@
+// Package xen holds the two ways in which a breakpoint in a Xen guest can
+// reach a tool in dom0: the debugger route (PV guests, gdbsx domctls) and the
+// monitor route (HVM and PVH guests, vm_event). Both are drivers of
+// [github.com/vmprobes/vmprobes/internal/breakpoint].
+package xen
+
+import (
+	"context"
+
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Hypervisor is what the routes need of Xen, for one domain. Live binds it to
+// libxenctrl; internal/xentest implements it in memory.
+type Hypervisor interface {
+	Info() (xenctrl.DomainInfo, error)
+	Pause() error
+	Unpause() error
+
+	VCPUContext(vcpu int, c *xenctrl.VCPUContext) error
+	SetVCPUContext(vcpu int, c *xenctrl.VCPUContext) error
+	// VCPUExtState returns memory that the next call uses again. One call at a time.
+	VCPUExtState(vcpu int) (xenctrl.ExtState, error)
+	SetVCPUExtState(vcpu int, s xenctrl.ExtState) error
+	HVMCPU(vcpu int) (xenctrl.HVMCPU, error)
+
+	// MapFrames maps machine frames (PV) or guest frames (HVM) of the guest.
+	MapFrames(writable bool, frames ...uint64) (Mapping, error)
+
+	SetDebugging(on bool) error
+	GdbsxDomStatus() (xenctrl.DomStatus, error)
+	GdbsxPauseVCPU(vcpu int) error
+	GdbsxUnpauseVCPU(vcpu int) error
+
+	MonitorCapabilities() (xenctrl.MonitorCaps, error)
+	OpenMonitor() (Monitor, error)
+	InjectEvent(vcpu int, vector, eventType uint8, errorCode, insnLen uint32, cr2 uint64) error
+	DebugControl(vcpu int, singleStep bool) error
+}
+
+// A Mapping is guest memory mapped into this process.
+type Mapping interface {
+	Bytes() []byte
+	Unmap() error
+}
+
+// Monitor is an open vm_event ring; *xenctrl.Monitor is one.
+type Monitor interface {
+	SetSoftwareBreakpoint(on bool) error
+	SetSingleStep(on bool) error
+	SetDebugExceptions(on, sync bool) error
+	SetEmulUnimplemented(on bool) error
+	// Wait returns when a request may be on the ring, or with ctx's error.
+	Wait(ctx context.Context) error
+	// Next takes one request off the ring.
+	Next(e *xenctrl.Event) (ok bool, err error)
+	// Respond puts a response on the ring; Notify makes Xen read them.
+	Respond(e *xenctrl.Event) error
+	Notify() error
+	Close() error
+}

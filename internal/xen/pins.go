@@ -1,0 +1,178 @@
+package xen
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// pinTick is how often stops are looked at that wait for their answer. One that has
+// waited for a whole tick is pinned.
+const pinTick = 4 * time.Millisecond
+
+// pins guard a PV guest against an administrator's "xl unpause" while a handler
+// runs: it takes away the pause that keeps a vCPU at a breakpoint, and the guest
+// would run on in the middle of an instruction. A stop whose answer takes long is
+// therefore pinned: its vCPU is held by itself (XEN_DOMCTL_gdbsx_pausevcpu), which
+// "xl unpause" doesn't undo. Short ones aren't, since that costs two calls.
+//
+// While a vCPU is pinned the domain's own pause is looked after as well. If
+// somebody has unpaused it, the domain is let run (loose), every stopped vCPU being
+// pinned, until all are answered.
+type pins struct {
+	tick    uint64
+	n       int    // vCPUs pinned
+	cpuTime uint64 // the domain's, when it was seen paused: it doesn't change as long as it is
+	ran     bool   // a vCPU has stepped since then
+	loose   bool
+
+	awake bool
+	wake  chan struct{}
+	stop  chan struct{}
+	ended chan struct{}
+}
+
+func (d *Debugger) startPins() {
+	d.pins.wake, d.pins.stop, d.pins.ended = make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
+	go d.watchPins()
+}
+
+// stopPins ends watchPins; d.mu is held, and is not held while it waits.
+func (d *Debugger) stopPins() {
+	close(d.pins.stop)
+	d.mu.Unlock()
+	<-d.pins.ended
+	d.mu.Lock()
+}
+
+func (d *Debugger) wakePins() {
+	if !d.pins.awake {
+		d.pins.awake = true
+		d.pins.wake <- struct{}{} // buffered, and empty as long as it isn't awake
+	}
+}
+
+// watchPins ticks while stops come, and sleeps when none has come for a while.
+func (d *Debugger) watchPins() {
+	defer close(d.pins.ended)
+	const idleTicks = 25
+	for {
+		select {
+		case <-d.pins.stop:
+			return
+		case <-d.pins.wake:
+		}
+		t := time.NewTicker(pinTick)
+		for idle := 0; idle < idleTicks; idle++ {
+			select {
+			case <-d.pins.stop:
+				t.Stop()
+				return
+			case <-t.C:
+			}
+			if d.pinTick() {
+				idle = 0
+			}
+		}
+		t.Stop()
+		d.mu.Lock()
+		d.pins.awake = d.pending > 0
+		if d.pins.awake {
+			d.pins.wake <- struct{}{}
+		}
+		d.mu.Unlock()
+	}
+}
+
+// pinTick pins what has waited for a tick, and reports whether stops are pending.
+// What fails is tried again at the next tick.
+func (d *Debugger) pinTick() (busy bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pins.tick++
+	if d.closed || d.pending == 0 || d.stepping() {
+		return d.pending > 0
+	}
+	for v := range d.vcpus {
+		if c := &d.vcpus[v]; c.stopped && !c.pinned && (d.pins.loose || d.pins.tick-c.tick > 1) {
+			if d.pin(v) != nil {
+				return true
+			}
+		}
+	}
+	if d.pins.n > 0 {
+		if d.takeAll() == nil {
+			_ = d.checkPins()
+		}
+	}
+	return true
+}
+
+// pin holds a stopped vCPU by itself.
+func (d *Debugger) pin(v int) error {
+	if d.pins.n == 0 {
+		info, err := d.hv.Info()
+		if err != nil {
+			return mapErr(err)
+		}
+		d.pins.ran, d.pins.cpuTime = false, info.CPUTime
+	}
+	if err := d.hold(v); err != nil {
+		return err
+	}
+	d.vcpus[v].pinned = true
+	d.pins.n++
+	return nil
+}
+
+// unpin undoes pin, if there was one.
+func (d *Debugger) unpin(v int) error {
+	if !d.vcpus[v].pinned {
+		return nil
+	}
+	if err := d.checkPins(); err != nil {
+		return err
+	}
+	if err := d.letGo(v); err != nil {
+		return fmt.Errorf("vCPU %d: release: %w", v, err)
+	}
+	d.vcpus[v].pinned = false
+	if d.pins.n--; d.pins.n == 0 {
+		d.pins.loose = false
+	}
+	return nil
+}
+
+// checkPins finds out whether somebody has unpaused the domain though vCPUs are
+// stopped. Then all of them are pinned, and what is owed is paid.
+func (d *Debugger) checkPins() error {
+	if d.pins.n == 0 || d.pins.loose || d.stepping() {
+		return nil
+	}
+	info, err := d.hv.Info()
+	if err != nil {
+		return mapErr(err)
+	}
+	if info.Flags&xenctrl.DomainPaused != 0 && (d.pins.ran || info.CPUTime == d.pins.cpuTime) {
+		d.pins.ran, d.pins.cpuTime = false, info.CPUTime
+		return nil
+	}
+	// From here on nothing moves, until our own pause is undone.
+	if err := attempts(d.hv.Pause); err != nil {
+		return err
+	}
+	d.owed++
+	if err := d.takeAll(); err != nil {
+		return err
+	}
+	for v := range d.vcpus {
+		if c := &d.vcpus[v]; c.stopped && !c.pinned {
+			if err := d.pin(v); err != nil {
+				return fmt.Errorf("vCPU %d: hold: %w", v, err)
+			}
+		}
+	}
+	d.pins.loose = true
+	return nil
+}

@@ -1,0 +1,74 @@
+package xen_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// TestNoFrame has a hostile PV guest execute an int3 of its own with a stack that isn't
+// there: nobody can be given that exception, but the guest can be left.
+func TestNoFrame(t *testing.T) {
+	cfg := xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1}
+	m := xentest.New(cfg)
+	va := m.Gaps()[0].VA + 0x100
+	m.Load(va, []byte{0xcc})
+	hv := m.Hypervisor()
+	drv, err := attachTo(hv, m, cfg)
+	require.NoError(t, err)
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+	require.NoError(t, hv.Pause())
+	var c xenctrl.VCPUContext
+	require.NoError(t, hv.VCPUContext(0, &c))
+	c.User.RIP, c.User.RSP = va, 0xffffc8ffffff0000
+	require.NoError(t, hv.SetVCPUContext(0, &c))
+	require.NoError(t, hv.Unpause())
+	m.Run(50)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err = e.Serve(ctx, true)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.NoError(t, e.Close())
+	assert.False(t, m.Attached())
+	assert.Zero(t, m.Pauses())
+	require.NoError(t, hv.VCPUContext(0, &c))
+	assert.Equal(t, va, c.User.RIP, "Xen sees what becomes of it")
+}
+
+// TestNoDebugFrame is TestNoFrame for a debug exception of the guest's own.
+func TestNoDebugFrame(t *testing.T) {
+	for _, serve := range []bool{false, true} {
+		m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1})
+		va := m.Gaps()[0].VA + 0x100
+		m.Load(va, []byte{0x90, 0x90, 0x90, 0x90})
+		hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
+		drv, err := xen.OpenDebugger(hv)
+		require.NoError(t, err)
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+		var c xenctrl.VCPUContext
+		require.NoError(t, hv.Pause())
+		require.NoError(t, hv.VCPUContext(0, &c))
+		c.User.RFLAGS |= 0x100
+		c.User.RIP, c.User.RSP = va, 0xffffc8ffffff0000
+		require.NoError(t, hv.SetVCPUContext(0, &c))
+		require.NoError(t, hv.Unpause())
+		m.RunVCPU(0, 1)
+		require.Equal(t, 1, m.Pauses(), "the exception has paused the domain")
+		if serve {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+			_, err := e.Serve(ctx, true)
+			cancel()
+			assert.ErrorIs(t, err, context.DeadlineExceeded)
+		}
+		require.NoError(t, e.Close())
+		assert.Zero(t, m.Pauses())
+	}
+}

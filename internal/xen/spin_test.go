@@ -1,0 +1,113 @@
+package xen
+
+import (
+	"context"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// asked counts how often a wait asks in the given time.
+func asked(ctx context.Context, p *pace, d time.Duration) (n int) {
+	p.start()
+	for begin := time.Now(); time.Since(begin) < d; n++ {
+		p.rest(ctx)
+	}
+	return n
+}
+
+func TestPace(t *testing.T) {
+	ctx := t.Context()
+	var p pace
+	// What doesn't come is asked for a few hundred times a second, after a beginning
+	// without rest. (It would be a few million times.)
+	n := asked(ctx, &p, 300*time.Millisecond)
+	p.done()
+	assert.False(t, p.near)
+	assert.Less(t, n, 2000)
+	assert.Equal(t, paceMax, p.sleep)
+
+	// An answer that comes soon makes the next wait one without rest, for a while.
+	p.start()
+	p.done()
+	assert.True(t, p.near)
+	begin := time.Now()
+	p.start()
+	for range 10 {
+		p.rest(ctx)
+	}
+	assert.Less(t, time.Since(begin), paceSpin)
+	asked(ctx, &p, 50*time.Millisecond)
+	p.done()
+	assert.False(t, p.near, "after 50 ms")
+
+	// The end of a context ends a sleep.
+	p.start()
+	p.begin -= 2 * paceIdle
+	p.sleep = time.Minute
+	short, cancel := context.WithTimeout(ctx, 5*time.Millisecond)
+	defer cancel()
+	begin = time.Now()
+	p.rest(short)
+	assert.Less(t, time.Since(begin), time.Second)
+	// A timer that was stopped so doesn't shorten the next sleep.
+	p.sleep = 20 * time.Millisecond
+	begin = time.Now()
+	p.rest(ctx)
+	assert.GreaterOrEqual(t, time.Since(begin), 20*time.Millisecond)
+
+	assert.Zero(t, testing.AllocsPerRun(20, func() {
+		p.start()
+		p.begin -= paceSpin
+		p.rest(ctx)
+		p.done()
+	}))
+}
+
+// quiet is a PV domain in which nothing happens.
+type quiet struct {
+	Hypervisor
+	polls int
+}
+
+func (q *quiet) Info() (xenctrl.DomainInfo, error)           { return xenctrl.DomainInfo{ID: 1}, nil }
+func (q *quiet) VCPUContext(int, *xenctrl.VCPUContext) error { return nil }
+func (q *quiet) SetDebugging(bool) error                     { return nil }
+func (q *quiet) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
+	q.polls++
+	s.VCPU = -1
+	return s, nil
+}
+
+// TestDebuggerWaitsAsleep: a second without a hit costs a few hundred polls; the end
+// of the context ends it; and garbage is collected meanwhile.
+func TestDebuggerWaitsAsleep(t *testing.T) {
+	q := new(quiet)
+	d, err := OpenDebugger(q)
+	require.NoError(t, err)
+	for _, procs := range []int{2, 1} {
+		old := runtime.GOMAXPROCS(procs)
+		q.polls = 0
+		ctx, cancel := context.WithCancel(t.Context())
+		var canceled time.Time
+		go func() {
+			time.Sleep(100 * time.Millisecond)
+			runtime.GC()
+			time.Sleep(900 * time.Millisecond)
+			canceled = time.Now()
+			cancel()
+		}()
+		require.ErrorIs(t, d.Wait(ctx, nil), context.Canceled)
+		assert.Less(t, time.Since(canceled), 100*time.Millisecond)
+		// Without rest for 50 µs, in which this Hypervisor can be asked very often.
+		assert.Less(t, q.polls, 2000)
+		assert.Greater(t, q.polls, 100)
+		t.Logf("%d processors: %d polls in a second", procs, q.polls)
+		runtime.GOMAXPROCS(old)
+	}
+}
