@@ -22,11 +22,13 @@ type duty uint8
 const (
 	dutyResume duty = iota
 	dutyReinject
-	dutyForeign  // find out whose breakpoint it is
-	dutyExecute  // have the instruction of the hit executed
-	dutyStepOn   // … by the driver
-	dutyComplete // correct what executing it has left
-	dutyGiveUp   // take the breakpoint out, and let the vCPU go on
+	dutyForeign // find out whose breakpoint it is
+	dutyExecute // have the instruction of the hit executed
+	dutyStepOn  // … by the driver
+	// dutyComplete corrects what executing it has left. It has no time limit: a vCPU
+	// that went on with the return address of a copy would bring the guest down.
+	dutyComplete
+	dutyGiveUp // take the breakpoint out, and let the vCPU go on
 )
 
 // executeFor is how long it is tried to execute an instruction whose memory can't

@@ -60,9 +60,6 @@ type Config struct {
 	// Late is how many instructions a vCPU may still execute after another one
 	// has paused the domain by a breakpoint. 0: 24; negative: none.
 	Late int
-	// EmulateRetry: one of this many emulations by the hypervisor does
-	// nothing, and the breakpoint hits again. 0: none.
-	EmulateRetry int
 	// AnyMask: the guest does not mind if a tool that enters its int3 handler
 	// leaves the event mask as it is and puts a wrong one into the frame, as
 	// one must that does not know where struct vcpu_info is.

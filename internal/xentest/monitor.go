@@ -236,11 +236,9 @@ func (m *Machine) hvmResume(v *vcpu) {
 	v.resume = false
 	if code := v.emulate; code != nil {
 		v.emulate = nil
-		if m.cfg.EmulateRetry == 0 || m.rng.IntN(m.cfg.EmulateRetry) != 0 {
-			m.emulated(v, code)
-			if v.halted {
-				return
-			}
+		m.emulated(v, code)
+		if v.halted {
+			return
 		}
 	}
 	if r := v.setRegs; r != nil {
