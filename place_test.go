@@ -22,8 +22,14 @@ type untouched struct {
 	read func(addr uint64, b []byte) error
 }
 
-func (untouched) Caps() breakpoint.Caps                 { return breakpoint.Caps{VCPUs: 1} }
-func (d untouched) Read(_, addr uint64, b []byte) error { return d.read(addr, b) }
+func (untouched) Caps() breakpoint.Caps { return breakpoint.Caps{VCPUs: 1} }
+
+func (d untouched) Read(_, addr uint64, b []byte) (int, error) {
+	if err := d.read(addr, b); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
 
 // lookedAt is a Session with a guest whose memory is in a file, and in which nothing
 // runs.

@@ -14,7 +14,6 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/linux"
-	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
@@ -168,7 +167,7 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 		Method:    breakpoint.Method(opts.Stepping),
 		Logger:    log,
 	})
-	s.readHit = func(addr uint64, b []byte) error { return s.drv.Read(s.cr3.Load(), addr, b) }
+	s.readHit = func(addr uint64, b []byte) error { _, err := s.drv.Read(s.cr3.Load(), addr, b); return err }
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.serveIdle(0)
@@ -518,7 +517,7 @@ func (s *Session) ReadMemory(b []byte, addr Addr) (n int, err error) { return s.
 func (s *Session) WriteMemory(addr Addr, b []byte) (n int, err error) { return s.write(0, addr, b) }
 
 func (s *Session) read(cr3 uint64, b []byte, addr Addr) (n int, err error) {
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Read(cr3, addr, b) })
+	n, err = s.drv.Read(cr3, uint64(addr), b)
 	s.eng.Overlay(uint64(addr), b[:n])
 	return n, s.fail("read", nil, err)
 }
@@ -529,24 +528,8 @@ func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
 		}
 	}
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Write(cr3, addr, b) })
+	n, err = s.drv.Write(cr3, uint64(addr), b)
 	return n, s.fail("write", nil, err)
-}
-
-// byPage does f page by page, so that it is known how far it came.
-func byPage(b []byte, addr Addr, f func(b []byte, addr uint64) error) (n int, err error) {
-	if len(b) > 0 && uint64(addr)+uint64(len(b))-1 < uint64(addr) {
-		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), paging.ErrNonCanonical)
-	}
-	for n < len(b) {
-		at := uint64(addr) + uint64(n)
-		k := min(len(b)-n, int(paging.PageSize-at%paging.PageSize))
-		if err := f(b[n:n+k], at); err != nil {
-			return n, err
-		}
-		n += k
-	}
-	return n, nil
 }
 
 // Stats returns how the Session's hits were served.
@@ -631,7 +614,7 @@ func (s *Session) rewriting() bool {
 // shows its breakpoints is no matter here.
 func (s *Session) scratch(_ uint64, try func(addr, size uint64) bool) {
 	linux.Text{Symbols: s.syms, Read: func(addr uint64, b []byte) (int, error) {
-		return len(b), s.drv.Read(0, addr, b)
+		return s.drv.Read(0, addr, b)
 	}}.DeadCode(try)
 }
 

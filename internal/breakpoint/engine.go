@@ -563,16 +563,9 @@ func (e *Engine) canStepNow(in *x86.Insn) error {
 // be the guest patching itself, which takes it microseconds.
 func (e *Engine) readInsn(addr uint64) (x86.Insn, error) {
 	var b [x86.MaxLen]byte
-	n := len(b)
-	if err := e.drv.Read(0, addr, b[:]); err != nil {
-		// The instruction may end before the page does.
-		n = min(n, int(4096-addr%4096))
-		if n == len(b) {
-			return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
-		}
-		if err := e.drv.Read(0, addr, b[:n]); err != nil {
-			return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
-		}
+	n, err := e.drv.Read(0, addr, b[:]) // the instruction may end where what is mapped does
+	if err != nil && n == 0 {
+		return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
 	}
 	e.overlay(addr, b[:n])
 	in, err := x86.Decode(b[:n])

@@ -134,7 +134,7 @@ func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
 // long as that can't be told the guest is given nothing.
 func (e *Engine) foreign(s *Stop) error {
 	b := e.buf[:1]
-	err := e.again(func() error { return e.drv.Read(s.Regs.CR3, s.Regs.IP, b) })
+	err := e.again(func() error { _, err := e.drv.Read(s.Regs.CR3, s.Regs.IP, b); return err })
 	switch {
 	case err == nil:
 	case transient(err):
@@ -592,5 +592,9 @@ type memory struct {
 	cr3 uint64
 }
 
-func (m *memory) ReadVirt(addr uint64, b []byte) error  { return m.drv.Read(m.cr3, addr, b) }
+func (m *memory) ReadVirt(addr uint64, b []byte) error {
+	_, err := m.drv.Read(m.cr3, addr, b)
+	return err
+}
+
 func (m *memory) WriteVirt(addr uint64, b []byte) error { return m.drv.Store(m.cr3, addr, b) }

@@ -98,10 +98,10 @@ func first(hook, call func() error) error {
 	return call()
 }
 
-func (d *hooked) Read(cr3, addr uint64, b []byte) error {
+func (d *hooked) Read(cr3, addr uint64, b []byte) (int, error) {
 	if d.read != nil {
 		if err := d.read(addr); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	return d.Driver.Read(cr3, addr, b)

@@ -78,7 +78,7 @@ func (e *Engine) takeSlot(s *site) *slot {
 			}
 		}
 		buf := make([]byte, size)
-		if err := e.drv.Read(0, addr, buf); err != nil {
+		if _, err := e.drv.Read(0, addr, buf); err != nil {
 			return false
 		}
 		for _, c := range buf {

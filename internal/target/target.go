@@ -61,7 +61,7 @@ type Driver interface {
 	SetKernelRoot(paging.Root)
 	// Write writes in spite of the guest's page protection, with the page tables
 	// of cr3, or with the kernel's own if that is 0.
-	Write(cr3, addr uint64, b []byte) error
+	Write(cr3, addr uint64, b []byte) (n int, err error)
 }
 
 // A Freezer is a guest that does better if it stands still while much of its

@@ -132,9 +132,9 @@ func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
 		g.close = func() error { return errors.Join(closeAll(), release()) }
 	}
 	if g.info.Kind == PV {
-		return xen.OpenDebugger(g.hv)
+		return xen.OpenDebugger(g.hv, g.Cache)
 	}
-	return xen.OpenMonitor(g.hv)
+	return xen.OpenMonitor(g.hv, g.Cache)
 }
 
 // PhysicalPages implements [Sized].

@@ -45,7 +45,7 @@ func TestDebugException(t *testing.T) {
 		t.Run(fmt.Sprintf("served=%v", serve), func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv)
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			var c xenctrl.VCPUContext
@@ -89,7 +89,7 @@ func TestPausedByOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv)
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
 			require.NoError(t, err)
 			if c.symbols { // all of the text is what runs before DR6 is read
 				drv.UseSymbols(func(name string) (uint64, bool) {

@@ -88,7 +88,7 @@ func (q *quiet) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 // of the context ends it; and garbage is collected meanwhile.
 func TestDebuggerWaitsAsleep(t *testing.T) {
 	q := new(quiet)
-	d, err := OpenDebugger(q)
+	d, err := OpenDebugger(q, NewFrames(q))
 	require.NoError(t, err)
 	for _, procs := range []int{2, 1} {
 		old := runtime.GOMAXPROCS(procs)
