@@ -61,6 +61,8 @@ var (
 
 // Errors of addresses and symbols.
 var (
+	// ErrNoKernel: no Linux kernel was found in the guest's memory.
+	ErrNoKernel = linux.ErrNoKernel
 	// ErrNoSymbols: the Session has no symbol table.
 	ErrNoSymbols = linux.ErrNoSymbols
 	// ErrSymbolNotFound and ErrAmbiguous: the table has no such symbol, or several.

@@ -22,6 +22,9 @@ import (
 //
 // Without the symbols _stext and _etext nothing is proposed.
 func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
+	if k == nil {
+		return
+	}
 	// Not readText: the caller may hold what the overlay needs, and no breakpoint is
 	// in dead code.
 	Text{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.DeadCode(try)

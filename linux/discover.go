@@ -525,6 +525,9 @@ func buildID(notes []byte) string {
 // Types returns the kernel's types: those given to Discover, else its own (BTF),
 // else what its structures let on. They are looked for at the first call.
 func (k *Kernel) Types() (*ktype.Types, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	k.typesOnce.Do(func() {
 		k.types, k.typesErr = k.findTypes()
 		if k.typesErr != nil {

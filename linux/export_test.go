@@ -11,6 +11,9 @@ import (
 // InferTypes returns the kernel as one without type information, and, if so
 // asked, without symbols of data.
 func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	c := &Kernel{machine: k.machine, mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
 	if noData {
 		var b strings.Builder

@@ -18,7 +18,8 @@ import (
 
 // Errors.
 var (
-	// ErrNoKernel: the page tables in use map no Linux kernel.
+	// ErrNoKernel: the page tables in use map no Linux kernel. It is also what the
+	// methods of a nil Kernel return.
 	ErrNoKernel = errors.New("no Linux kernel found: has the guest booted?")
 	// ErrNoSymbols: the kernel has no symbol table, or none that is understood.
 	ErrNoSymbols = errors.New("the kernel's symbols are not known")
@@ -83,6 +84,10 @@ type Options struct {
 
 // A Kernel is a running Linux kernel. Its methods are safe for concurrent use if
 // its Machine is.
+//
+// A nil Kernel is one that isn't known. Its methods return ErrNoKernel, or the zero
+// value if they return no error, so that a chain of calls fails at its end. Only
+// ExpectedFault differs: of an unknown kernel any fault may be expected.
 type Kernel struct {
 	machine Machine
 	mem     *paging.Memory
@@ -137,6 +142,9 @@ func (r Rung) String() string {
 // Explain returns what has been found so far, and why it is believed. Types are
 // looked for when they are first needed.
 func (k *Kernel) Explain() []Rung {
+	if k == nil {
+		return nil
+	}
 	k.rungMu.Lock()
 	defer k.rungMu.Unlock()
 	return append([]Rung(nil), k.rungs...)
@@ -159,14 +167,24 @@ func (k *Kernel) explain(name string, err error, why, format string, args ...any
 
 // Symbols returns the kernel's symbols, at the addresses where they are now.
 // Those of modules aren't among them: see [Kernel.AllSymbols].
-func (k *Kernel) Symbols() *sysmap.Map { return k.syms }
+func (k *Kernel) Symbols() *sysmap.Map {
+	if k == nil {
+		return nil
+	}
+	return k.syms
+}
 
 // Banner returns the kernel's version string, "Linux version …".
-func (k *Kernel) Banner() string { return k.banner }
+func (k *Kernel) Banner() string {
+	if k == nil {
+		return ""
+	}
+	return k.banner
+}
 
 // Release returns what uname -r prints, the third word of the banner.
 func (k *Kernel) Release() string {
-	return release(k.banner)
+	return release(k.Banner())
 }
 
 func release(banner string) string {
@@ -178,19 +196,42 @@ func release(banner string) string {
 
 // BuildID returns the kernel's build id in hexadecimal digits, or "" if it has
 // none.
-func (k *Kernel) BuildID() string { return k.buildID }
+func (k *Kernel) BuildID() string {
+	if k == nil {
+		return ""
+	}
+	return k.buildID
+}
 
 // Bits returns the width of the kernel, 32 or 64.
-func (k *Kernel) Bits() int { return k.bits }
+func (k *Kernel) Bits() int {
+	if k == nil {
+		return 0
+	}
+	return k.bits
+}
 
 // Root returns the page tables of the kernel itself, which live as long as it.
-func (k *Kernel) Root() paging.Root { return k.root }
+func (k *Kernel) Root() paging.Root {
+	if k == nil {
+		return 0
+	}
+	return k.root
+}
 
 // Memory returns the guest's memory behind page tables.
-func (k *Kernel) Memory() *paging.Memory { return k.mem }
+func (k *Kernel) Memory() *paging.Memory {
+	if k == nil {
+		return nil
+	}
+	return k.mem
+}
 
 // Read reads kernel memory. An error means that not all of it could be read.
 func (k *Kernel) Read(addr uint64, b []byte) error {
+	if k == nil {
+		return ErrNoKernel
+	}
 	_, err := k.mem.Read(k.root, paging.VAddr(addr), b)
 	return err
 }
@@ -202,6 +243,9 @@ const maxString = 4096
 // limit bytes, or of more than 4096, is cut off there. The bytes are the guest's:
 // quote them before they go to a terminal.
 func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
+	if k == nil {
+		return "", ErrNoKernel
+	}
 	return readString(k.Read, addr, limit)
 }
 
@@ -239,6 +283,9 @@ func readPointer(read func(uint64, []byte) error, addr uint64, bits int) (uint64
 
 // symbol returns the address of a symbol of the kernel's.
 func (k *Kernel) symbol(name string) (uint64, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	s, err := k.syms.Lookup(name)
 	if err != nil {
 		return 0, err

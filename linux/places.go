@@ -198,6 +198,9 @@ func (p *places) sort() {
 
 // placesOf returns what is known of the text that addr is in.
 func (k *Kernel) placesOf(addr uint64) (*places, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	p, err := k.kernelPlaces()
 	if err != nil {
 		return nil, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, err)

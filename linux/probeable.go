@@ -176,6 +176,9 @@ func (k *Kernel) FtraceSite(addr uint64) (traced, ok bool) {
 // FtraceSites returns how many instructions of the kernel ftrace may rewrite, and
 // so how many of its functions its own tracers can trace.
 func (k *Kernel) FtraceSites() (int, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	p, err := k.kernelPlaces()
 	if err != nil {
 		return 0, err
@@ -200,6 +203,9 @@ func isFunction(s sysmap.Symbol) bool {
 func (k *Kernel) Functions(pattern string) (iter.Seq[sysmap.Symbol], error) {
 	if _, err := path.Match(pattern, ""); err != nil {
 		return nil, fmt.Errorf("%q: %w", pattern, err)
+	}
+	if k == nil {
+		return nil, ErrNoKernel
 	}
 	p, err := k.kernelPlaces()
 	if err != nil {

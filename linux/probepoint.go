@@ -14,7 +14,11 @@ import (
 // was read at addr, what is under them. Nil is nothing. It is called in
 // [Kernel.Boundary], [Kernel.ProbePoint], [Kernel.Probeable], [Kernel.Blacklisted]
 // and [Kernel.FtraceSite], and by whatever goroutine calls those.
-func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) { k.overlay.Store(&overlay) }
+func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) {
+	if k != nil {
+		k.overlay.Store(&overlay)
+	}
+}
 
 // readText is Read without breakpoints of the caller's own.
 func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
@@ -36,6 +40,9 @@ func (k *Kernel) textOf(p *places) (Text, error) {
 
 // Boundary is [Text.Boundary] of the kernel's text and its modules'.
 func (k *Kernel) Boundary(addr uint64) error {
+	if k == nil {
+		return ErrNoKernel
+	}
 	syms := k.syms
 	if _, _, ok := syms.Find(addr); !ok {
 		var err error

@@ -49,6 +49,9 @@ func (k *Kernel) Syscall(name string) (Syscall, error) {
 // Syscalls returns every system call that the kernel describes, by address of the
 // description.
 func (k *Kernel) Syscalls() ([]Syscall, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	o := k.begin("system calls")
 	var all []Syscall
 	for sym := range k.syms.All() {

@@ -252,6 +252,9 @@ func (k *Kernel) PerCPU(cpu int) (uint64, error) {
 // kernel side can be reached as well. For a task without memory of its own it
 // returns ErrNoMemory.
 func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	if t.MM == 0 {
 		return 0, fmt.Errorf("%v: %w", t, ErrNoMemory)
 	}
@@ -296,6 +299,9 @@ type Layout struct {
 
 // Layout returns where the parts of a task's memory are.
 func (k *Kernel) Layout(t Task) (Layout, error) {
+	if k == nil {
+		return Layout{}, ErrNoKernel
+	}
 	if t.MM == 0 {
 		return Layout{}, fmt.Errorf("%v: %w", t, ErrNoMemory)
 	}
