@@ -54,3 +54,6 @@ func FromVMCoreInfo(page []byte, m Machine) error {
 	_, err := parseVMCoreInfo(page).image(m)
 	return err
 }
+
+// IsText reports whether a parameter is likely a string.
+var IsText = isText
