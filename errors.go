@@ -78,6 +78,8 @@ var (
 	ErrNoWayPast = breakpoint.ErrNoWayPast
 	// ErrNotProbeable: the guest's own kprobes would refuse the address.
 	ErrNotProbeable = linux.ErrNotProbeable
+	// ErrNoPrototype: the guest's kernel doesn't tell what a function's arguments are.
+	ErrNoPrototype = linux.ErrNoPrototype
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
 	// ErrTextChanged: the guest changed its code at the probe while it was armed.

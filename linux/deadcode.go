@@ -27,33 +27,33 @@ func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
 	}
 	// Not readText: the caller may hold what the overlay needs, and no breakpoint is
 	// in dead code.
-	Text{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.DeadCode(try)
+	kernelText{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.deadCode(try)
 }
 
-// DeadCode is [Kernel.DeadCode] of text whose symbols are the kernel's.
-func (t Text) DeadCode(try func(addr, size uint64) bool) {
-	start, size, err := section(t.Symbols, "_stext", "_etext", 1<<30)
+// deadCode is [Kernel.DeadCode] of the kernel's own text.
+func (t kernelText) deadCode(try func(addr, size uint64) bool) {
+	start, size, err := section(t.syms, "_stext", "_etext", 1<<30)
 	if err != nil {
 		return
 	}
-	d := &deadCode{t: t, text: span{start: start, end: start + size}, try: try}
+	d := &deadCode{t: t, in: span{start: start, end: start + size}, try: try}
 	for _, c := range []struct {
 		symbol string
 		before bool
 	}{{"__entry_text_end", false}, {"__entry_text_start", true}, {"_etext", true}} {
-		sym, err := t.Symbols.Lookup(c.symbol)
-		if err != nil || sym.Addr < d.text.start || sym.Addr > d.text.end {
+		sym, err := t.syms.Lookup(c.symbol)
+		if err != nil || sym.Addr < d.in.start || sym.Addr > d.in.end {
 			continue
 		}
 		at := sym.Addr
 		if c.before {
-			at -= min(at-d.text.start, deadGap)
+			at -= min(at-d.in.start, deadGap)
 		}
-		if d.scan(at, min(d.text.end-at, deadGap)) {
+		if d.scan(at, min(d.in.end-at, deadGap)) {
 			return
 		}
 	}
-	d.scan(d.text.start, size)
+	d.scan(d.in.start, size)
 }
 
 const (
@@ -64,9 +64,9 @@ const (
 )
 
 type deadCode struct {
-	t    Text
-	text span
-	try  func(addr, size uint64) bool
+	t   kernelText
+	in  span
+	try func(addr, size uint64) bool
 }
 
 // scan looks for runs of int3 in n bytes from addr on. The run's beginning and end
@@ -77,7 +77,7 @@ func (d *deadCode) scan(addr, n uint64) bool {
 	var page [paging.PageSize]byte
 	for at := addr; at < end; {
 		b := page[:min(end-at, paging.PageSize-at%paging.PageSize)]
-		if _, err := d.t.Read(at, b); err != nil {
+		if _, err := d.t.read(at, b); err != nil {
 			clear(b)
 		}
 		for i, c := range b {
@@ -112,7 +112,7 @@ func (d *deadCode) propose(addr, n uint64) bool {
 // unused tells by what is before a run whether it is only what fills the room
 // between sections.
 func (d *deadCode) unused(addr uint64) bool {
-	sym, off, ok := d.t.Symbols.Find(addr)
+	sym, off, ok := d.t.syms.Find(addr)
 	if !ok {
 		return false
 	}

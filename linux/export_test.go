@@ -55,5 +55,10 @@ func FromVMCoreInfo(page []byte, m Machine) error {
 	return err
 }
 
+// DeadCodeWithoutSymbols looks for dead code where there is nothing to look at.
+func DeadCodeWithoutSymbols(try func(addr, size uint64) bool) {
+	kernelText{read: func(uint64, []byte) (int, error) { panic("there is nothing to read") }}.deadCode(try)
+}
+
 // IsText reports whether a parameter is likely a string.
 var IsText = isText

@@ -14,10 +14,10 @@ import (
 var (
 	// ErrNotProbeable: the kernel itself would not allow a probe there.
 	ErrNotProbeable = errors.New("no place for a probe")
-	// ErrUnknownPlaces: one of the kernel's tables of what it rewrites is there, and
-	// can't be found, read or understood, so that no place is known to be safe. It
-	// wraps ErrNotProbeable.
-	ErrUnknownPlaces = fmt.Errorf("%w: not all is known of what the kernel rewrites", ErrNotProbeable)
+	// ErrUnknownPlaces: the guest doesn't tell whether a probe is safe there. One of
+	// the kernel's tables of what it rewrites can't be found, read or understood, or
+	// nothing shows where instructions begin. It wraps ErrNotProbeable.
+	ErrUnknownPlaces = fmt.Errorf("%w: cannot tell whether it is a safe one", ErrNotProbeable)
 )
 
 // Probeable returns nil if a breakpoint may be at addr, and else an error that
@@ -86,7 +86,7 @@ func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 	if err != nil {
 		return "", err
 	}
-	syms := text.Symbols
+	syms := text.syms
 	// The bytes before a function belong to what mitigations put there: call depth
 	// tracking writes them when it first needs them (patch_dest in
 	// arch/x86/kernel/callthunks.c), kCFI and FineIBT have their hash and check

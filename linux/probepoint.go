@@ -30,15 +30,20 @@ func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
 }
 
 // textOf returns the text that p is of.
-func (k *Kernel) textOf(p *places) (Text, error) {
+func (k *Kernel) textOf(p *places) (kernelText, error) {
 	if p.module == "" {
-		return Text{k.syms, k.readText}, nil
+		return kernelText{k.syms, k.readText}, nil
 	}
 	all, err := k.AllSymbols()
-	return Text{all, k.readText}, err
+	return kernelText{all, k.readText}, err
 }
 
-// Boundary is [Text.Boundary] of the kernel's text and its modules'.
+// Boundary returns nil if addr is the start of an instruction of the kernel or of a
+// module, by decoding its function from the beginning, as the kernel's can_probe does
+// (arch/x86/kernel/kprobes/core.c). Breakpoints of the caller's own are not decoded:
+// see [Kernel.SetOverlay]. The error wraps ErrNotProbeable: it is x86's ErrNotBoundary
+// where addr is inside an instruction, and ErrUnknownPlaces where no symbol or no code
+// tells.
 func (k *Kernel) Boundary(addr uint64) error {
 	if k == nil {
 		return ErrNoKernel
@@ -50,7 +55,47 @@ func (k *Kernel) Boundary(addr uint64) error {
 			return fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrUnknownPlaces, err)
 		}
 	}
-	return Text{syms, k.readText}.Boundary(addr)
+	return kernelText{syms, k.readText}.boundary(addr)
+}
+
+// Placing says how [Kernel.Place] chooses. The zero value is the safe choice.
+type Placing struct {
+	// Hidden says that the guest can't see the breakpoint, in a register or in a view
+	// of its own: it may stand anywhere.
+	Hidden bool
+	// Force takes the risk of a place that the kernel forbids, or doesn't tell about.
+	// An address inside an instruction is refused all the same.
+	Force bool
+}
+
+// Place returns where the breakpoint of a probe at addr has to stand, or why there
+// may be none. It is [Kernel.Probeable] and [Kernel.ProbePoint] together. Places of
+// which it isn't known whether the kernel expects their faults are refused as well:
+// see [Kernel.FaultsKnown].
+func (k *Kernel) Place(addr uint64, how Placing) (uint64, error) {
+	boundary := k.Boundary(addr)
+	if k == nil || errors.Is(boundary, x86.ErrNotBoundary) {
+		return 0, boundary
+	}
+	if !how.Force {
+		if err := k.Blacklisted(addr); err != nil {
+			return 0, err
+		}
+		if err := k.FaultsKnown(addr); err != nil {
+			return 0, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, err)
+		}
+		if boundary != nil {
+			return 0, boundary
+		}
+	}
+	if how.Hidden {
+		return addr, nil
+	}
+	at, err := k.ProbePoint(addr)
+	if err != nil && how.Force {
+		return addr, nil //nolint:nilerr // the caller takes the risk
+	}
+	return at, err
 }
 
 // ProbePoint returns where a breakpoint has to stand, so that it is hit as often as
@@ -167,7 +212,7 @@ func (f *function) traceable(at uint64) error {
 }
 
 // beyond checks that at is a place that is come to from addr only.
-func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) error {
+func (k *Kernel) beyond(p *places, text kernelText, f *function, addr, at uint64) error {
 	if at >= f.start+uint64(len(f.code)) {
 		return fmt.Errorf("%#x is behind the end of %q", at, f.name)
 	}
@@ -184,7 +229,7 @@ func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) erro
 		return fmt.Errorf("%#x: a jump label leads there, too", at)
 	}
 	parts := []function{*f}
-	for _, s := range text.Symbols.LookupAll(f.name + ".cold") {
+	for _, s := range text.syms.LookupAll(f.name + ".cold") {
 		cold, err := text.functionAt(s.Addr)
 		if err != nil {
 			return err

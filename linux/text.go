@@ -8,12 +8,13 @@ import (
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
-// Text is kernel text: its symbols, and how it is read.
-type Text struct {
-	Symbols *sysmap.Map
-	// Read reads len(b) bytes at addr, or only the first n and says why. Breakpoints
-	// that aren't the guest's must not show in them.
-	Read func(addr uint64, b []byte) (n int, err error)
+// kernelText is the text of the kernel, or of it and its modules: its symbols, and how
+// it is read.
+type kernelText struct {
+	syms *sysmap.Map
+	// read reads len(b) bytes at addr, or only the first n and says why. Breakpoints
+	// of the caller's own don't show in them where instructions are decoded.
+	read func(addr uint64, b []byte) (n int, err error)
 }
 
 // A function is the code of the function that an address is in.
@@ -28,32 +29,30 @@ type function struct {
 const maxFunction = 1 << 20
 
 // functionAt reads the function that addr is in, to its end.
-func (t Text) functionAt(addr uint64) (f function, err error) {
-	sym, off, ok := t.Symbols.Find(addr)
+func (t kernelText) functionAt(addr uint64) (f function, err error) {
+	sym, off, ok := t.syms.Find(addr)
 	if !ok {
-		return f, fmt.Errorf("%#x: %w: in no function that has a name", addr, ErrNotProbeable)
+		return f, fmt.Errorf("%#x: %w: in no function that has a name", addr, ErrUnknownPlaces)
 	}
 	if off > maxFunction {
-		return f, fmt.Errorf("%#x: %w: %#x bytes behind %q, the nearest symbol", addr, ErrNotProbeable, off, sym.Name)
+		return f, fmt.Errorf("%#x: %w: %#x bytes behind %q, the nearest symbol", addr, ErrUnknownPlaces, off, sym.Name)
 	}
-	end, ok := t.Symbols.FuncEnd(addr)
+	end, ok := t.syms.FuncEnd(addr)
 	if !ok || end <= addr {
 		end = addr + 1
 	}
 	f = function{sym.Name, sym.Addr, make([]byte, min(end-sym.Addr, maxFunction+x86.MaxLen))}
-	n, err := t.Read(f.start, f.code)
+	n, err := t.read(f.start, f.code)
 	if uint64(n) <= off {
-		return f, fmt.Errorf("%#x: %w: the code of %q can't be read: %w", addr, ErrNotProbeable, f.name, err)
+		return f, fmt.Errorf("%#x: %w: the code of %q can't be read: %w", addr, ErrUnknownPlaces, f.name, err)
 	}
 	f.code = f.code[:n]
 	return f, nil
 }
 
-// Boundary returns nil if addr is the start of an instruction, by decoding its
-// function from the beginning, as the kernel's can_probe does. Else the error wraps
-// ErrNotProbeable, and x86's ErrNotBoundary where addr is inside an instruction.
-func (t Text) Boundary(addr uint64) error {
-	if sym, off, ok := t.Symbols.Find(addr); ok && off == 0 && sym.Addr == addr {
+// boundary returns nil if addr is the start of an instruction: see [Kernel.Boundary].
+func (t kernelText) boundary(addr uint64) error {
+	if sym, off, ok := t.syms.Find(addr); ok && off == 0 && sym.Addr == addr {
 		return nil
 	}
 	f, err := t.functionAt(addr)
