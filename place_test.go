@@ -2,6 +2,7 @@ package vmprobes
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/kerneltest"
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
@@ -136,4 +138,44 @@ func TestPlacesUnknown(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoSymbols)
 	refused(s, fn(1))
 	require.NotErrorIs(t, err, linux.ErrUnknownPlaces)
+}
+
+// TestOwnBreakpoints decodes functions with and without breakpoints of the Session's
+// own in them: the answers must be the same, through the Session and through its
+// guest's kernel.
+func TestOwnBreakpoints(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		// Instructions of more than one byte, each followed by others of its function.
+		var under []*Probe
+		insns := m.Insns()
+		for i, in := range insns {
+			if name, off, ok := s.Symbolize(Addr(in.VA)); ok && len(in.Bytes) > 1 && i+1 < len(insns) && insns[i+1].Func == in.Func {
+				p := &Probe{Symbol: name, Offset: off}
+				if s.Register(p) == nil {
+					under = append(under, p)
+				}
+			}
+			if len(under) == 12 {
+				break
+			}
+		}
+		require.Len(t, under, 12)
+		visible := 0
+		for _, site := range s.eng.Sites() {
+			if m.Peek(site.Addr, 1)[0] == 0xcc && site.Orig[0] != 0xcc {
+				visible++
+			}
+		}
+		require.Greater(t, visible, 9, "they must be in the guest's memory")
+		answers := func() (all []string) {
+			for addr := uint64(xentest.TextBase); addr < xentest.TextBase+0x800; addr++ {
+				all = append(all, fmt.Sprint(s.kernel.Boundary(addr)))
+			}
+			return all
+		}
+		with := answers()
+		require.NoError(t, s.Unregister(under...))
+		require.Equal(t, answers(), with)
+		assert.Contains(t, with, "<nil>")
+	})
 }

@@ -1,15 +1,12 @@
 package linux_test
 
 import (
-	"context"
-	"fmt"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/kerneltest"
-	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
@@ -119,31 +116,4 @@ func TestLookupUnloaded(t *testing.T) {
 	s.Put64(next+8, m)
 	_, err = k.Lookup("demo_run")
 	require.NoError(t, err)
-}
-
-func ExampleKernel_Lookup() {
-	// Any [linux.Machine] will do; xenaccess.Guest.Linux returns the kernel of a
-	// running guest, or of a saved one.
-	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
-	kernel, err := linux.Discover(context.Background(), guest.Machine(), nil)
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	for _, name := range []string{"fn_0042", "sys_openat", "demo:demo_run"} {
-		sym, err := kernel.Lookup(name)
-		if err != nil {
-			fmt.Println(err)
-			continue
-		}
-		if note := sym.Note(); note != "" {
-			fmt.Println(note)
-		}
-		fmt.Println(sym)
-	}
-	// Output:
-	// ffffffff810002b0 t fn_0042
-	// this kernel has no sys_openat; __x64_sys_openat, the wrapper of the system call, is used: its one argument points to the caller's registers
-	// ffffffff8100a0a0 T __x64_sys_openat
-	// ffffffffc0000010 T demo_run [demo]
 }
