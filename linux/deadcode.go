@@ -10,23 +10,22 @@ import (
 // int3 (0xcc), that nothing executes and nothing else will use, best first, until
 // try returns true. Several may be next to each other.
 //
-// They are what the linker fills the room between sections of the text with
-// (arch/x86/kernel/vmlinux.lds.S, ":text = 0xcccc"): a good part of 2 MiB before and
-// behind the entry code where page tables are isolated, and some hundred bytes in
-// any kernel. Memory outside of the kernel's text is never proposed, whatever is in
-// it: near modules, pages full of int3 are where the guest puts BPF programs and
-// thunks (bpf_prog_pack in kernel/bpf/core.c, its_alloc in
-// arch/x86/kernel/alternative.c). Nor are the hypercall page, the unused half of
-// which Xen fills with int3, and writes again when it resumes the guest; and the
-// thunks, between which there are int3, too.
+// The linker fills the gaps between sections of the text with int3
+// (arch/x86/kernel/vmlinux.lds.S, ":text = 0xcccc"): up to 2 MiB before and after the
+// entry code of a kernel with page-table isolation, a few hundred bytes in any other.
+// Memory outside of the kernel's text is never proposed, whatever it holds: pages full
+// of int3 near the modules are where the guest puts BPF programs and thunks
+// (bpf_prog_pack in kernel/bpf/core.c, its_alloc in arch/x86/kernel/alternative.c).
+// Nor is the hypercall page, whose unused half Xen fills with int3 and writes again
+// when it resumes the guest, nor the int3 between thunks.
 //
 // Without the symbols _stext and _etext nothing is proposed.
 func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
 	if k == nil {
 		return
 	}
-	// Not readText: the caller may hold what the overlay needs, and no breakpoint is
-	// in dead code.
+	// Not readText: the caller may hold the lock that the overlay takes, and there is
+	// no breakpoint in dead code.
 	kernelText{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.deadCode(try)
 }
 
@@ -69,8 +68,8 @@ type deadCode struct {
 	try func(addr, size uint64) bool
 }
 
-// scan looks for runs of int3 in n bytes from addr on. The run's beginning and end
-// are known only if they are among them.
+// scan looks for runs of int3 in n bytes from addr on. Of a run that begins before
+// them, or ends after, it sees only what is among them.
 func (d *deadCode) scan(addr, n uint64) bool {
 	end := addr + n
 	run := uint64(0)
@@ -109,8 +108,8 @@ func (d *deadCode) propose(addr, n uint64) bool {
 	return false
 }
 
-// unused tells by what is before a run whether it is only what fills the room
-// between sections.
+// unused reports whether a run is what the linker put between sections, by the symbol
+// before it.
 func (d *deadCode) unused(addr uint64) bool {
 	sym, off, ok := d.t.syms.Find(addr)
 	if !ok {

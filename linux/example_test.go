@@ -94,9 +94,9 @@ func ExampleKernel_Place() {
 			fmt.Println(err)
 			continue
 		}
-		fmt.Printf("%s: %d bytes behind its beginning\n", name, at-sym.Addr)
+		fmt.Printf("%s: %d bytes after its beginning\n", name, at-sym.Addr)
 	}
 	// Output:
-	// fn_0400: 5 bytes behind its beginning
+	// fn_0400: 5 bytes after its beginning
 	// 0xffffffff810012d0: no place for a probe: the kernel rewrites the instruction while it runs (a jump label)
 }

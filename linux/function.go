@@ -9,7 +9,7 @@ import (
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
-// ErrNoPrototype: the kernel doesn't tell what the arguments of a function are.
+// ErrNoPrototype: the kernel's types don't have a function's arguments.
 var ErrNoPrototype = errors.New("the function's arguments are not known")
 
 // A Function is how a function of the kernel is called.

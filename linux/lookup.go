@@ -75,7 +75,7 @@ func found(sym sysmap.Symbol, asked string) Symbol {
 	return s
 }
 
-// suggest adds to err, which says that a name isn't in all, what can be told of that.
+// suggest adds to err, which says that all has no such name, names that it has.
 // merr is why all lacks the symbols of modules.
 func (k *Kernel) suggest(name string, all *sysmap.Map, err, merr error) error {
 	mod, plain := splitName(name)

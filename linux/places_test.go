@@ -51,7 +51,7 @@ func TestProbePoint(t *testing.T) {
 		{fn(520), fn(520), "", ""},     // any call
 		{text + 0x200, text + 0x205, "", ""},
 		{text + 0x205, text + 0x205, "", ""},
-		// What is behind it won't do, but the ENDBR64 itself.
+		// What follows it won't do, but the ENDBR64 itself.
 		{fn(470), fn(470), "", `the branch at "fn_0470"+0xa leads there`},
 		{fn(470) + 4, 0, `the branch at "fn_0470"+0xa leads there`, ""},
 		{fn(430), 0, "jump label", ""},
@@ -98,7 +98,7 @@ func TestProbePoint(t *testing.T) {
 	s.Bytes(fn(400))[0] = 0xcc
 	_, err = k.ProbePoint(fn(400))
 	require.ErrorIs(t, err, linux.ErrNotProbeable)
-	assert.ErrorContains(t, err, "rewrites ftrace's instruction at this moment")
+	assert.ErrorContains(t, err, "is rewriting ftrace's instruction")
 }
 
 var errNoRegisters = errors.New("no registers now")
@@ -222,9 +222,9 @@ func TestBooting(t *testing.T) {
 	k := discover(t, s)
 	err := k.Probeable(kerneltest.Fn(1))
 	require.ErrorIs(t, err, linux.ErrNotProbeable)
-	assert.ErrorContains(t, err, "boots")
+	assert.ErrorContains(t, err, "still booting")
 	_, err = k.Functions("*")
-	require.ErrorContains(t, err, "boots")
+	require.ErrorContains(t, err, "still booting")
 	s.Put32(s.Sym["system_state"], 2)
 	s.Put64(s.Sym["ftrace_pages_start"], first)
 	err = k.Probeable(kerneltest.Fn(1))

@@ -17,7 +17,7 @@ type kernelText struct {
 	read func(addr uint64, b []byte) (n int, err error)
 }
 
-// A function is the code of the function that an address is in.
+// A function is the code of one function.
 type function struct {
 	name  string
 	start uint64
@@ -32,10 +32,10 @@ const maxFunction = 1 << 20
 func (t kernelText) functionAt(addr uint64) (f function, err error) {
 	sym, off, ok := t.syms.Find(addr)
 	if !ok {
-		return f, fmt.Errorf("%#x: %w: in no function that has a name", addr, ErrUnknownPlaces)
+		return f, fmt.Errorf("%#x: %w: no symbol covers it", addr, ErrUnknownPlaces)
 	}
 	if off > maxFunction {
-		return f, fmt.Errorf("%#x: %w: %#x bytes behind %q, the nearest symbol", addr, ErrUnknownPlaces, off, sym.Name)
+		return f, fmt.Errorf("%#x: %w: %#x bytes after %q, the nearest symbol", addr, ErrUnknownPlaces, off, sym.Name)
 	}
 	end, ok := t.syms.FuncEnd(addr)
 	if !ok || end <= addr {
@@ -66,8 +66,8 @@ func (f *function) boundary(addr uint64) error {
 	if err := x86.FindBoundary(f.code, f.start, addr); err != nil {
 		return fmt.Errorf("%w: %q: %w", ErrNotProbeable, f.name, err)
 	}
-	// An int3 on the way that isn't padding stands for the first byte of something
-	// longer: a probe of the guest's own, or text that is being rewritten.
+	// An int3 on the way that isn't padding hides the first byte of an instruction: it
+	// is a probe of the guest's own, or the kernel is rewriting the text.
 	padding := false
 	for at := f.start; at < addr; {
 		in, err := x86.Decode(f.code[at-f.start:])
@@ -83,13 +83,13 @@ func (f *function) boundary(addr uint64) error {
 	return nil
 }
 
-// prefixes are those that a branch may have without being another one: CS, DS,
-// operand size, REPNE and REP (SDM 2A, 2.1.1).
+// prefixes are those that leave a branch the same branch: CS, DS, operand size, REPNE
+// and REP (SDM 2A, 2.1.1).
 var prefixes = []byte{0x2e, 0x3e, 0x66, 0xf2, 0xf3}
 
-// leaves reports whether no execution goes on behind an instruction, so that int3
-// there stop speculation, or fill (SDM 2A and 2B: RET, IRET, JMP, HLT, UD0 to UD2,
-// SYSRET, SYSEXIT).
+// leaves reports whether the processor never goes on past an instruction,
+// so that int3 there stop speculation or are padding (SDM 2A and 2B: RET, IRET, JMP,
+// HLT, UD0 to UD2, SYSRET, SYSEXIT).
 func leaves(b []byte) bool {
 	for len(b) > 1 && (slices.Contains(prefixes, b[0]) || b[0]&0xf0 == 0x40) {
 		b = b[1:]
@@ -105,7 +105,7 @@ func leaves(b []byte) bool {
 	return false
 }
 
-// target returns where a direct branch leads that is at addr (SDM 2A: Jcc, JMP,
+// target returns where the direct branch at addr leads, if b is one (SDM 2A: Jcc, JMP,
 // CALL, LOOP, JCXZ).
 func target(addr uint64, b []byte) (uint64, bool) {
 	next := addr + uint64(len(b))
