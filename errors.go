@@ -61,6 +61,8 @@ var (
 
 // Errors of addresses and symbols.
 var (
+	// ErrNoKernel: no Linux kernel was found in the guest's memory.
+	ErrNoKernel = linux.ErrNoKernel
 	// ErrNoSymbols: the Session has no symbol table.
 	ErrNoSymbols = linux.ErrNoSymbols
 	// ErrSymbolNotFound and ErrAmbiguous: the table has no such symbol, or several.
@@ -76,6 +78,8 @@ var (
 	ErrNoWayPast = breakpoint.ErrNoWayPast
 	// ErrNotProbeable: the guest's own kprobes would refuse the address.
 	ErrNotProbeable = linux.ErrNotProbeable
+	// ErrNoPrototype: the guest's kernel doesn't tell what a function's arguments are.
+	ErrNoPrototype = linux.ErrNoPrototype
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
 	// ErrTextChanged: the guest changed its code at the probe while it was armed.

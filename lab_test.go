@@ -374,7 +374,7 @@ func testCalls(t labTest) {
 		assert.NoError(t, err)
 		task, err := r.Task()
 		assert.NoError(t, err)
-		calls, tasks = append(calls, call), append(tasks, task)
+		calls, tasks = append(calls, call.String()), append(tasks, task)
 		return vmprobes.Continue
 	}
 	require.NoError(t, s.Register(

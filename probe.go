@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/linux"
 )
 
 // An Addr is a guest virtual address.
@@ -45,7 +46,7 @@ type Probe struct {
 	session  *Session // nil unless registered
 	private  bool     // session belongs to the package-level functions
 	engine   *breakpoint.Probe
-	sig      *signature // how the function is called, once it has been found out
+	function *linux.Function // how the function is called, once that is known
 	addr     Addr
 	restored bool
 	disabled atomic.Bool

@@ -14,7 +14,6 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/linux"
-	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
@@ -107,8 +106,8 @@ type Session struct {
 	drv    target.Driver
 	eng    *breakpoint.Engine
 	guest  *xenaccess.Guest // nil in tests
-	syms   *sysmap.Map      // nil: none
-	symErr error            // why none
+	kernel *linux.Kernel    // nil: not known
+	symErr error            // why not
 	log    *slog.Logger
 	leave  func() error // closes what Open opened
 	guard  *guard       // of the package-level functions
@@ -148,7 +147,7 @@ type idle struct {
 }
 
 // newSession builds a Session on an attached driver. It owns drv and leave.
-func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error, opts *Options, leave func() error) *Session {
+func newSession(i target.Info, drv target.Driver, k *linux.Kernel, symErr error, opts *Options, leave func() error) *Session {
 	d := Domain{ID: DomainID(i.ID), Name: i.Name, Kind: Kind(i.Kind), VCPUs: i.VCPUs}
 	if opts == nil {
 		opts = new(Options)
@@ -158,15 +157,16 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 		log = slog.New(slog.DiscardHandler)
 	}
 	log = log.With("domain", d.Name, "domid", uint16(d.ID))
-	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
+	s := &Session{domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
-		Scratch:   s.scratch,
-		MayFault:  s.expectedFaults(),
-		Rewriting: s.rewriting,
+		Scratch:   func(_ uint64, try func(addr, size uint64) bool) { k.DeadCode(try) },
+		MayFault:  k.MayFault(s.unsafe),
+		Rewriting: k.Rewriting,
 		Method:    breakpoint.Method(opts.Stepping),
 		Logger:    log,
 	})
+	k.SetOverlay(s.eng.Overlay)
 	s.readHit = func(addr uint64, b []byte) error { _, err := s.drv.Read(s.cr3.Load(), addr, b); return err }
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -269,7 +269,7 @@ func (p *Probe) detach(restored bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.past = p.stats()
-	p.session, p.engine, p.private, p.sig = nil, nil, false, nil
+	p.session, p.engine, p.private, p.function = nil, nil, false, nil
 	p.restored = restored
 }
 
@@ -305,9 +305,7 @@ func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action
 	s.handling.Store(p)
 	defer s.handling.Store(nil)
 	s.regs.load(c.Regs, s.readHit)
-	if s.guest != nil {
-		s.regs.kernel = s.guest.Linux()
-	}
+	s.regs.kernel = s.kernel
 	a := f(&s.regs)
 	s.regs.store(c.Regs)
 	return breakpoint.Verdict(a)
@@ -602,31 +600,4 @@ func (s *Session) closeError() error {
 	s.closing.Lock()
 	defer s.closing.Unlock()
 	return s.err
-}
-
-// rewriting reports whether the guest's kernel is changing its own code.
-func (s *Session) rewriting() bool {
-	k := s.kernel()
-	return k != nil && k.Rewriting()
-}
-
-// scratch proposes dead code for out-of-line execution. The engine calls it: what
-// shows its breakpoints is no matter here.
-func (s *Session) scratch(_ uint64, try func(addr, size uint64) bool) {
-	linux.Text{Symbols: s.syms, Read: func(addr uint64, b []byte) (int, error) {
-		return s.drv.Read(0, addr, b)
-	}}.DeadCode(try)
-}
-
-// boundary checks that addr is the start of an instruction, by decoding from the
-// start of its function, as the kernel's can_probe does.
-func (s *Session) boundary(addr uint64) error {
-	if s.syms == nil {
-		return nil // allowed says what that means
-	}
-	syms := s.syms
-	if _, _, ok := syms.Find(addr); !ok {
-		syms = s.allSymbols()
-	}
-	return s.text(syms).Boundary(addr)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
@@ -37,6 +38,8 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	t.Helper()
 	m := xentest.New(cfg)
 	before := m.Text()
+	const banner = xentest.DataBase + 0xa00 // in a page of which the program uses less
+	m.Poke(banner, []byte("Linux version 9.9.9-simulated\x00"))
 	m.Start()
 	g, drv := attached(t, m)
 	if d, ok := drv.(*xen.Debugger); ok {
@@ -44,17 +47,24 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	}
 
 	var b strings.Builder
-	fmt.Fprintf(&b, "%016x T _stext\n", uint64(xentest.TextBase))
+	fmt.Fprintf(&b, "%016x T _text\n%016x T _stext\n", uint64(xentest.TextBase), uint64(xentest.TextBase))
 	for _, s := range m.Symbols() {
 		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
 	}
 	fmt.Fprintf(&b, "%016x T _etext\n", xentest.TextBase+uint64(len(before)))
 	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(xentest.TextBase+0x100), uint64(xentest.TextBase+0x200))
+	fmt.Fprintf(&b, "%016x D linux_banner\n", uint64(banner))
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)
+	kernel, err := linux.Discover(t.Context(), g, &linux.Options{Symbols: syms})
+	require.NoError(t, err)
+	if opts == nil {
+		opts = new(Options)
+	}
+	opts.IgnoreBlacklist = true // this kernel has no tables of what it rewrites
 	info := g.Info()
 	info.Name = "a3guest"
-	s := newSession(info, drv, syms, nil, opts, g.Close)
+	s := newSession(info, drv, kernel, nil, opts, g.Close)
 	t.Cleanup(func() {
 		require.NoError(t, s.Close())
 		m.Release()
@@ -318,7 +328,7 @@ func TestMemory(t *testing.T) {
 		assert.Equal(t, len(got), n)
 		assert.Equal(t, clean, got, "breakpoints must not show")
 
-		_, err = s.WriteMemory(p.Address(), []byte{0x90})
+		_, err = s.WriteMemory(Addr(s.eng.Sites()[0].Addr), []byte{0x90})
 		require.Error(t, err, "under a probe")
 		assert.ErrorContains(t, err, "unregister")
 
@@ -404,7 +414,7 @@ func TestDomainDies(t *testing.T) {
 		if d, ok := drv.(*xen.Debugger); ok {
 			d.SetVCPUInfo(m.VCPUInfo())
 		}
-		s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
+		s := newSession(g.Info(), drv, nil, ErrNoSymbols, &Options{IgnoreBlacklist: true}, g.Close)
 		p := &Probe{Addr: Addr(m.Symbol(entry))}
 		require.NoError(t, s.Register(p))
 		done := make(chan error, 1)

@@ -40,7 +40,6 @@ import (
 	"syscall"
 
 	"github.com/vmprobes/vmprobes/internal/target"
-	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
@@ -82,9 +81,9 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if err != nil {
 		return nil, err
 	}
-	var syms *sysmap.Map
-	if k := guest.Linux(); k != nil {
-		syms = k.Symbols()
+	k := guest.Linux()
+	if k != nil {
+		syms := k.Symbols()
 		drv.SetKernelRoot(k.Root())
 		if d, ok := drv.(target.Identified); ok {
 			if sym, err := syms.Lookup("linux_banner"); err == nil && k.Banner() != "" {
@@ -100,11 +99,8 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 			})
 		}
 	}
-	s := newSession(g.Info(), drv, syms, guest.Err(), opts, g.Close)
+	s := newSession(g.Info(), drv, k, guest.Err(), opts, g.Close)
 	s.guest = guest
-	if k := guest.Linux(); k != nil {
-		k.SetOverlay(s.eng.Overlay)
-	}
 	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
 }
