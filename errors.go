@@ -42,7 +42,7 @@ var (
 	ErrNoMonitor = xen.ErrNoMonitor
 	// ErrClosed: the Session is closed.
 	ErrClosed = fmt.Errorf("session is closed: %w", fs.ErrClosed)
-	// ErrLooping: a Loop or Events of the Session is running already.
+	// ErrLooping: a Loop or Hits of the Session is running already.
 	ErrLooping = errors.New("the session's loop is running already")
 	// ErrUnanswered: Close could not give the guest all of its bytes or vCPUs back.
 	ErrUnanswered = breakpoint.ErrUnanswered

@@ -152,13 +152,13 @@ func TestUnregisterNext(t *testing.T) {
 	})
 }
 
-// TestUnregisterBetweenEvents unregisters a probe while one of its hits is in hand,
+// TestUnregisterBetweenHits unregisters a probe while one of its hits is in hand,
 // outside of the goroutine that serves.
-func TestUnregisterBetweenEvents(t *testing.T) {
+func TestUnregisterBetweenHits(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
-		next, stop := iter.Pull2(s.Events(t.Context()))
+		next, stop := iter.Pull2(s.Hits(t.Context()))
 		defer stop()
 		hit, err, ok := next()
 		require.True(t, ok)

@@ -31,6 +31,10 @@ type Probe struct {
 	DomainID   DomainID
 	DomainName string
 
+	// Name is the caller's own word for the probe, to tell its hits from others'. It
+	// is part of what a Hit marshals to; nothing depends on it.
+	Name string
+
 	// Symbol or Addr selects the instruction; setting both is an error. Offset
 	// is added to either and must lead to the start of an instruction.
 	Symbol string

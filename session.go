@@ -91,7 +91,7 @@ type Domain struct {
 }
 
 // A Session is an attachment to one domain. Its methods are safe for concurrent
-// use; one Loop or Events may run at a time. It must be closed: breakpoints
+// use; one Loop or Hits may run at a time. It must be closed: breakpoints
 // that nobody answers any more kill the guest.
 //
 // After Register, hits wait for a Loop, up to a second. Then, and between Loops,
@@ -116,7 +116,7 @@ type Session struct {
 	unsafe bool         // Options.IgnoreBlacklist
 
 	seq  atomic.Uint64
-	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
+	sink func(*Hit) Action // of Hits; only the loop's goroutine uses it
 	regs Regs
 	hit  Hit
 
@@ -278,6 +278,10 @@ func (p *Probe) detach(restored bool) {
 func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 	ep := &breakpoint.Probe{Addr: uint64(addr), At: uint64(at)}
 	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
+		var at time.Time
+		if s.sink != nil {
+			at = time.Now()
+		}
 		return s.dispatch(p, c, func(r *Regs) Action {
 			if p.Pre != nil {
 				if a := p.Pre(p, r); a != Continue {
@@ -286,7 +290,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 			}
 			if s.sink != nil {
 				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)}
+				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: at}
 				return s.sink(&s.hit)
 			}
 			return Continue
@@ -487,11 +491,11 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	return s.fail("loop", nil, err)
 }
 
-// Events is Loop for those who prefer a range statement to handlers: it yields
+// Hits is Loop for those who prefer a range statement to handlers: it yields
 // each hit, with the vCPU stopped before the probed instruction until the body
 // is done. Pre handlers, if any, run first. Leaving the range ends the loop; an
 // error is yielded last. The body must not call Close before it has left.
-func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
+func (s *Session) Hits(ctx context.Context) iter.Seq2[*Hit, error] {
 	return func(yield func(*Hit, error) bool) {
 		left := false
 		err := s.loop(ctx, func(h *Hit) Action {
@@ -565,7 +569,7 @@ type SessionStats struct {
 // Close unregisters every probe, gives the guest its instructions back and
 // detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
 // for the handler that runs; so a handler must not call it, nor the body of a
-// range over Events. It joins all failures. After it has left the guest, which is
+// range over Hits. It joins all failures. After it has left the guest, which is
 // nearly always so, it does nothing and returns the same.
 //
 // If a breakpoint can't be removed or a vCPU not be let go, however often that is

@@ -3,10 +3,12 @@ package vmprobes
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -181,7 +183,7 @@ func TestDisabledProbe(t *testing.T) {
 	})
 }
 
-func TestEvents(t *testing.T) {
+func TestHits(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p, q := &Probe{Symbol: entry}, &Probe{Symbol: "push"}
 		if _, err := s.Lookup("push"); err != nil {
@@ -189,11 +191,13 @@ func TestEvents(t *testing.T) {
 		}
 		require.NoError(t, s.Register(p, q))
 		seen := map[*Probe]int{}
-		last := uint64(0)
-		for hit, err := range s.Events(t.Context()) {
+		last, lastTime := uint64(0), time.Now()
+		for hit, err := range s.Hits(t.Context()) {
 			require.NoError(t, err)
 			assert.Equal(t, hit.Probe.Address(), hit.Regs.PC())
 			assert.Less(t, hit.VCPU, 2)
+			assert.False(t, hit.Time.Before(lastTime))
+			lastTime = hit.Time
 			assert.Greater(t, hit.Seq, last)
 			last = hit.Seq
 			seen[hit.Probe]++
@@ -204,11 +208,52 @@ func TestEvents(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
 		var final error
-		for _, err := range s.Events(ctx) {
+		for _, err := range s.Hits(ctx) {
 			final = err
 		}
 		require.ErrorIs(t, final, context.DeadlineExceeded)
 	})
+}
+
+// TestHitJSON has a hit as another program gets it. Numbers are read as 64-bit floats
+// there: no bit may be lost.
+func TestHitJSON(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Name: "the \"entry\""}
+		require.NoError(t, s.Register(p))
+		for hit, err := range s.Hits(t.Context()) {
+			require.NoError(t, err)
+			regs := *hit.Regs
+			hit.Regs.R15 = 1<<64 - 1
+			b, err := json.Marshal(hit)
+			require.NoError(t, err)
+			byValue, err := json.Marshal(*hit)
+			require.NoError(t, err)
+			assert.Equal(t, b, byValue)
+			*hit.Regs = regs
+			regs.R15 = 1<<64 - 1
+
+			var got map[string]any
+			require.NoError(t, json.Unmarshal(b, &got))
+			for k, v := range map[string]any{"event": "hit", "probe": entry, "name": "the \"entry\"", "address": fmt.Sprintf("0x%x", regs.IP), "vcpu": float64(hit.VCPU), "seq": float64(hit.Seq)} {
+				assert.Equal(t, v, got[k], k)
+			}
+			at, err := time.Parse(time.RFC3339Nano, got["time"].(string))
+			require.NoError(t, err)
+			assert.WithinDuration(t, time.Now(), at, time.Minute)
+			fields := got["registers"].(map[string]any)
+			assert.Len(t, fields, 23)
+			for _, f := range regs.fields() {
+				v, err := strconv.ParseUint(fields[f.name].(string), 0, 64)
+				require.NoError(t, err)
+				assert.Equal(t, f.value, v, f.name)
+			}
+			break
+		}
+	})
+	b, err := json.Marshal(Hit{})
+	require.NoError(t, err)
+	assert.JSONEq(t, `{"event":"hit","vcpu":0,"seq":0,"time":"0001-01-01T00:00:00Z","registers":null}`, string(b))
 }
 
 func TestPanicRestoresGuest(t *testing.T) {

@@ -1,6 +1,6 @@
 // Opens shows which files a guest opens, and which of them it couldn't: a
 // Session with two probes, one at the start of do_sys_openat2 and one at
-// do_filp_open, read as events, each with the task that hit.
+// do_filp_open, read as hits, each with the task that hit.
 //
 //	opens [-for duration] [-symbols file] domain
 package main
@@ -62,7 +62,7 @@ func run(ctx context.Context, domain, symbols string, verbose bool) (err error) 
 	d := s.Domain()
 	fmt.Printf("watching %s (domain %d, %v, %d vCPUs)\n", d.Name, d.ID, d.Kind, d.VCPUs)
 	began := time.Now()
-	for hit, err := range s.Events(ctx) {
+	for hit, err := range s.Hits(ctx) {
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			break
 		}
