@@ -48,8 +48,9 @@ var (
 	ErrUnanswered = breakpoint.ErrUnanswered
 	// ErrBadRegisters: a handler left registers that no vCPU can have.
 	ErrBadRegisters = breakpoint.ErrBadRegs
-	// ErrInterrupted: a signal ended Loop; the probe is unregistered.
-	ErrInterrupted = errors.New("interrupted by a signal, the probe is unregistered")
+	// ErrInterrupted: a signal ended what Register or Run had begun; the probe is
+	// unregistered.
+	ErrInterrupted = errors.New("interrupted by a signal")
 
 	// ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound and
 	// ErrNotControlDomain are why Xen can't be reached from here.

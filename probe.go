@@ -96,6 +96,23 @@ func (p *Probe) setEnabled(on bool) {
 	}
 }
 
+// Fail ends the Loop that a handler of p runs in with an error, which Loop and Run
+// return: the handler returns what Fail returns. That is Stop, or Continue if err is
+// nil, so that a handler may end in
+//
+//	_, err := fmt.Println(name)
+//	return p.Fail(err)
+func (p *Probe) Fail(err error) Action {
+	if err == nil {
+		return Continue
+	}
+	if s, serr := p.attached(); serr == nil {
+		bad := err // so that nothing is allocated for nil
+		s.bad.Store(&bad)
+	}
+	return Stop
+}
+
 // Flags returns the probe's state.
 func (p *Probe) Flags() Flags {
 	p.mu.Lock()

@@ -98,8 +98,9 @@ type Domain struct {
 // the guest runs over its breakpoints, and what it executes is counted in
 // Stats.Missed.
 //
-// A Session doesn't catch signals. A program that ends by one without Close
-// leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
+// A Session doesn't catch signals, and a program that ends by one without Close
+// leaves its breakpoints behind. Programs without signal handling of their own use
+// [Run] or [RunFunc]; others mind SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE.
 // Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
 // its next hit, and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
@@ -116,7 +117,8 @@ type Session struct {
 	unsafe bool         // Options.IgnoreBlacklist
 
 	seq  atomic.Uint64
-	sink func(*Hit) Action // of Hits; only the loop's goroutine uses it
+	bad  atomic.Pointer[error] // that a handler ends the loop with
+	sink func(*Hit) Action     // of Hits; only the loop's goroutine uses it
 	regs Regs
 	hit  Hit
 
@@ -427,7 +429,8 @@ func (s *Session) endIdle() {
 }
 
 // Loop runs the guest and calls handlers, in the caller's goroutine, until one
-// of them returns something else than Continue (then Loop returns nil), ctx is
+// of them returns something else than Continue (then Loop returns nil, or the error
+// of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
 // (ErrDomainGone) or something fails.
 // The probes stay registered: Loop may be called again.
@@ -460,6 +463,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	}
 	s.looping, s.stop, s.sink = true, cancel, sink
 	s.endIdle()
+	s.bad.Store(nil)
 	s.mu.Unlock()
 
 	finished := false
@@ -480,6 +484,9 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	v, err := s.eng.Serve(ctx, true)
 	finished = true
 	s.log.Debug("loop ends", "action", int(v), "err", err)
+	if bad := s.bad.Swap(nil); bad != nil {
+		return s.fail("loop", nil, errors.Join(*bad, err))
+	}
 	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		err = context.Cause(ctx)
 		// A cause need not be a context.Canceled: those of signal.NotifyContext
