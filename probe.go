@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -19,6 +20,32 @@ type Addr uint64
 
 // String returns the address as 16 hexadecimal digits.
 func (a Addr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
+
+// ParseProbe returns a Probe at a place as [Probe.String] writes it after the domain: a
+// symbol or an address (0x…), and an offset in bytes, decimal or hexadecimal. Examples
+// are "do_sys_openat2", "do_sys_openat2+0x4" and "0xffffffff8134a350". The caller adds
+// the handlers.
+func ParseProbe(place string) (*Probe, error) {
+	name, offset, signed := strings.Cut(place, "+")
+	p := &Probe{Symbol: name}
+	var err error
+	if signed {
+		if p.Offset, err = strconv.ParseUint(offset, 0, 64); err != nil {
+			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("offset %q: want a number of bytes, such as 4 or 0x4", offset)}
+		}
+	}
+	if strings.HasPrefix(name, "0x") {
+		addr, err := strconv.ParseUint(name, 0, 64)
+		if err != nil {
+			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("address %q: want at most 16 hexadecimal digits after 0x", name)}
+		}
+		p.Symbol, p.Addr = "", Addr(addr)
+	}
+	if err := p.checkPlace(); err != nil {
+		return nil, &Error{Op: "parse", Probe: place, Err: err}
+	}
+	return p, nil
+}
 
 // A DomainID identifies a running domain (domid_t).
 type DomainID uint16
@@ -183,7 +210,8 @@ func (p *Probe) Dump(w io.Writer) error {
 	}
 	p.mu.Lock()
 	addr, id, name := p.addr, p.DomainID, p.DomainName
-	if s := p.session; s != nil {
+	s := p.session
+	if s != nil {
 		id, name = s.domain.ID, s.domain.Name
 	}
 	p.mu.Unlock()
@@ -193,7 +221,9 @@ func (p *Probe) Dump(w io.Writer) error {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "Dumping vmprobe:\n")
 	fmt.Fprintf(&b, " -- Domain Name: %s\n", name)
-	fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
+	if id != 0 || s == nil { // a guest of QEMU's has none
+		fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
+	}
 	fmt.Fprintf(&b, " -- Symbol Name: %s\n", p.Symbol)
 	fmt.Fprintf(&b, " -- Address: %016x\n", uint64(addr))
 	fmt.Fprintf(&b, " -- Offset: %x\n", p.Offset)

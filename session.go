@@ -84,10 +84,19 @@ func (k Kind) String() string {
 
 // Domain describes the guest of a Session.
 type Domain struct {
-	ID    DomainID
+	ID    DomainID // of a Xen domain; 0 for other guests
 	Name  string
 	Kind  Kind
 	VCPUs int // online when the Session was opened
+}
+
+// String returns the domain in a line: name, id if it is one of Xen's, kind and vCPUs.
+func (d Domain) String() string {
+	id := ""
+	if d.ID != 0 {
+		id = fmt.Sprintf("domain %d, ", d.ID)
+	}
+	return fmt.Sprintf("%s (%s%v, vCPUs: %d)", d.Name, id, d.Kind, d.VCPUs)
 }
 
 // A Session is an attachment to one domain. Its methods are safe for concurrent
@@ -105,6 +114,7 @@ type Domain struct {
 // its next hit, and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
 type Session struct {
+	name   string // of the domain, as the caller has it
 	domain Domain
 	drv    target.Driver
 	eng    *breakpoint.Engine
@@ -160,8 +170,11 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	log = log.With("domain", d.Name, "domid", uint16(d.ID))
-	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
+	log = log.With("domain", d.Name)
+	if d.ID != 0 {
+		log = log.With("domid", uint16(d.ID))
+	}
+	s := &Session{name: d.Name, domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
 		Scratch:   s.scratch,
@@ -189,7 +202,7 @@ func (s *Session) fail(op string, p *Probe, err error) error {
 	if err == nil {
 		return nil
 	}
-	e := &Error{Op: op, Domain: s.domain.Name, Err: err}
+	e := &Error{Op: op, Domain: s.name, Err: err}
 	if p != nil {
 		e.Probe = p.location()
 	}

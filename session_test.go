@@ -564,7 +564,7 @@ func TestOpenHere(t *testing.T) {
 	_, err := Open(t.Context(), "a3guest", nil)
 	require.Error(t, err)
 	ok := false
-	for _, want := range []error{ErrNotRoot, ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound, ErrNotControlDomain} {
+	for _, want := range []error{ErrPermission, ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound, ErrNotControlDomain} {
 		ok = ok || errors.Is(err, want)
 	}
 	assert.True(t, ok, "%v", err)

@@ -100,7 +100,7 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 		}
 	}
 	s := newSession(g.Info(), drv, syms, guest.Err(), opts, g.Close)
-	s.guest = guest
+	s.name, s.guest = name, guest
 	if k := guest.Linux(); k != nil {
 		k.SetOverlay(s.eng.Overlay)
 	}

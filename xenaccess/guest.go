@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -205,13 +206,28 @@ func (g *Guest) Err() error { return g.err }
 // Linux returns the guest's kernel, or nil if none was found: see Err.
 func (g *Guest) Linux() *linux.Kernel { return g.kernel }
 
-// Symbol returns the address of a symbol of the guest's kernel.
+// Symbol returns the address of a symbol of the guest's kernel, or of one of its
+// modules: "name", "module:name", or "name@2" for the second of several. If there is
+// none, the error suggests others.
 func (g *Guest) Symbol(name string) (uint64, error) {
 	if g.kernel == nil {
 		return 0, g.err
 	}
-	s, err := g.kernel.Symbols().Lookup(name)
-	return s.Addr, err
+	syms := g.kernel.Symbols()
+	s, err := syms.Lookup(name)
+	if !errors.Is(err, sysmap.ErrNotFound) {
+		return s.Addr, err
+	}
+	if all, aerr := g.kernel.AllSymbols(); aerr == nil {
+		syms = all
+		if s, err = all.Lookup(name); !errors.Is(err, sysmap.ErrNotFound) {
+			return s.Addr, err
+		}
+	}
+	if near := syms.Suggest(name); len(near) > 0 {
+		err = fmt.Errorf("%w; this kernel has %s", err, strings.Join(near, ", "))
+	}
+	return 0, err
 }
 
 // PhysicalSize returns where the guest's physical memory ends, in bytes. There may
