@@ -98,7 +98,7 @@ func hex(v uint64) string { return fmt.Sprintf("%#x", v) }
 func (s *Session) signature(addr Addr) (*signature, error) {
 	name, off, ok := s.Symbolize(addr)
 	if !ok || off != 0 {
-		return nil, fmt.Errorf("%v: %w: it isn't where a function begins", addr, ErrNoPrototype)
+		return nil, fmt.Errorf("%#x: %w: it isn't where a function begins", addr, ErrNoPrototype)
 	}
 	if s.guest == nil || s.guest.Linux() == nil {
 		return nil, ErrNoPrototype

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/x86"
@@ -78,6 +79,8 @@ var (
 	ErrWrongSymbols = linux.ErrWrongSymbols
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
+	// ErrNoTerminator: a string is longer than the limit.
+	ErrNoTerminator = cstring.ErrNoTerminator
 	// ErrNotMapped: the guest has nothing at the address.
 	ErrNotMapped = breakpoint.ErrNotMapped
 	// ErrNoWayPast: no way is safe to execute the instruction under the probe.

@@ -251,7 +251,7 @@ func TestProbeElsewhere(t *testing.T) {
 	m2.Poke(uint64(at), []byte{2})
 	read := func(p *Probe) byte {
 		b := make([]byte, 1)
-		_, err := p.ReadMemory(b, at)
+		_, err := p.ReadMemory(at, b)
 		assert.NoError(t, err)
 		return b[0]
 	}

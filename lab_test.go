@@ -276,7 +276,7 @@ func testSymbols(t labTest) {
 	}
 	assert.Contains(t, hash, hashOf(t, s), "all of the text")
 	code := make([]byte, 4000)
-	_, err = s.ReadMemory(code, addr-2000)
+	_, err = s.ReadMemory(addr-2000, code)
 	require.NoError(t, err)
 	assert.Contains(t, around, hex.EncodeToString(code), "the text, read from dom0 with a probe in it")
 	if t.patched() {
@@ -416,7 +416,7 @@ func hashOf(t testing.TB, s *vmprobes.Session) string {
 	buf := make([]byte, 64<<10)
 	for a := start; a < end; a += vmprobes.Addr(len(buf)) {
 		n := min(len(buf), int(end-a))
-		_, err := s.ReadMemory(buf[:n], a)
+		_, err := s.ReadMemory(a, buf[:n])
 		require.NoError(t, err)
 		hash.Write(buf[:n])
 	}
@@ -488,7 +488,7 @@ func candidates(t labTest, s *vmprobes.Session) []*vmprobes.Probe {
 			continue
 		}
 		code := make([]byte, end-sym.Addr)
-		_, err = s.ReadMemory(code, vmprobes.Addr(sym.Addr))
+		_, err = s.ReadMemory(vmprobes.Addr(sym.Addr), code)
 		require.NoError(t, err)
 		for off := 0; off < len(code); {
 			in, err := x86.Decode(code[off:])

@@ -13,13 +13,13 @@ import (
 	"sync/atomic"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
 )
 
-// An Addr is a guest virtual address.
-type Addr uint64
-
-// String returns the address as 16 hexadecimal digits.
-func (a Addr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
+// An Addr is a guest virtual address. It is the same type as uint64, as which
+// registers, symbols, and pointers in the guest's structures come: no conversion is
+// needed.
+type Addr = uint64
 
 // ParseProbe returns a Probe at a place as [Probe.String] writes it after the domain: a
 // symbol or an address (0x…), and an offset in bytes, decimal or hexadecimal. Examples
@@ -39,7 +39,7 @@ func ParseProbe(place string) (*Probe, error) {
 		if err != nil {
 			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("address %q: want at most 16 hexadecimal digits after 0x", name)}
 		}
-		p.Symbol, p.Addr = "", Addr(addr)
+		p.Symbol, p.Addr = "", addr
 	}
 	if err := p.checkPlace(); err != nil {
 		return nil, &Error{Op: "parse", Probe: place, Err: err}
@@ -172,7 +172,7 @@ func (p *Probe) Address() Addr {
 func (p *Probe) location() string {
 	s := p.Symbol
 	if s == "" {
-		s = p.Addr.String()
+		s = hex(p.Addr)
 	}
 	if p.Offset != 0 {
 		s += fmt.Sprintf("+%#x", p.Offset)
@@ -254,20 +254,20 @@ func (s *Session) cr3Of(p *Probe) uint64 {
 	return 0
 }
 
-// ReadMemory reads len(b) bytes of the guest (read_vmprobe). In a handler, addr
-// is taken in the address space of the vCPU that hit, so pointers of the guest's
-// processes work; elsewhere it is a kernel address. n < len(b) implies an error.
-// Breakpoints of this Session don't show.
-func (p *Probe) ReadMemory(b []byte, addr Addr) (n int, err error) {
+// ReadMemory fills b from the guest's memory (read_vmprobe). In a handler, addr is taken
+// in the address space of the vCPU that hit, so pointers of the guest's processes work;
+// elsewhere it is a kernel address. n < len(b) if and only if err is not nil: n bytes
+// are before the first page that can't be read. Breakpoints of this Session don't show.
+func (p *Probe) ReadMemory(addr Addr, b []byte) (n int, err error) {
 	s, err := p.attached()
 	if err != nil {
 		return 0, &Error{Op: "read", Probe: p.String(), Err: err}
 	}
-	return s.read(s.cr3Of(p), b, addr)
+	return s.read(s.cr3Of(p), addr, b)
 }
 
 // WriteMemory writes b to the guest (write_vmprobe), whatever the page's
-// protection, with addresses as in ReadMemory.
+// protection, with addresses and n as in ReadMemory.
 func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
 	s, err := p.attached()
 	if err != nil {
@@ -276,42 +276,30 @@ func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
 	return s.write(s.cr3Of(p), addr, b)
 }
 
-// ReadUint64 reads a little-endian word.
+// ReadUint64 reads a little-endian word of 64 bits.
 func (p *Probe) ReadUint64(addr Addr) (uint64, error) {
 	var b [8]byte
-	_, err := p.ReadMemory(b[:], addr)
+	_, err := p.ReadMemory(addr, b[:])
 	return le64(b[:]), err
 }
 
-// ReadUint32 reads a little-endian 32-bit word.
+// ReadUint32 reads a little-endian word of 32 bits.
 func (p *Probe) ReadUint32(addr Addr) (uint32, error) {
 	var b [4]byte
-	_, err := p.ReadMemory(b[:], addr)
+	_, err := p.ReadMemory(addr, b[:])
 	return binary.LittleEndian.Uint32(b[:]), err
 }
 
-// ErrNoTerminator: no NUL byte was found in the bytes that ReadString may read.
-var ErrNoTerminator = errors.New("string has no terminator within the limit")
-
-// ReadString reads a NUL-terminated string of at most limit bytes. What could be
-// read is returned with the error, too.
+// ReadString reads a NUL-terminated string, with addresses as in ReadMemory. If none of
+// the first limit bytes is a NUL, it returns these and an error that wraps
+// ErrNoTerminator; if not all of it can be read, what is before that, and why. The bytes
+// are the guest's: quote them before they go to a terminal.
 func (p *Probe) ReadString(addr Addr, limit int) (string, error) {
-	var out []byte
-	var buf [256]byte
-	for len(out) < limit {
-		at := addr + Addr(len(out))
-		// A page more than needed might not be there.
-		n := min(limit-len(out), len(buf), int(4096-at%4096))
-		n, err := p.ReadMemory(buf[:n], at)
-		if i := bytes.IndexByte(buf[:n], 0); i >= 0 {
-			return string(append(out, buf[:i]...)), nil
-		}
-		out = append(out, buf[:n]...)
-		if err != nil {
-			return string(out), err
-		}
+	str, err := cstring.Read(p.ReadMemory, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = &Error{Op: "read", Probe: p.String(), Err: err}
 	}
-	return string(out), &Error{Op: "read", Probe: p.String(), Err: ErrNoTerminator}
+	return str, err
 }
 
 func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }

@@ -174,7 +174,7 @@ func TestQEMULocks(t *testing.T) {
 	etext, err := s.Lookup("_etext")
 	require.NoError(t, err)
 	table := make([]byte, end-start)
-	_, err = s.ReadMemory(table, start)
+	_, err = s.ReadMemory(start, table)
 	require.NoError(t, err)
 	locks := 0
 	for i := 0; i < len(table); i += 4 {
@@ -183,7 +183,7 @@ func TestQEMULocks(t *testing.T) {
 		if at < text || at >= etext {
 			continue
 		}
-		_, err := s.ReadMemory(b[:], at)
+		_, err := s.ReadMemory(at, b[:])
 		require.NoError(t, err)
 		if b[0] != 0x3e { // the last page is filled up with zeros, which lead to themselves
 			continue

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
@@ -275,7 +276,7 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 	}
 	s.probes = append(s.probes, probes...)
 	for _, p := range probes {
-		s.log.Debug("probe registered", "probe", p, "addr", p.Address().String())
+		s.log.Debug("probe registered", "probe", p, "addr", hex(p.Address()))
 	}
 	return nil
 }
@@ -534,38 +535,50 @@ func (s *Session) Hits(ctx context.Context) iter.Seq2[*Hit, error] {
 	}
 }
 
-// ReadMemory reads guest kernel memory. n < len(b) implies an error. Breakpoints
-// of this Session don't show.
-func (s *Session) ReadMemory(b []byte, addr Addr) (n int, err error) { return s.read(0, b, addr) }
+// ReadMemory fills b from the guest's kernel memory. n < len(b) if and only if err is
+// not nil: n bytes are before the first page that can't be read. Breakpoints of this
+// Session don't show.
+func (s *Session) ReadMemory(addr Addr, b []byte) (n int, err error) { return s.read(0, addr, b) }
 
-// WriteMemory writes guest kernel memory, whatever the page's protection.
+// WriteMemory writes b to the guest's kernel memory, whatever the page's protection. n
+// is as in ReadMemory. What is under a probe can't be written.
 func (s *Session) WriteMemory(addr Addr, b []byte) (n int, err error) { return s.write(0, addr, b) }
 
-func (s *Session) read(cr3 uint64, b []byte, addr Addr) (n int, err error) {
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Read(cr3, addr, b) })
-	s.eng.Overlay(uint64(addr), b[:n])
+// ReadString reads a NUL-terminated string from the guest's kernel memory, as
+// [Probe.ReadString] does.
+func (s *Session) ReadString(addr Addr, limit int) (string, error) {
+	str, err := cstring.Read(s.ReadMemory, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = s.fail("read", nil, err)
+	}
+	return str, err
+}
+
+func (s *Session) read(cr3 uint64, addr Addr, b []byte) (n int, err error) {
+	n, err = byPage(addr, b, func(addr uint64, b []byte) error { return s.drv.Read(cr3, addr, b) })
+	s.eng.Overlay(addr, b[:n])
 	return n, s.fail("read", nil, err)
 }
 
 func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 	for _, site := range s.eng.Sites() {
-		if uint64(addr) < site.Addr+uint64(len(site.Orig)) && site.Addr < uint64(addr)+uint64(len(b)) {
+		if addr < site.Addr+uint64(len(site.Orig)) && site.Addr < addr+uint64(len(b)) {
 			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
 		}
 	}
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Write(cr3, addr, b) })
+	n, err = byPage(addr, b, func(addr uint64, b []byte) error { return s.drv.Write(cr3, addr, b) })
 	return n, s.fail("write", nil, err)
 }
 
 // byPage does f page by page, so that it is known how far it came.
-func byPage(b []byte, addr Addr, f func(b []byte, addr uint64) error) (n int, err error) {
-	if len(b) > 0 && uint64(addr)+uint64(len(b))-1 < uint64(addr) {
-		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), paging.ErrNonCanonical)
-	}
+func byPage(addr Addr, b []byte, f func(addr uint64, b []byte) error) (n int, err error) {
 	for n < len(b) {
-		at := uint64(addr) + uint64(n)
+		at := addr + uint64(n)
+		if at < addr {
+			return n, fmt.Errorf("%#x+%#x: %w", addr, len(b), paging.ErrNonCanonical)
+		}
 		k := min(len(b)-n, int(paging.PageSize-at%paging.PageSize))
-		if err := f(b[n:n+k], at); err != nil {
+		if err := f(at, b[n:n+k]); err != nil {
 			return n, err
 		}
 		n += k

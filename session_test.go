@@ -352,13 +352,13 @@ func TestRegisterAllOrNothing(t *testing.T) {
 func TestMemory(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
-		_, err := p.ReadMemory(make([]byte, 4), xentest.TextBase)
+		_, err := p.ReadMemory(xentest.TextBase, make([]byte, 4))
 		require.ErrorIs(t, err, ErrNotRegistered)
 		clean := m.Text()
 		require.NoError(t, s.Register(p))
 		assert.NotEqual(t, clean, m.Text())
 		got := make([]byte, len(clean))
-		n, err := s.ReadMemory(got, xentest.TextBase)
+		n, err := s.ReadMemory(xentest.TextBase, got)
 		require.NoError(t, err)
 		assert.Equal(t, len(got), n)
 		assert.Equal(t, clean, got, "breakpoints must not show")
@@ -376,11 +376,17 @@ func TestMemory(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, uint32(le64(word)), v32)
 
-		n, err = s.ReadMemory(make([]byte, 32), xentest.StackBase+2*4096-16)
+		n, err = s.ReadMemory(xentest.StackBase+2*4096-16, make([]byte, 32))
 		require.ErrorIs(t, err, ErrNotMapped)
 		assert.Equal(t, 16, n)
-		_, err = s.ReadMemory(make([]byte, 16), ^Addr(0)-3)
+		n, err = s.ReadMemory(^Addr(0)-3, make([]byte, 16))
 		require.Error(t, err)
+		assert.Zero(t, n)
+		top := make([]byte, 16)
+		require.NoError(t, err2(s.ReadMemory(xentest.StackBase+2*4096-8, top[:8])))
+		n, err = s.WriteMemory(xentest.StackBase+2*4096-8, top)
+		require.ErrorIs(t, err, ErrNotMapped)
+		assert.Equal(t, 8, n)
 	})
 }
 
@@ -393,16 +399,18 @@ func TestReadString(t *testing.T) {
 	// The end of a stack's pages: behind it nothing is mapped.
 	end := Addr(xentest.StackBase + 2*4096)
 	top := make([]byte, 32)
-	_, err := s.ReadMemory(top, end-32)
+	_, err := s.ReadMemory(end-32, top)
 	require.NoError(t, err)
 	defer s.WriteMemory(end-32, top)
 	require.NoError(t, err2(s.WriteMemory(end-16, []byte("hello, world!\x00zz"))))
 	str, err := p.ReadString(end-16, 4096)
 	require.NoError(t, err)
 	assert.Equal(t, "hello, world!", str)
-	str, err = p.ReadString(end-16, 5)
-	require.ErrorIs(t, err, ErrNoTerminator)
-	assert.Equal(t, "hello", str)
+	for _, read := range []func(Addr, int) (string, error){p.ReadString, s.ReadString} {
+		str, err = read(end-16, 5)
+		require.ErrorIs(t, err, ErrNoTerminator)
+		assert.Equal(t, "hello", str)
+	}
 	str, err = p.ReadString(end-2, 4096)
 	require.ErrorIs(t, err, ErrNotMapped)
 	assert.Equal(t, "zz", str)

@@ -64,7 +64,7 @@ func (s *Session) kernel() *linux.Kernel {
 
 // text is the guest's kernel text without breakpoints of the Session.
 func (s *Session) text(syms *sysmap.Map) linux.Text {
-	return linux.Text{Symbols: syms, Read: func(addr uint64, b []byte) (int, error) { return s.ReadMemory(b, Addr(addr)) }}
+	return linux.Text{Symbols: syms, Read: s.ReadMemory}
 }
 
 // find returns the symbol of the kernel, or of a module, that holds addr.

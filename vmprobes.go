@@ -9,7 +9,7 @@
 //		Symbol:     "do_sys_openat2",
 //		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
 //			task, _ := r.Task()
-//			name, _ := p.ReadString(vmprobes.Addr(r.Arg(1)), 4096)
+//			name, _ := p.ReadString(r.Arg(1), 4096)
 //			fmt.Println(task.Comm, "opens", name)
 //			return vmprobes.Continue
 //		},

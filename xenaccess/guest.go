@@ -240,12 +240,3 @@ func (g *Guest) PhysicalSize() (uint64, error) {
 	n, err := s.PhysicalPages()
 	return n * paging.PageSize, err
 }
-
-// Translate returns the physical address behind a kernel virtual one; for a PV
-// guest it is a machine address.
-func (g *Guest) Translate(addr uint64) (paging.Translation, error) {
-	if g.kernel == nil {
-		return paging.Translation{}, g.err
-	}
-	return g.kernel.Memory().Translate(g.kernel.Root(), paging.VAddr(addr))
-}

@@ -89,9 +89,9 @@ func watch(ctx context.Context, s *vmprobes.Session, out io.Writer) error {
 // pointer to the name comes first.
 func path(p *vmprobes.Probe, arg uint64) string {
 	if p.Symbol == "do_filp_open" {
-		arg, _ = p.ReadUint64(vmprobes.Addr(arg))
+		arg, _ = p.ReadUint64(arg)
 	}
-	name, err := p.ReadString(vmprobes.Addr(arg), 4096)
+	name, err := p.ReadString(arg, 4096)
 	if err != nil {
 		return err.Error() // not in memory yet, mostly
 	}

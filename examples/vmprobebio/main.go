@@ -97,13 +97,13 @@ func (w *watch) arguments(p *vmprobes.Probe, r *vmprobes.Regs) (filename vmprobe
 	}
 	switch name {
 	case "open":
-		return vmprobes.Addr(arg(0)), arg(1), arg(2)
+		return arg(0), arg(1), arg(2)
 	case "do_sys_openat2", "openat2": // (dfd, filename, struct open_how *how)
-		flags, _ = p.ReadUint64(vmprobes.Addr(arg(2)))
-		mode, _ = p.ReadUint64(vmprobes.Addr(arg(2) + 8))
-		return vmprobes.Addr(arg(1)), flags, mode
+		flags, _ = p.ReadUint64(arg(2))
+		mode, _ = p.ReadUint64(arg(2) + 8)
+		return arg(1), flags, mode
 	default: // openat, do_sys_open: (dfd, filename, flags, mode)
-		return vmprobes.Addr(arg(1)), arg(2), arg(3)
+		return arg(1), arg(2), arg(3)
 	}
 }
 
