@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
@@ -582,6 +583,27 @@ func TestOpenHere(t *testing.T) {
 	cancel()
 	_, err = Open(ctx, "a3guest", nil)
 	require.ErrorIs(t, err, context.Canceled)
+}
+
+// TestOpenNamed: a file that the caller has named and that is of no use ends Open before
+// it attaches, which fails otherwise here.
+func TestOpenNamed(t *testing.T) {
+	image := "file:" + kerneltest.NewSynthetic(kerneltest.Layout{}).WriteImage(t)
+	noise := filepath.Join(t.TempDir(), "noise")
+	require.NoError(t, os.WriteFile(noise, []byte("noise {"), 0o600))
+	for name, opts := range map[string]*Options{
+		"symbols": {Symbols: noise}, "types": {Types: noise}, "config": {Config: noise},
+		"no symbols": {Symbols: noise + "s"}, "no types": {Types: noise + "s"}, "no config": {Config: noise + "s"},
+	} {
+		_, err := Open(t.Context(), image, opts)
+		require.Error(t, err, name)
+		assert.NotErrorIs(t, err, ErrImage, name)
+		assert.ErrorContains(t, err, noise, name)
+	}
+	for name, opts := range map[string]*Options{"nil": nil, "none": {}, "config": {Config: "-"}} {
+		_, err := Open(t.Context(), image, opts)
+		assert.ErrorIs(t, err, ErrImage, name)
+	}
 }
 
 func TestSyscallArg(t *testing.T) {

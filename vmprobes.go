@@ -32,6 +32,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 
@@ -74,7 +75,10 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	guest := xenaccess.New(ctx, g, &xenaccess.Options{
 		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger,
 	})
-	if err := guest.Err(); errors.Is(err, ErrWrongSymbols) || opts.Symbols != "" && err != nil {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := guest.Err(); insufficient(opts, err) {
 		return nil, err
 	}
 	drv, err := g.Attach(ctx)
@@ -106,6 +110,22 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	}
 	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
+}
+
+// insufficient reports whether err, of looking into the guest, is a reason not to
+// attach. That nothing is known of a guest is none, but it is one if what the caller has
+// named can't be used.
+func insufficient(opts *Options, err error) bool {
+	var path *fs.PathError
+	switch {
+	case err == nil:
+		return false
+	case errors.Is(err, ErrWrongSymbols), errors.Is(err, xenaccess.ErrConfig):
+		return true
+	case opts.Symbols != "" || opts.Types != "":
+		return true
+	}
+	return opts.Config != "" && errors.As(err, &path)
 }
 
 // checkArguments finds what is wrong with a probe for the package-level

@@ -119,7 +119,7 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 	}
 	lo.Offsets = conf.Offsets
 	if types != "" {
-		if lo.Types, err = ktype.ParseFile(types); err != nil {
+		if lo.Types, err = parse(ctx, types, ktype.ParseFile); err != nil {
 			return nil, err
 		}
 	}
@@ -132,7 +132,7 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		}
 		return k, err
 	}
-	if lo.Symbols, err = sysmap.ParseFile(symbols); err != nil {
+	if lo.Symbols, err = parse(ctx, symbols, sysmap.ParseFile); err != nil {
 		return nil, fmt.Errorf("%w: %w", linux.ErrNoSymbols, err)
 	}
 	k, err := linux.Discover(ctx, t, lo)
@@ -140,6 +140,26 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		return nil, fmt.Errorf("%s: %w", symbols, err)
 	}
 	return k, nil
+}
+
+// parse reads a file, which takes seconds for one with debug information, or is given up
+// when ctx is done. Then what has begun goes on to its end, seen by nobody.
+func parse[T any](ctx context.Context, path string, f func(path string) (*T, error)) (*T, error) {
+	type result struct {
+		t   *T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		t, err := f(path)
+		done <- result{t, err}
+	}()
+	select {
+	case r := <-done:
+		return r.t, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s: %w", path, context.Cause(ctx))
+	}
 }
 
 // symbolPlaces is where distributions put the files of a kernel, by its release:

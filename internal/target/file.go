@@ -34,7 +34,8 @@ func openFile(_ context.Context, name string) (Guest, error) {
 		return nil, sentinel.Say(sentinel.As(err, ErrNotFound), "there is no such file")
 	}
 	if err != nil {
-		return nil, err
+		// The caller has said the path.
+		return nil, known(path, err)
 	}
 	g := &fileGuest{Image: m, info: Info{Name: filepath.Base(path), Kind: HVM}}
 	if m.Kind() == image.PV {

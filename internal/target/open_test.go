@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/vmprobes/vmprobes/image"
 	"github.com/vmprobes/vmprobes/internal/qemu"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -61,6 +62,15 @@ func TestSameErrors(t *testing.T) {
 	require.ErrorIs(t, err, fs.ErrNotExist)
 	require.ErrorIs(t, err, qemu.ErrNoStub)
 	assert.NotContains(t, err.Error(), "domain")
+	for _, name := range []string{"qemu+monitor:" + filepath.Join(t.TempDir(), "none"), "qemu+monitor:localhost:1"} {
+		_, err = Open(t.Context(), name)
+		require.ErrorIs(t, err, ErrNotFound, "%v", err)
+	}
+	program, err := os.Executable()
+	require.NoError(t, err)
+	_, err = Open(t.Context(), "file:"+program)
+	require.ErrorIs(t, err, image.ErrUnsupported)
+	assert.NotContains(t, err.Error(), program, "the caller says it")
 	_, err = Open(t.Context(), "file:/no/such/file")
 	require.ErrorIs(t, err, ErrNotFound)
 	require.ErrorIs(t, err, fs.ErrNotExist)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/qemu"
@@ -18,6 +19,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // Errors of Open.
@@ -133,13 +135,27 @@ func Open(ctx context.Context, name string) (Guest, error) {
 	g, err := open(ctx, name)
 	if err != nil {
 		if !ok {
-			if hint := meant(name); hint != "" {
+			hint := meant(name)
+			if hint == "" && noXen(err) {
+				hint = "; guests without Xen are named qemu:PATH or file:PATH"
+			}
+			if hint != "" {
 				err = fmt.Errorf("%w%s", err, hint)
 			}
 		}
 		return nil, known(name, err)
 	}
 	return g, nil
+}
+
+// noXen reports whether an error says that there is no Xen here.
+func noXen(err error) bool {
+	for _, e := range []error{xenctrl.ErrNotBuilt, xenctrl.ErrUnsupportedPlatform, xenctrl.ErrLibraryNotFound, xenctrl.ErrNotControlDomain} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // meant returns what to say about a name if there is a file of that name here.
@@ -169,6 +185,10 @@ func known(name string, err error) error {
 		if errors.Is(err, k.of) && !errors.Is(err, k.is) {
 			err = sentinel.As(err, k.is)
 		}
+	}
+	if strings.HasPrefix(name, "qemu") && !errors.Is(err, ErrNotFound) &&
+		(errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)) { // a monitor's socket
+		err = sentinel.As(err, ErrNotFound)
 	}
 	for _, prefix := range []string{name + ": ", strconv.Quote(name) + ": "} {
 		if text, ok := strings.CutPrefix(err.Error(), prefix); ok && text != "" {
