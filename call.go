@@ -114,10 +114,12 @@ func (p *Probe) quoted(v uint64) string {
 	const limit = 256
 	text, err := p.ReadString(Addr(v), limit)
 	if err != nil {
-		return fmt.Sprintf("%#x", v) // not resident, perhaps
+		return hex(v) // not resident, perhaps
 	}
 	return strconv.QuoteToASCII(text)
 }
+
+func hex(v uint64) string { return fmt.Sprintf("%#x", v) }
 
 // function returns how the function is called that p is at.
 func (s *Session) function(p *Probe) (*linux.Function, error) {

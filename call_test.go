@@ -45,7 +45,7 @@ func TestCall(t *testing.T) {
 	assert.Equal(t, `fn_0700(name=`+quoted+`, buf=0x1000, n=-1, 4, 5, 6)`, c.String())
 
 	// The prototype is kept; the values are each call's own.
-	for value, want := range map[uint64]string{0: "NULL", 0x1000: "0x1000", long: hexOf(long)} {
+	for value, want := range map[uint64]string{0: "NULL", 0x1000: "0x1000", long: hex(long)} {
 		r.DI = value
 		c, err = p.Call(r)
 		require.NoError(t, err)
@@ -88,8 +88,6 @@ func TestCall(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoPrototype)
 	require.ErrorIs(t, err, ErrNoSymbols)
 }
-
-func hexOf(v uint64) string { return "0x" + strings.TrimLeft(Addr(v).String()[2:], "0") }
 
 // TestTask reads the current task of a hit.
 func TestTask(t *testing.T) {

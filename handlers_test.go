@@ -152,13 +152,13 @@ func TestUnregisterNext(t *testing.T) {
 	})
 }
 
-// TestUnregisterBetweenEvents unregisters a probe while one of its hits is in hand,
+// TestUnregisterBetweenHits unregisters a probe while one of its hits is in hand,
 // outside of the goroutine that serves.
-func TestUnregisterBetweenEvents(t *testing.T) {
+func TestUnregisterBetweenHits(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
-		next, stop := iter.Pull2(s.Events(t.Context()))
+		next, stop := iter.Pull2(s.Hits(t.Context()))
 		defer stop()
 		hit, err, ok := next()
 		require.True(t, ok)
@@ -251,7 +251,7 @@ func TestProbeElsewhere(t *testing.T) {
 	m2.Poke(uint64(at), []byte{2})
 	read := func(p *Probe) byte {
 		b := make([]byte, 1)
-		_, err := p.ReadMemory(b, at)
+		_, err := p.ReadMemory(at, b)
 		assert.NoError(t, err)
 		return b[0]
 	}

@@ -111,6 +111,19 @@ func (r *Regs) fields() []regField {
 	}
 }
 
+// MarshalJSON returns the registers as a JSON object of hexadecimal strings, with the
+// names that [Regs.Dump] prints.
+func (r Regs) MarshalJSON() ([]byte, error) {
+	b := []byte{'{'}
+	for i, f := range r.fields() {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = fmt.Appendf(b, `"%s":"%#x"`, f.name, f.value)
+	}
+	return append(b, '}'), nil
+}
+
 // Dump writes the registers one a line, as dump_regs did.
 func (r *Regs) Dump(w io.Writer) error {
 	if r == nil {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
@@ -82,26 +83,37 @@ func (k Kind) String() string {
 
 // Domain describes the guest of a Session.
 type Domain struct {
-	ID    DomainID
+	ID    DomainID // of a Xen domain; 0 for other guests
 	Name  string
 	Kind  Kind
 	VCPUs int // online when the Session was opened
 }
 
+// String returns the domain in a line: name, id if it is one of Xen's, kind and vCPUs.
+func (d Domain) String() string {
+	id := ""
+	if d.ID != 0 {
+		id = fmt.Sprintf("domain %d, ", d.ID)
+	}
+	return fmt.Sprintf("%s (%s%v, vCPUs: %d)", d.Name, id, d.Kind, d.VCPUs)
+}
+
 // A Session is an attachment to one domain. Its methods are safe for concurrent
-// use; one Loop or Events may run at a time. It must be closed: breakpoints
+// use; one Loop or Hits may run at a time. It must be closed: breakpoints
 // that nobody answers any more kill the guest.
 //
 // After Register, hits wait for a Loop, up to a second. Then, and between Loops,
 // the guest runs over its breakpoints, and what it executes is counted in
 // Stats.Missed.
 //
-// A Session doesn't catch signals. A program that ends by one without Close
-// leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
+// A Session doesn't catch signals, and a program that ends by one without Close
+// leaves its breakpoints behind. Programs without signal handling of their own use
+// [Run] or [RunFunc]; others mind SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE.
 // Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
 // its next hit, and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
 type Session struct {
+	name   string // of the domain, as the caller has it
 	domain Domain
 	drv    target.Driver
 	eng    *breakpoint.Engine
@@ -114,7 +126,8 @@ type Session struct {
 	unsafe bool         // Options.IgnoreBlacklist
 
 	seq  atomic.Uint64
-	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
+	bad  atomic.Pointer[error] // that a handler ends the loop with
+	sink func(*Hit) Action     // of Hits; only the loop's goroutine uses it
 	regs Regs
 	hit  Hit
 
@@ -156,8 +169,11 @@ func newSession(i target.Info, drv target.Driver, k *linux.Kernel, symErr error,
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	log = log.With("domain", d.Name, "domid", uint16(d.ID))
-	s := &Session{domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
+	log = log.With("domain", d.Name)
+	if d.ID != 0 {
+		log = log.With("domid", uint16(d.ID))
+	}
+	s := &Session{name: d.Name, domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
 		Scratch:   func(_ uint64, try func(addr, size uint64) bool) { k.DeadCode(try) },
@@ -186,7 +202,7 @@ func (s *Session) fail(op string, p *Probe, err error) error {
 	if err == nil {
 		return nil
 	}
-	e := &Error{Op: op, Domain: s.domain.Name, Err: err}
+	e := &Error{Op: op, Domain: s.name, Err: err}
 	if p != nil {
 		e.Probe = p.location()
 	}
@@ -259,7 +275,7 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 	}
 	s.probes = append(s.probes, probes...)
 	for _, p := range probes {
-		s.log.Debug("probe registered", "probe", p, "addr", p.Address().String())
+		s.log.Debug("probe registered", "probe", p, "addr", hex(p.Address()))
 	}
 	return nil
 }
@@ -277,6 +293,10 @@ func (p *Probe) detach(restored bool) {
 func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 	ep := &breakpoint.Probe{Addr: uint64(addr), At: uint64(at)}
 	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
+		var at time.Time
+		if s.sink != nil {
+			at = time.Now()
+		}
 		return s.dispatch(p, c, func(r *Regs) Action {
 			if p.Pre != nil {
 				if a := p.Pre(p, r); a != Continue {
@@ -285,7 +305,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 			}
 			if s.sink != nil {
 				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)}
+				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: at}
 				return s.sink(&s.hit)
 			}
 			return Continue
@@ -420,7 +440,8 @@ func (s *Session) endIdle() {
 }
 
 // Loop runs the guest and calls handlers, in the caller's goroutine, until one
-// of them returns something else than Continue (then Loop returns nil), ctx is
+// of them returns something else than Continue (then Loop returns nil, or the error
+// of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
 // (ErrDomainGone) or something fails.
 // The probes stay registered: Loop may be called again.
@@ -453,6 +474,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	}
 	s.looping, s.stop, s.sink = true, cancel, sink
 	s.endIdle()
+	s.bad.Store(nil)
 	s.mu.Unlock()
 
 	finished := false
@@ -473,6 +495,9 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	v, err := s.eng.Serve(ctx, true)
 	finished = true
 	s.log.Debug("loop ends", "action", int(v), "err", err)
+	if bad := s.bad.Swap(nil); bad != nil {
+		return s.fail("loop", nil, errors.Join(*bad, err))
+	}
 	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		err = context.Cause(ctx)
 		// A cause need not be a context.Canceled: those of signal.NotifyContext
@@ -484,11 +509,11 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	return s.fail("loop", nil, err)
 }
 
-// Events is Loop for those who prefer a range statement to handlers: it yields
+// Hits is Loop for those who prefer a range statement to handlers: it yields
 // each hit, with the vCPU stopped before the probed instruction until the body
 // is done. Pre handlers, if any, run first. Leaving the range ends the loop; an
 // error is yielded last. The body must not call Close before it has left.
-func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
+func (s *Session) Hits(ctx context.Context) iter.Seq2[*Hit, error] {
 	return func(yield func(*Hit, error) bool) {
 		left := false
 		err := s.loop(ctx, func(h *Hit) Action {
@@ -507,26 +532,38 @@ func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
 	}
 }
 
-// ReadMemory reads guest kernel memory. n < len(b) implies an error. Breakpoints
-// of this Session don't show.
-func (s *Session) ReadMemory(b []byte, addr Addr) (n int, err error) { return s.read(0, b, addr) }
+// ReadMemory fills b from the guest's kernel memory. n < len(b) if and only if err is
+// not nil: n bytes are before the first page that can't be read. Breakpoints of this
+// Session don't show.
+func (s *Session) ReadMemory(addr Addr, b []byte) (n int, err error) { return s.read(0, addr, b) }
 
-// WriteMemory writes guest kernel memory, whatever the page's protection.
+// WriteMemory writes b to the guest's kernel memory, whatever the page's protection. n
+// is as in ReadMemory. What is under a probe can't be written.
 func (s *Session) WriteMemory(addr Addr, b []byte) (n int, err error) { return s.write(0, addr, b) }
 
-func (s *Session) read(cr3 uint64, b []byte, addr Addr) (n int, err error) {
-	n, err = s.drv.Read(cr3, uint64(addr), b)
-	s.eng.Overlay(uint64(addr), b[:n])
+// ReadString reads a NUL-terminated string from the guest's kernel memory, as
+// [Probe.ReadString] does.
+func (s *Session) ReadString(addr Addr, limit int) (string, error) {
+	str, err := cstring.Read(s.ReadMemory, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = s.fail("read", nil, err)
+	}
+	return str, err
+}
+
+func (s *Session) read(cr3 uint64, addr Addr, b []byte) (n int, err error) {
+	n, err = s.drv.Read(cr3, addr, b)
+	s.eng.Overlay(addr, b[:n])
 	return n, s.fail("read", nil, err)
 }
 
 func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 	for _, site := range s.eng.Sites() {
-		if uint64(addr) < site.Addr+uint64(len(site.Orig)) && site.Addr < uint64(addr)+uint64(len(b)) {
+		if addr < site.Addr+uint64(len(site.Orig)) && site.Addr < addr+uint64(len(b)) {
 			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
 		}
 	}
-	n, err = s.drv.Write(cr3, uint64(addr), b)
+	n, err = s.drv.Write(cr3, addr, b)
 	return n, s.fail("write", nil, err)
 }
 
@@ -546,7 +583,7 @@ type SessionStats struct {
 // Close unregisters every probe, gives the guest its instructions back and
 // detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
 // for the handler that runs; so a handler must not call it, nor the body of a
-// range over Events. It joins all failures. After it has left the guest, which is
+// range over Hits. It joins all failures. After it has left the guest, which is
 // nearly always so, it does nothing and returns the same.
 //
 // If a breakpoint can't be removed or a vCPU not be let go, however often that is

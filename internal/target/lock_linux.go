@@ -24,7 +24,8 @@ func lockDomain(id uint16) (release func() error, err error) {
 		return nil, fmt.Errorf("lock the domain: %w", err)
 	}
 	name := filepath.Join(lockDir, fmt.Sprintf("domain-%d.lock", id))
-	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	// To read is enough for a lock. Only who may enter the folder can do it.
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("lock the domain: open %s: %w", name, err)
 	}

@@ -40,7 +40,7 @@ func (g *qemuGuest) Info() Info { return g.info }
 func (g *qemuGuest) Attach(ctx context.Context) (Driver, error) {
 	d, err := g.VM.Attach(ctx)
 	if err != nil {
-		return nil, err
+		return nil, known("", err)
 	}
 	return d, nil
 }
