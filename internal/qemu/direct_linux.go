@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -150,14 +151,15 @@ func peer(c net.Conn) (int, error) {
 
 // connections counts the connections, accepted or waiting, to the unix socket
 // that is bound to path in this network namespace; 0 if that can't be told.
-func connections(path string) int { return sockets(path, "03") }
+func connections(path string) int { return sockets(path, "02", "03") }
 
 // listening reports whether somebody listens there.
 func listening(path string) bool { return sockets(path, "01") > 0 }
 
-// sockets counts the unix sockets of a path that are in a state, as in
-// /proc/net/unix (proc_pid_net(5)): 01 listens, 03 is connected.
-func sockets(path, state string) (n int) {
+// sockets counts the unix sockets of a path that are in one of some states, as in
+// /proc/net/unix (Linux, unix_seq_show in net/unix/af_unix.c): 01 listens, 02 is a
+// connection that waits to be accepted, 03 one that has been.
+func sockets(path string, states ...string) (n int) {
 	f, err := os.Open("/proc/net/unix")
 	if err != nil {
 		return 0
@@ -170,7 +172,7 @@ func sockets(path, state string) (n int) {
 			break
 		}
 		// Num RefCount Protocol Flags Type St Inode Path
-		if f := strings.Fields(in.Text()); len(f) >= 8 && f[5] == state && strings.HasSuffix(in.Text(), " "+path) {
+		if f := strings.Fields(in.Text()); len(f) >= 8 && slices.Contains(states, f[5]) && strings.HasSuffix(in.Text(), " "+path) {
 			n++
 		}
 	}

@@ -25,17 +25,21 @@ var ErrAttached = errors.New("this VM has a driver already")
 // handler wants to see the result. Before QEMU 11, whose steps can be believed,
 // one more asks whether the step was made; it takes no round trip of its own.
 // Registers are written only if they changed.
+//
+// A Driver knows what breakpoints are for, and uses the VM to reach them; the VM
+// knows nothing of it. Whatever may stop the VM is followed by take, by which the
+// Driver gets a stop that has come meanwhile.
 type Driver struct {
 	vm     *VM
-	mem    atomic.Pointer[paging.Memory]
-	kernel atomic.Uint64 // paging.Root, 0: ask the vCPUs
+	mem    atomic.Pointer[paging.Memory] // replaced when the guest changes its paging mode
+	kernel atomic.Uint64                 // paging.Root, 0: ask the vCPUs
 
-	// The rest is guarded by vm.mu.
-	breaks   map[uint64]*point
-	pending  bool            // a stop hasn't been answered: the VM must not run
-	queued   bool            // Wait hasn't returned it yet
-	stop     breakpoint.Stop // the pending one
+	// The rest is the Driver's own, and guarded by vm.mu. A stop that waits for its
+	// answer is the VM's heldTrap.
+	points   map[uint64]*point
+	stop     breakpoint.Stop // that waits for its answer
 	thread   string          // its vCPU's
+	queued   bool            // Wait hasn't returned it yet
 	fault    error           // for Wait to return once
 	underway []underway
 	identity identity
@@ -43,9 +47,8 @@ type Driver struct {
 	closed   bool
 }
 
-// A point is a breakpoint in the stub.
+// A point is a place where a breakpoint is wanted.
 type point struct {
-	kind    byte // of Z packet: '0' or '1'
 	insn    x86.Insn
 	checked time.Time // when the guest's code there was last compared
 	changed bool      // … and found different; the breakpoint is out
@@ -77,10 +80,10 @@ func (v *VM) Attach(context.Context) (*Driver, error) {
 	if v.err != nil {
 		return nil, v.err
 	}
-	if v.drv != nil {
-		return nil, ErrAttached
+	if err := v.serve(); err != nil {
+		return nil, err
 	}
-	d := &Driver{vm: v, breaks: make(map[uint64]*point)}
+	d := &Driver{vm: v, points: make(map[uint64]*point)}
 	d.setMode(paging.Mode{Kind: paging.FourLevel, NXE: true})
 	for _, c := range cpus {
 		if mode, err := paging.ModeOf(c.CR0, c.CR4, c.EFER); err == nil {
@@ -88,7 +91,7 @@ func (v *VM) Attach(context.Context) (*Driver, error) {
 			break
 		}
 	}
-	v.drv = d
+	go d.watch()
 	return d, nil
 }
 
@@ -174,14 +177,14 @@ func (d *Driver) roots(cr3 uint64) ([]paging.Root, error) {
 	return all, nil
 }
 
-// walk calls f, while the VM is stopped unless memory can be had without, with
-// roots until one maps what f wants.
+// walk calls f with one root after the other until one maps what f wants. The VM is
+// stopped meanwhile unless its memory can be reached without the stub.
 func (d *Driver) walk(cr3 uint64, f func(*paging.Memory, paging.Root) error) error {
 	if d.vm.direct == nil {
-		if err := d.vm.Freeze(); err != nil {
+		if err := d.Freeze(); err != nil {
 			return err
 		}
-		defer d.vm.Thaw()
+		defer d.Thaw()
 	}
 	roots, err := d.roots(cr3)
 	if err != nil {
@@ -229,7 +232,7 @@ func (d *Driver) readAsVCPU(cr3, addr uint64, b []byte) (ok bool, err error) {
 	if v.err != nil {
 		return false, v.err
 	}
-	if v.running || !d.pending || v.regsOf == "" {
+	if v.running || v.trap != heldTrap || v.regsOf == "" {
 		return false, nil
 	}
 	kernel := addr>>63 != 0 && v.regs[rCS]&3 == 0
@@ -260,8 +263,8 @@ func (d *Driver) Store(cr3, addr uint64, b []byte) error {
 	})
 }
 
-// Patch implements breakpoint.Driver. It does nothing: code isn't patched in a
-// VM of QEMU, and needn't be.
+// Patch implements breakpoint.Driver. It always fails: code in a VM of QEMU can't be
+// patched from outside, and needn't be.
 func (d *Driver) Patch(addr uint64, b []byte) error {
 	return fmt.Errorf("patch code at %#x: %w", addr, errors.ErrUnsupported)
 }
@@ -272,7 +275,7 @@ func (d *Driver) Freeze() error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if err := v.freeze(); err != nil {
+	if err := d.freeze(); err != nil {
 		return err
 	}
 	d.freezes++
@@ -287,19 +290,40 @@ func (d *Driver) Thaw() error {
 	if d.freezes == 0 {
 		return nil
 	}
-	if err := v.thaw(); err != nil {
+	if err := v.thaw(1); err != nil {
 		return err
 	}
 	d.freezes--
 	return nil
 }
 
-// InsertBreak implements breakpoint.Driver.
-func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
-	if err := d.vm.Freeze(); err != nil {
+// freeze stops the VM until VM.thaw, and takes a stop that has come meanwhile.
+func (d *Driver) freeze() error {
+	if err := d.vm.freeze(); err != nil {
 		return err
 	}
-	defer d.vm.Thaw()
+	err := d.take()
+	if err != nil {
+		d.vm.thaw(1) // it fails with err, if it does
+	}
+	return err
+}
+
+// held calls f while the VM is stopped.
+func (d *Driver) held(f func() error) error {
+	if err := d.freeze(); err != nil {
+		return err
+	}
+	err := f()
+	return errors.Join(err, d.vm.thaw(1))
+}
+
+// InsertBreak implements breakpoint.Driver.
+func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
+	if err := d.Freeze(); err != nil {
+		return err
+	}
+	defer d.Thaw()
 	cur := make([]byte, in.Len)
 	if err := d.Read(0, addr, cur); err != nil {
 		return err
@@ -316,48 +340,21 @@ func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
 	if d.closed {
 		return ErrClosed
 	}
-	p := &point{kind: '0', insn: *in, checked: time.Now()}
-	if old := d.breaks[addr]; old != nil {
-		// The stub would count it twice, and keep one for ever.
+	p := &point{insn: *in, checked: time.Now()}
+	if old := d.points[addr]; old != nil {
 		if !old.removed {
 			return fmt.Errorf("breakpoint at %#x is there already", addr)
 		}
 		if !old.changed {
-			p.kind = old.kind
-			d.breaks[addr] = p
+			d.points[addr] = p // its breakpoint is still in the stub
 			return nil
 		}
 	}
-	err := v.insert(p, addr)
-	if err != nil {
+	if err := v.plant(addr); err != nil {
 		return err
 	}
-	d.breaks[addr] = p
+	d.points[addr] = p
 	return nil
-}
-
-// insert has the stub set a breakpoint. KVM's are int3s in memory, which the stub
-// can plant only where the vCPU it happens to look through has the kernel mapped;
-// debug registers don't care.
-func (v *VM) insert(p *point, addr uint64) error {
-	var err error
-	if !v.info.KVM || !v.hardware {
-		err = v.callOK(p.packet('Z', addr))
-		if no := (*refused)(nil); !v.info.KVM || !errors.As(err, &no) {
-			return err
-		}
-	}
-	p.kind = '1'
-	herr := v.callOK(p.packet('Z', addr))
-	if no := (*refused)(nil); errors.As(herr, &no) {
-		return errors.Join(fmt.Errorf("the CPU's four debug registers are in use, by other probes or a watchpoint: remove one: %w", herr), err)
-	}
-	return herr
-}
-
-// packet returns the packet that sets ('Z') or removes ('z') the breakpoint.
-func (p *point) packet(op byte, addr uint64) string {
-	return fmt.Sprintf("%c%c,%x,1", op, p.kind, addr)
 }
 
 // RemoveBreak implements breakpoint.Driver.
@@ -365,24 +362,24 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	p := d.breaks[addr]
+	p := d.points[addr]
 	if p == nil || p.removed {
 		return nil
 	}
-	return v.held(func() error {
+	return d.held(func() error {
 		d.forgetUnderway(addr)
 		if p.changed {
-			delete(d.breaks, addr)
+			delete(d.points, addr)
 			return fmt.Errorf("%#x: %w", addr, breakpoint.ErrTextChanged)
 		}
 		if d.owed(addr) {
 			p.removed = true // until that has come back
 			return nil
 		}
-		if err := v.callOK(p.packet('z', addr)); err != nil {
+		if err := v.lift(addr); err != nil {
 			return err
 		}
-		delete(d.breaks, addr)
+		delete(d.points, addr)
 		return nil
 	})
 }
@@ -391,22 +388,28 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 // what it was, at most, unless that costs next to nothing.
 const checkEvery = 100 * time.Millisecond
 
-// trapped takes the stop of vm.current; vm.mu is held.
-func (d *Driver) trapped() error {
+// take takes a stop at a breakpoint that nobody has taken, if there is one: it is
+// kept for Wait, or the VM goes on.
+func (d *Driver) take() error {
 	v := d.vm
-	if len(d.breaks) == 0 {
+	if d.closed {
+		return nil
+	}
+	thread, ok := v.takeTrap()
+	if !ok {
+		return nil
+	}
+	if len(d.points) == 0 {
 		return v.settle() // the breakpoint was removed meanwhile
 	}
-	thread := v.current
-	data, err := v.call("g")
-	if err != nil {
+	if err := v.choose(thread); err != nil {
 		return err
 	}
-	if err := v.takeRegs(data); err != nil {
+	if err := v.readRegs(); err != nil {
 		return err
 	}
 	ip := v.regs[rIP]
-	p := d.breaks[ip]
+	p := d.points[ip]
 	if p == nil || p.changed {
 		v.log.Debug("stop where no breakpoint is", "thread", thread, "rip", ip)
 		return v.settle()
@@ -432,8 +435,28 @@ func (d *Driver) trapped() error {
 		return v.settle()
 	}
 	d.stop = breakpoint.Stop{VCPU: n, Reason: breakpoint.Hit, User: v.regs[rCS]&3 == 3, Regs: v.regs.general()}
-	d.thread, d.pending, d.queued = thread, true, true
+	d.thread, d.queued = thread, true
+	v.holdTrap()
+	v.changed.Broadcast()
 	return nil
+}
+
+// watch takes the stops that come while nobody is in Wait, and has such a stop
+// wait there; one where no breakpoint is any more must not keep the VM stopped.
+func (d *Driver) watch() {
+	v := d.vm
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for v.err == nil && !d.closed {
+		if err := v.look(); err != nil {
+			return
+		}
+		if err := d.take(); err != nil && d.fault == nil {
+			d.fault = err
+			v.changed.Broadcast()
+		}
+		v.rest()
+	}
 }
 
 // check compares the guest's code at a breakpoint, and what its kernel is known by,
@@ -457,8 +480,8 @@ func (d *Driver) check(addr uint64, p *point) error {
 	if err != nil {
 		return err
 	}
-	if v.info.KVM && p.kind == '0' {
-		cur, want = cur[1:], want[1:] // QEMU's int3 shows
+	if v.shows(addr) {
+		cur, want = cur[1:], want[1:] // there is QEMU's int3
 	}
 	if !same || !bytes.Equal(cur, want) {
 		if err := d.takeOut(addr, p); err != nil {
@@ -475,7 +498,7 @@ func (d *Driver) check(addr uint64, p *point) error {
 			return err
 		}
 		if !same || !bytes.Equal(cur, id.bytes) {
-			for addr, p := range d.breaks {
+			for addr, p := range d.points {
 				if err := d.takeOut(addr, p); err != nil {
 					return err
 				}
@@ -494,7 +517,7 @@ func (d *Driver) takeOut(addr uint64, p *point) error {
 	if p.changed {
 		return nil
 	}
-	if err := d.vm.callOK(p.packet('z', addr)); err != nil {
+	if err := d.vm.lift(addr); err != nil {
 		return err
 	}
 	p.changed = true
@@ -523,6 +546,9 @@ func (d *Driver) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for {
+		if err := d.take(); err != nil {
+			return err
+		}
 		switch {
 		case d.queued:
 			*s = d.stop
@@ -545,319 +571,6 @@ func (d *Driver) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	}
 }
 
-// pendingStop checks that s is the stop that waits for an answer.
-func (d *Driver) pendingStop(s *breakpoint.Stop) error {
-	if d.vm.err != nil {
-		return d.vm.err
-	}
-	if !d.pending || s.VCPU != d.stop.VCPU {
-		return fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
-	}
-	return nil
-}
-
-// putRegs gives the vCPU the registers of s, except RIP unless ip is set, if they
-// differ from what it has.
-func (d *Driver) putRegs(s *breakpoint.Stop, ip bool) error {
-	want := d.vm.regs
-	want.setGeneral(&s.Regs)
-	if !ip {
-		want[rIP] = d.vm.regs[rIP]
-	}
-	return d.put(&want)
-}
-
-// put gives d.thread, whose registers are v.regs, those of want.
-func (d *Driver) put(want *regFile) error {
-	v := d.vm
-	if *want == v.regs {
-		return nil
-	}
-	if err := v.choose(d.thread); err != nil {
-		return err
-	}
-	var packets []string
-	for i := range want {
-		if want[i] != v.regs[i] {
-			packets = append(packets, v.layout.set(i, want[i]))
-		}
-	}
-	if err := v.post(packets...); err != nil {
-		return err
-	}
-	var errs error
-	for i := range packets {
-		data, err := v.receive()
-		if err != nil {
-			return err
-		}
-		if string(data) != "OK" {
-			errs = errors.Join(errs, &refused{packets[i], printable(string(data))})
-		}
-	}
-	if errs == nil {
-		v.regs = *want
-	}
-	return errs
-}
-
-// Resume implements breakpoint.Driver.
-func (d *Driver) Resume(s *breakpoint.Stop) error {
-	v := d.vm
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if err := d.pendingStop(s); err != nil {
-		return err
-	}
-	if v.frozen > 0 {
-		if err := d.putRegs(s, true); err != nil {
-			return err
-		}
-		d.pending = false
-		return nil
-	}
-	if err := d.putRegs(s, false); err != nil {
-		return err
-	}
-	packet := "c"
-	if s.Regs.IP != v.regs[rIP] {
-		// "c" takes the address for the vCPU that g and P are about.
-		if err := v.choose(d.thread); err != nil {
-			return err
-		}
-		packet = fmt.Sprintf("c%x", s.Regs.IP)
-	}
-	d.pending = false
-	return v.run(packet)
-}
-
-// StepOn implements breakpoint.Driver.
-func (d *Driver) StepOn(s *breakpoint.Stop, _ *x86.Insn) error {
-	v := d.vm
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if err := d.pendingStop(s); err != nil {
-		return err
-	}
-	p := d.breaks[s.Regs.IP]
-	if p == nil {
-		return fmt.Errorf("step on at %#x: no breakpoint there", s.Regs.IP)
-	}
-	if err := d.putRegs(s, true); err != nil {
-		return err
-	}
-	return d.stepOn(s.Regs.IP, p, underway{})
-}
-
-// goOn has vCPU n, which came back to the breakpoint, go on with its execution.
-func (d *Driver) goOn(n int, thread string, p *point, u underway) error {
-	d.thread = thread
-	if !u.over {
-		return d.stepOn(d.vm.regs[rIP], p, u)
-	}
-	d.stop = breakpoint.Stop{VCPU: n}
-	d.pending = true
-	if p.removed {
-		// It is where it is: the rest it executes without us.
-		addr := d.vm.regs[rIP]
-		d.stepped(addr)
-		if !d.owed(addr) {
-			if err := d.takeOut(addr, p); err != nil {
-				return err
-			}
-			delete(d.breaks, addr)
-		}
-		return nil
-	}
-	return d.stepOver(d.vm.regs[rIP], p)
-}
-
-// stepOn steps d.thread past the instruction at addr, and lets the VM run unless
-// it is frozen. u is what it has been before, if it came back. Where a step may
-// fail to move, RIP is asked for in the same write as the VM is let go: if it
-// hasn't moved, the vCPU stops there again, unless it takes an interrupt first.
-func (d *Driver) stepOn(addr uint64, p *point, u underway) error {
-	v := d.vm
-	if p.insn.Repeats() {
-		done, err := d.repeat(addr, p)
-		if err != nil {
-			return err
-		}
-		if !done {
-			d.leave(u)
-		}
-		d.pending = false
-		return v.settle()
-	}
-	u.tries++
-	for range maxTries {
-		if err := d.step(addr, p); err != nil {
-			return err
-		}
-		if !v.verify || p.toItself() {
-			break
-		}
-		if v.frozen == 0 {
-			d.pending = false
-			if err := v.run(v.readIP(), "c"); err != nil {
-				return err
-			}
-			ip, err := v.receiveIP()
-			if err == nil && ip == addr {
-				v.log.Debug("a step ended where it began", "thread", d.thread, "rip", ip)
-				d.leave(u)
-			}
-			return err
-		}
-		if err := v.post(v.readIP()); err != nil {
-			return err
-		}
-		ip, err := v.receiveIP()
-		if err != nil {
-			return err
-		}
-		if ip != addr {
-			break
-		}
-	}
-	d.pending = false
-	return v.settle()
-}
-
-// readIP returns the packet that asks for RIP. Under KVM "p" doesn't fetch the
-// registers from the kernel (QEMU's handle_get_reg), "g" does.
-func (v *VM) readIP() string {
-	if v.info.KVM {
-		return "g"
-	}
-	return fmt.Sprintf("p%x", v.layout.reg[rIP].number)
-}
-
-// receiveIP takes the answer.
-func (v *VM) receiveIP() (uint64, error) {
-	data, err := v.receive()
-	if err != nil {
-		return 0, err
-	}
-	var ip uint64
-	if v.info.KVM {
-		var f regFile
-		err = v.layout.parse(&f, data)
-		ip = f[rIP]
-	} else {
-		ip, err = v.layout.value(rIP, data)
-	}
-	if err != nil {
-		return 0, v.broken(err)
-	}
-	return ip, nil
-}
-
-// step makes one step of d.thread, all other vCPUs standing still. Afterwards
-// d.thread is the current one.
-func (d *Driver) step(addr uint64, p *point) error {
-	v := d.vm
-	// KVM traps again at once; TCG doesn't while it steps.
-	if v.info.KVM {
-		if err := v.callOK(p.packet('z', addr)); err != nil {
-			return err
-		}
-	}
-	v.forget()
-	data, err := v.call("vCont;s:" + d.thread)
-	if err != nil {
-		return err
-	}
-	stop, err := parseStop(data)
-	if err != nil {
-		return v.broken(err)
-	}
-	if stop.exited || stop.signal != sigTrap {
-		return v.stopped(data)
-	}
-	v.current = stop.thread
-	if v.info.KVM {
-		if err := v.callOK(p.packet('Z', addr)); err != nil {
-			return err
-		}
-	}
-	return v.choose(d.thread)
-}
-
-// StepOver implements breakpoint.Driver.
-func (d *Driver) StepOver(s *breakpoint.Stop, addr uint64) error {
-	v := d.vm
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if err := d.pendingStop(s); err != nil {
-		return err
-	}
-	p := d.breaks[addr]
-	if p == nil {
-		return fmt.Errorf("step over %#x: no breakpoint there", addr)
-	}
-	if err := d.putRegs(s, true); err != nil {
-		return err
-	}
-	if d.stop.Reason == breakpoint.Stepped && p.insn.Repeats() {
-		// It has had a slice.
-		d.leave(underway{over: true})
-		d.pending = false
-		return v.settle()
-	}
-	return d.stepOver(addr, p)
-}
-
-// stepOver steps d.thread over the instruction at addr, or a slice further in it,
-// and has Wait return that.
-func (d *Driver) stepOver(addr uint64, p *point) error {
-	v := d.vm
-	if p.insn.Repeats() {
-		if _, err := d.repeat(addr, p); err != nil {
-			return err
-		}
-		d.stepped(addr)
-		return nil
-	}
-	for range maxTries {
-		if err := d.step(addr, p); err != nil {
-			return err
-		}
-		data, err := v.call("g")
-		if err != nil {
-			return err
-		}
-		if err := v.takeRegs(data); err != nil {
-			return err
-		}
-		if v.regs[rIP] != addr || p.toItself() {
-			break
-		}
-	}
-	d.stepped(addr)
-	return nil
-}
-
-// stepped has Wait return that the vCPU of the pending stop has stepped at addr.
-func (d *Driver) stepped(addr uint64) {
-	d.stop.Reason, d.stop.Addr, d.stop.Regs = breakpoint.Stepped, addr, d.vm.regs.general()
-	d.queued = true
-	d.vm.changed.Broadcast()
-}
-
-// Reinject implements breakpoint.Driver. A breakpoint of the guest's own never
-// comes here: the guest has it. What does is a jump to one of ours from user
-// mode: the step makes the vCPU meet the page fault that it is due.
-func (d *Driver) Reinject(s *breakpoint.Stop) error {
-	d.vm.mu.Lock()
-	p := d.breaks[s.Regs.IP]
-	d.vm.mu.Unlock()
-	if p == nil {
-		return d.Resume(s)
-	}
-	return d.StepOn(s, &p.insn)
-}
-
 // Close implements breakpoint.Driver: it removes all breakpoints and lets the VM
 // run. A stop that waits for its answer is dropped: its vCPU executes the
 // instruction itself.
@@ -871,12 +584,13 @@ func (d *Driver) Close() error {
 	// Whoever waits for stops is to see that there are no more.
 	d.closed = true
 	v.changed.Broadcast()
-	d.pending, d.queued = false, false
+	d.queued = false
+	v.releaseTrap()
 	err := d.detach()
 	if err != nil && v.err == nil {
 		d.closed = false // it may be called again
-	} else if v.drv == d {
-		v.drv = nil
+	} else {
+		v.unserve()
 	}
 	return err
 }
@@ -888,32 +602,32 @@ func (d *Driver) detach() error {
 		return v.err
 	}
 	if v.err != nil {
-		// Another has stopped the VM, which is to stay so.
+		// Somebody else has stopped the VM, which is to stay so.
 		return errors.Join(v.err, d.clear())
 	}
-	v.frozen++
-	err := v.halt()
-	if !v.gone {
-		err = errors.Join(err, d.clear())
+	if err := v.freeze(); err != nil {
+		if !v.gone {
+			err = errors.Join(err, d.clear())
+		}
+		return err
 	}
-	v.frozen--
+	v.releaseTrap() // what has hit meanwhile executes the instruction itself
+	err := d.clear()
+	n := 1
 	if err == nil {
-		v.frozen -= d.freezes
+		n += d.freezes
 		d.freezes = 0
 	}
-	return errors.Join(err, v.settle())
+	return errors.Join(err, v.thaw(n))
 }
 
 // clear removes all breakpoints of the stopped VM.
-func (d *Driver) clear() (errs error) {
-	for addr, p := range d.breaks {
-		if !p.changed {
-			if err := d.vm.callOK(p.packet('z', addr)); err != nil {
-				errs = errors.Join(errs, fmt.Errorf("remove breakpoint at %#x: %w", addr, err))
-				continue
-			}
+func (d *Driver) clear() error {
+	err := d.vm.liftAll()
+	for addr := range d.points {
+		if _, still := d.vm.breaks[addr]; !still {
+			delete(d.points, addr)
 		}
-		delete(d.breaks, addr)
 	}
-	return errs
+	return err
 }

@@ -73,7 +73,7 @@ const (
 	maxRegFile   = maxPacket / 2
 )
 
-var errNotAMD64 = errors.New("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64")
+var errNotAMD64 = fmt.Errorf("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64: %w", errors.ErrUnsupported)
 
 // readLayout reads a target description (GDB manual, appendix G), with what it
 // includes, through read, which returns one document.
