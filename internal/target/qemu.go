@@ -3,9 +3,11 @@ package target
 import (
 	"context"
 	"errors"
-	"strings"
+	"fmt"
+	"io/fs"
 
 	"github.com/vmprobes/vmprobes/internal/qemu"
+	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 )
@@ -19,20 +21,50 @@ type qemuGuest struct {
 func openQEMU(ctx context.Context, name string) (Guest, error) {
 	// Memory is read best from the QEMU process itself: the VM needn't stop for
 	// that. It takes a process on this machine, and the right to trace it.
-	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true})
-	if err != nil && !errors.Is(err, qemu.ErrNoStub) && !errors.Is(err, qemu.ErrBusy) && !errors.Is(err, qemu.ErrTarget) && ctx.Err() == nil {
-		vm, err = qemu.Dial(ctx, name, nil)
-	}
+	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true, Fallback: true})
 	if err != nil {
-		return nil, err
+		return nil, qemuError(err)
 	}
 	i := vm.Info()
-	g := &qemuGuest{VM: vm, info: Info{Name: i.Name, Kind: HVM, VCPUs: i.VCPUs}}
-	if g.info.Name == "" {
-		_, g.info.Name, _ = strings.Cut(name, ":")
-	}
-	return g, nil
+	return &qemuGuest{VM: vm, info: Info{Name: qemuName(i), Given: i.Name, Kind: HVM, VCPUs: i.VCPUs}}, nil
 }
+
+// qemuName returns a name that no other VM of this machine has. Whoever starts QEMU
+// may give any -name, to several VMs the same one.
+func qemuName(i qemu.Info) string {
+	switch {
+	case i.Name == "":
+		return i.Socket
+	case i.UUID != "":
+		return fmt.Sprintf("%s (%s)", i.Name, i.UUID)
+	}
+	return fmt.Sprintf("%s (%s)", i.Name, i.Socket)
+}
+
+// qemuError gives an error of package qemu the sentinel that any hypervisor's has,
+// and leaves its text.
+func qemuError(err error) error {
+	for _, e := range []struct{ of, is error }{
+		{qemu.ErrBusy, xen.ErrBusy},
+		{qemu.ErrAttached, xen.ErrBusy},
+		{qemu.ErrNoStub, ErrNotFound},
+		{qemu.ErrPaused, ErrPaused},
+		{fs.ErrPermission, ErrNotRoot},
+	} {
+		if errors.Is(err, e.of) {
+			return &also{err, e.is}
+		}
+	}
+	return err
+}
+
+// also is an error that errors.Is takes for another one, too.
+type also struct {
+	error
+	is error
+}
+
+func (e *also) Unwrap() []error { return []error{e.error, e.is} }
 
 func (g *qemuGuest) Info() Info { return g.info }
 
@@ -40,7 +72,7 @@ func (g *qemuGuest) Info() Info { return g.info }
 func (g *qemuGuest) Attach(ctx context.Context) (Driver, error) {
 	d, err := g.VM.Attach(ctx)
 	if err != nil {
-		return nil, err
+		return nil, qemuError(err)
 	}
 	return d, nil
 }

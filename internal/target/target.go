@@ -38,7 +38,8 @@ const (
 // Info describes a guest.
 type Info struct {
 	ID     uint16 // Xen's domain id
-	Name   string
+	Name   string // that no other guest of this host has
+	Given  string // name that its configuration gives it, if that is another one
 	Kind   Kind
 	VCPUs  int    // online
 	Kernel string // file, on this machine, that the toolstack booted it from, or ""
