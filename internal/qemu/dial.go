@@ -131,12 +131,17 @@ func absent(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.As(err, &dns) && dns.IsNotFound
 }
 
+// graceOfDial is how long a caller of Dial who has given up may have to wait until the
+// VM, which QEMU has stopped when we connected, is let go.
+const graceOfDial = 500 * time.Millisecond
+
 // open does the handshake and lets the VM run. On failure the connection is closed.
 func (v *VM) open(ctx context.Context, opts *Options) (err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	// A caller that gives up ends the connection, whatever is being waited for.
-	stop := context.AfterFunc(ctx, func() { v.stub.c.Close() })
+	// If the caller gives up, begin ends early; if QEMU doesn't answer, so does the
+	// connection.
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(graceOfDial, func() { v.stub.c.Close() }) })
 	defer func() {
 		if !stop() && err == nil {
 			err = context.Cause(ctx)
@@ -155,7 +160,7 @@ func (v *VM) open(ctx context.Context, opts *Options) (err error) {
 		return err
 	}
 	// From here on the VM is ours and stopped: let it go whatever fails.
-	if err := v.begin(opts); err != nil {
+	if err := v.begin(ctx, opts); err != nil {
 		if v.err == nil {
 			err = errors.Join(err, v.detach())
 		}
@@ -208,20 +213,23 @@ func (v *VM) handshake() error {
 }
 
 // begin makes the stub ready and finds out what VM this is.
-func (v *VM) begin(opts *Options) error {
+func (v *VM) begin(ctx context.Context, opts *Options) error {
 	if !v.xml {
 		return fmt.Errorf("%w: it doesn't describe the guest's registers", ErrNotStub)
 	}
 	if err := v.clear(); err != nil {
 		return err
 	}
-	if err := v.discover(); err != nil {
+	if err := v.discover(ctx); err != nil {
 		return err
 	}
 	var err error
 	if v.direct, err = openDirect(v, opts); err != nil && opts.Fallback && v.err == nil {
 		v.log.Debug("the guest's memory is read through the gdbstub", "why", err)
-		return nil
+		err = nil
+	}
+	if err == nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
 	}
 	return err
 }
@@ -244,7 +252,7 @@ func (v *VM) clear() error {
 }
 
 // discover reads what doesn't change, and sets stepping up.
-func (v *VM) discover() (err error) {
+func (v *VM) discover(ctx context.Context) (err error) {
 	if v.layout, err = readLayout(v.xfer); err != nil {
 		return err
 	}
@@ -254,6 +262,9 @@ func (v *VM) discover() (err error) {
 	// Under TCG "?" is about the vCPU that "Hc" chooses (QEMU since 7.1,
 	// tcg_remove_all_breakpoints).
 	for _, t := range v.threads {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if len(v.threads) > 1 {
 			if err := v.callOK("Hc" + t); err != nil {
 				return err

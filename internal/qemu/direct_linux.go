@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -35,7 +36,7 @@ func mapRAM(path string, ram ramMap) (directRAM, error) {
 		return nil, fmt.Errorf("the guest's memory: %w", err)
 	}
 	if size := uint64(st.Size()); size < ram.size() || size>>47 != 0 {
-		return nil, fmt.Errorf("%s has %d bytes, the guest %d: not its memory", path, size, ram.size())
+		return nil, fmt.Errorf("%s has %d bytes, the guest %d: this is not its memory", path, size, ram.size())
 	}
 	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
@@ -130,7 +131,7 @@ func openProcMem(v *VM, ram ramMap, pid int) (directRAM, error) {
 func peer(c net.Conn) (int, error) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		return 0, fmt.Errorf("Options.ProcMem needs Options.PID, or a unix socket")
+		return 0, errors.New("over TCP QEMU's process can't be found: name it (?pid=PID)")
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {

@@ -18,17 +18,17 @@ import (
 var ErrAttached = errors.New("this VM has a driver already")
 
 // A Driver sets breakpoints in a VM and serves them. It implements
-// breakpoint.Driver.
+// [breakpoint.Driver].
 //
 // A hit costs two packets at an instruction that only moves RIP (read the
 // registers; go on elsewhere), else three (read, step, go on), or four where a
-// handler wants to see the result. Before QEMU 11, whose steps can be believed,
-// one more asks whether the step was made; it takes no round trip of its own.
+// handler wants to see the result. Before QEMU 11, whose steps can be relied on, one
+// more packet asks whether the step was made, without a round trip of its own.
 // Registers are written only if they changed.
 //
-// A Driver knows what breakpoints are for, and uses the VM to reach them; the VM
-// knows nothing of it. Whatever may stop the VM is followed by take, by which the
-// Driver gets a stop that has come meanwhile.
+// A Driver knows what breakpoints are for, and uses the VM to set them; the VM knows
+// nothing of it. After every call that may stop the VM the Driver calls take, to pick
+// up a stop at a breakpoint that has come in the meantime.
 type Driver struct {
 	vm     *VM
 	mem    atomic.Pointer[paging.Memory] // replaced when the guest changes its paging mode
@@ -51,8 +51,8 @@ type Driver struct {
 type point struct {
 	insn    x86.Insn
 	checked time.Time // when the guest's code there was last compared
-	changed bool      // … and found different; the breakpoint is out
-	removed bool      // only what is underway there comes back to it
+	changed bool      // the guest has other code there now; the breakpoint is out
+	removed bool      // it stays in the stub only for an execution underway there
 }
 
 // toItself reports whether the instruction may be a branch to itself, as in
@@ -68,8 +68,8 @@ func (p *point) toItself() bool {
 	return int(int32(binary.LittleEndian.Uint32(b[len(b)-4:]))) == -len(b)
 }
 
-// Attach returns a driver for breakpoints in the VM. It doesn't stop it for more
-// than a moment. The Driver is to be closed before the VM.
+// Attach returns a driver for breakpoints in the VM, which it stops for a moment.
+// Close the Driver before the VM.
 func (v *VM) Attach(context.Context) (*Driver, error) {
 	cpus, err := v.CPUs()
 	if err != nil {
@@ -110,11 +110,11 @@ func (d *Driver) Caps() breakpoint.Caps {
 	}
 }
 
-// SetKernelRoot fixes the page-table root through which kernel memory is
-// reached outside of a hit: the kernel's init_top_pgt, which never goes away.
+// SetKernelRoot fixes the page-table root through which kernel memory is reached
+// while no vCPU is at a breakpoint: the kernel's init_top_pgt, which never goes away.
 func (d *Driver) SetKernelRoot(r paging.Root) { d.kernel.Store(uint64(r)) }
 
-// identity is memory that tells a guest's kernel from others.
+// identity is memory by which a guest's kernel is told from others.
 type identity struct {
 	addr  uint64
 	bytes []byte
@@ -126,9 +126,9 @@ const maxIdentity = 512
 // SetIdentity names bytes of the kernel, at most 512, that never change while it
 // runs, such as its banner. A VM may be reset and come back with another kernel, or
 // with the same one elsewhere (KASLR): where the old one had a probe the new one
-// may have the same instruction, in another function. When a hit finds other bytes
-// at addr all breakpoints are out, and Wait fails with ErrTextChanged. It fails if
-// they are not there now.
+// may have the same instruction, in another function. If a hit finds other bytes at
+// addr all breakpoints are removed, and Wait fails with ErrTextChanged. SetIdentity
+// itself fails if the bytes are not there now.
 func (d *Driver) SetIdentity(addr uint64, b []byte) error {
 	if len(b) > maxIdentity {
 		b = b[:maxIdentity]
@@ -165,7 +165,7 @@ func (d *Driver) roots(cr3 uint64) ([]paging.Root, error) {
 			all = append(all, paging.Root(c.CR3))
 		}
 	}
-	// Behind them those in user mode, whose tables may lack the kernel.
+	// Last those in user mode, whose tables may lack the kernel.
 	for _, c := range cpus {
 		if c.CPL != 0 {
 			all = append(all, paging.Root(c.CR3))
@@ -223,8 +223,8 @@ func (d *Driver) Read(cr3, addr uint64, b []byte) error {
 	})
 }
 
-// readAsVCPU reads through the stub with the page tables of the vCPU that
-// stopped, in one packet instead of one for each table, if they are the right ones.
+// readAsVCPU reads through the stub with the page tables of the vCPU that stopped,
+// if those are the right ones: that is one packet instead of one for each table.
 func (d *Driver) readAsVCPU(cr3, addr uint64, b []byte) (ok bool, err error) {
 	v := d.vm
 	v.mu.Lock()
@@ -304,7 +304,7 @@ func (d *Driver) freeze() error {
 	}
 	err := d.take()
 	if err != nil {
-		d.vm.thaw(1) // it fails with err, if it does
+		d.vm.thaw(1) // if it fails, then for the same reason
 	}
 	return err
 }
@@ -384,193 +384,6 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 	})
 }
 
-// checkEvery is how often the guest's code under a breakpoint is compared with
-// what it was, at most, unless that costs next to nothing.
-const checkEvery = 100 * time.Millisecond
-
-// take takes a stop at a breakpoint that nobody has taken, if there is one: it is
-// kept for Wait, or the VM goes on.
-func (d *Driver) take() error {
-	v := d.vm
-	if d.closed {
-		return nil
-	}
-	thread, ok := v.takeTrap()
-	if !ok {
-		return nil
-	}
-	if len(d.points) == 0 {
-		return v.settle() // the breakpoint was removed meanwhile
-	}
-	if err := v.choose(thread); err != nil {
-		return err
-	}
-	if err := v.readRegs(); err != nil {
-		return err
-	}
-	ip := v.regs[rIP]
-	p := d.points[ip]
-	if p == nil || p.changed {
-		v.log.Debug("stop where no breakpoint is", "thread", thread, "rip", ip)
-		return v.settle()
-	}
-	n, err := v.vcpu(thread)
-	if err != nil {
-		return err
-	}
-	if u, ok := d.back(); ok && u.tries < maxTries {
-		return d.goOn(n, thread, p, u)
-	}
-	if p.removed {
-		d.thread = thread
-		return d.stepOn(ip, p, underway{})
-	}
-	if mode, err := paging.ModeOf(v.regs[rCR0], v.regs[rCR4], v.regs[rEFER]); err == nil {
-		d.setMode(mode)
-	}
-	if err := d.check(ip, p); err != nil {
-		return err
-	}
-	if p.changed {
-		return v.settle()
-	}
-	d.stop = breakpoint.Stop{VCPU: n, Reason: breakpoint.Hit, User: v.regs[rCS]&3 == 3, Regs: v.regs.general()}
-	d.thread, d.queued = thread, true
-	v.holdTrap()
-	v.changed.Broadcast()
-	return nil
-}
-
-// watch takes the stops that come while nobody is in Wait, and has such a stop
-// wait there; one where no breakpoint is any more must not keep the VM stopped.
-func (d *Driver) watch() {
-	v := d.vm
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for v.err == nil && !d.closed {
-		if err := v.look(); err != nil {
-			return
-		}
-		if err := d.take(); err != nil && d.fault == nil {
-			d.fault = err
-			v.changed.Broadcast()
-		}
-		v.rest()
-	}
-}
-
-// check compares the guest's code at a breakpoint, and what its kernel is known by,
-// now and then. If the guest has rewritten it, as a reboot does, to go on as if the
-// old instruction stood there would be wrong: the breakpoint is taken out, or all
-// of them if the kernel is another one, and Wait says so.
-func (d *Driver) check(addr uint64, p *point) error {
-	v := d.vm
-	if v.regs[rCS]&3 != 0 {
-		return nil
-	}
-	var b [x86.MaxLen]byte
-	cur, want := b[:p.insn.Len], p.insn.Bytes()
-	var now time.Time
-	if v.direct == nil || !v.direct.mapped() {
-		if now = time.Now(); now.Sub(p.checked) < checkEvery {
-			return nil
-		}
-	}
-	same, err := d.readHere(addr, cur)
-	if err != nil {
-		return err
-	}
-	if v.shows(addr) {
-		cur, want = cur[1:], want[1:] // there is QEMU's int3
-	}
-	if !same || !bytes.Equal(cur, want) {
-		if err := d.takeOut(addr, p); err != nil {
-			return err
-		}
-		d.fault = fmt.Errorf("%#x: %w (or has it rebooted?): it has % x there, not % x; the probe is out",
-			addr, breakpoint.ErrTextChanged, cur, want)
-		return nil
-	}
-	if id := d.identity; id.bytes != nil {
-		var b [maxIdentity]byte
-		cur := b[:len(id.bytes)]
-		if same, err = d.readHere(id.addr, cur); err != nil {
-			return err
-		}
-		if !same || !bytes.Equal(cur, id.bytes) {
-			for addr, p := range d.points {
-				if err := d.takeOut(addr, p); err != nil {
-					return err
-				}
-			}
-			d.fault = fmt.Errorf("%w: it has rebooted: what its kernel was known by, at %#x, is %q now, not %q; all probes are out",
-				breakpoint.ErrTextChanged, id.addr, printable(string(cur)), printable(string(id.bytes)))
-			return nil
-		}
-	}
-	p.checked = now
-	return nil
-}
-
-// takeOut removes a breakpoint of a guest that has something else there.
-func (d *Driver) takeOut(addr uint64, p *point) error {
-	if p.changed {
-		return nil
-	}
-	if err := d.vm.lift(addr); err != nil {
-		return err
-	}
-	p.changed = true
-	d.forgetUnderway(addr)
-	return nil
-}
-
-// readHere reads through the page tables of the vCPU that has stopped. It reports
-// whether the memory is there.
-func (d *Driver) readHere(addr uint64, b []byte) (bool, error) {
-	v := d.vm
-	if v.direct != nil {
-		_, err := d.mem.Load().Read(paging.Root(v.regs[rCR3]), paging.VAddr(addr), b)
-		return err == nil, nil
-	}
-	err := v.readVirt(v.current, addr, b)
-	if errors.Is(err, breakpoint.ErrNotMapped) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// Wait implements breakpoint.Driver.
-func (d *Driver) Wait(ctx context.Context, s *breakpoint.Stop) error {
-	v := d.vm
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for {
-		if err := d.take(); err != nil {
-			return err
-		}
-		switch {
-		case d.queued:
-			*s = d.stop
-			d.queued = false
-			return nil
-		case v.err != nil:
-			return v.err
-		case d.closed:
-			return ErrClosed
-		case d.fault != nil:
-			err := d.fault
-			d.fault = nil
-			return err
-		case ctx.Err() != nil:
-			return ctx.Err()
-		}
-		if err := v.await(ctx); err != nil {
-			return err
-		}
-	}
-}
-
 // Close implements breakpoint.Driver: it removes all breakpoints and lets the VM
 // run. A stop that waits for its answer is dropped: its vCPU executes the
 // instruction itself.
@@ -581,7 +394,7 @@ func (d *Driver) Close() error {
 	if d.closed {
 		return nil
 	}
-	// Whoever waits for stops is to see that there are no more.
+	// Wait is to see that there are no more stops.
 	d.closed = true
 	v.changed.Broadcast()
 	d.queued = false
@@ -602,7 +415,7 @@ func (d *Driver) detach() error {
 		return v.err
 	}
 	if v.err != nil {
-		// Somebody else has stopped the VM, which is to stay so.
+		// Somebody else has stopped the VM: it is left so.
 		return errors.Join(v.err, d.clear())
 	}
 	if err := v.freeze(); err != nil {
@@ -611,7 +424,7 @@ func (d *Driver) detach() error {
 		}
 		return err
 	}
-	v.releaseTrap() // what has hit meanwhile executes the instruction itself
+	v.releaseTrap() // a vCPU that has hit in the meantime executes the instruction itself
 	err := d.clear()
 	n := 1
 	if err == nil {

@@ -32,7 +32,8 @@ type fakeStub struct {
 	sup      string // answer to qSupported
 	kvm      bool
 	rle      bool
-	xml      string // the target description, if another than usual
+	seen     func(packet string) // is called for each packet
+	xml      string              // the target description, if another than usual
 	threads  []string
 	mute     string                                  // a packet that gets no answer
 	noStop   bool                                    // an interrupt gets none
@@ -174,6 +175,9 @@ func (f *fakeStub) take(in []byte) []byte {
 		in = in[end+3:]
 		f.c.Write([]byte("+"))
 		f.got = append(f.got, packet)
+		if f.seen != nil {
+			f.seen(packet)
+		}
 		if f.mute == "" || !strings.HasPrefix(packet, f.mute) {
 			f.handle(packet)
 		}
@@ -433,6 +437,50 @@ func TestDialErrors(t *testing.T) {
 	f.greeting = ""
 	_, err = Dial(ctx, f.listen(t), nil)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
+}
+
+// TestDialGivenUp: a caller who gives up at any moment gets the VM running, and soon.
+func TestDialGivenUp(t *testing.T) {
+	all := newFake()
+	vm, err := Dial(t.Context(), all.listen(t), fast)
+	require.NoError(t, err)
+	require.NoError(t, vm.Close())
+	for i := range all.packets() {
+		f := newFake()
+		ctx, cancel := context.WithCancel(t.Context())
+		n := 0
+		f.seen = func(string) {
+			if n == i {
+				cancel()
+			}
+			n++
+		}
+		begin := time.Now()
+		vm, err := Dial(ctx, f.listen(t), nil)
+		if err == nil { // all was done
+			require.NoError(t, vm.Close())
+		} else {
+			require.ErrorIs(t, err, context.Canceled)
+		}
+		require.Less(t, time.Since(begin), 5*time.Second)
+		require.Eventually(t, f.state, time.Second, time.Millisecond, "the VM is stopped after %d packets", i)
+		cancel()
+	}
+	// A stub that doesn't answer doesn't keep the caller.
+	for _, packet := range []string{"qSupported", "qfThreadInfo"} {
+		f := newFake()
+		ctx, cancel := context.WithCancel(t.Context())
+		f.greeting, f.mute = "", packet
+		f.seen = func(p string) {
+			if strings.HasPrefix(p, packet) {
+				cancel()
+			}
+		}
+		begin := time.Now()
+		_, err := Dial(ctx, f.listen(t), nil)
+		require.ErrorIs(t, err, context.Canceled)
+		require.Less(t, time.Since(begin), 3*time.Second)
+	}
 }
 
 // nop is the instruction at fakeText.
@@ -1034,7 +1082,7 @@ func TestNoWatchpoints(t *testing.T) {
 	two := one + "\nCPU#1\nDR6=00000000ffff0ff0 DR7=00000000000d0402\n"
 	assert.True(t, noWatchpoints(one))
 	assert.False(t, noWatchpoints(two))
-	assert.False(t, noWatchpoints(""), "who knows")
+	assert.False(t, noWatchpoints(""), "not known")
 	assert.False(t, noWatchpoints("DR7=?"))
 }
 

@@ -37,7 +37,7 @@ func (v *VM) Page(f paging.Frame, writable bool) (page []byte, release func(), e
 			return nil, nil, err
 		}
 	}
-	// While the VM runs there is nothing to be kept: held has dropped it.
+	// While the VM runs a copy would soon be stale.
 	if !v.running {
 		if len(v.pages) >= maxPages {
 			clear(v.pages)

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// ErrMonitor: the monitor doesn't do what it should.
+// ErrMonitor: the monitor doesn't do what is asked of it.
 var ErrMonitor = errors.New("QEMU's monitor")
 
 // monitor is a connection to a monitor: QMP (the machine protocol, JSON) or HMP
@@ -145,7 +145,7 @@ func (m *monitor) execute(command string) (json.RawMessage, error) {
 	}
 }
 
-// command has an HMP command executed and returns its output.
+// command executes an HMP command and returns its output.
 func (m *monitor) command(command string) (string, error) {
 	if err := m.c.SetDeadline(time.Now().Add(m.timeout)); err != nil {
 		return "", err
@@ -190,7 +190,7 @@ func (m *monitor) startStub(path string) (Target, error) {
 		path = socket + ".vmprobes"
 	}
 	if strings.ContainsAny(path, ",\n\r\x00 ") {
-		return Target{}, fmt.Errorf("socket path %q: QEMU's options can't express it", path)
+		return Target{}, fmt.Errorf("socket path %q: QEMU can't be told of a path with a space or a comma", path)
 	}
 	t := Target{Network: "unix", Address: path}
 	if _, err := os.Lstat(path); err == nil {

@@ -59,7 +59,7 @@ func TestOpenOptions(t *testing.T) {
 	require.NoError(t, os.WriteFile(other, make([]byte, 64<<20), 0o600))
 	defer os.Remove(other)
 	for options, want := range map[string]string{
-		"?ram=" + other:                      "not the memory of this VM",
+		"?ram=" + other:                      "not the memory of the VM",
 		"?ram=/none":                         "no such file",
 		fmt.Sprintf("?pid=%d", os.Getpid()):  "", // reading there fails, or shows other bytes
 		"?pid=1&ram=/x":                      "exclude each other",

@@ -90,8 +90,8 @@ func (m ramMap) find(addr uint64) (ramRange, bool) {
 	return ramRange{}, false
 }
 
-// contains reports whether n bytes at addr, all in one frame, are memory. If the
-// map isn't known everything is.
+// contains reports whether n bytes at addr, all in one frame, are memory. With an
+// empty map, since QEMU gave none, it says so of everything.
 func (m ramMap) contains(addr uint64, n int) bool {
 	if len(m) == 0 || n == 0 {
 		return true

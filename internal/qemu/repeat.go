@@ -11,26 +11,26 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// A repeated string instruction ends a step after each iteration. To make each of
-// them by a step takes 13 seconds for 40,000, with the VM stopped; to let the vCPU
-// run to the instruction behind, with the breakpoint out, misses what an interrupt
-// handler hits meanwhile. So steps are made where the processor decides something:
-// the first iteration in each page of source and destination, which meets what
-// faults, permissions and accessed bits there are, the last one, which leaves
-// flags and accumulator, and the one that ends a comparison. What is between them
-// is memory of this VM and nothing else, and done here, through the stub, which
-// tells QEMU's translator and its log of dirty pages about it.
+// A step of a repeated string instruction ends after one iteration. Stepping through
+// 40,000 of them takes 13 seconds, with the VM stopped; letting the vCPU run to the
+// next instruction, with the breakpoint out, misses what an interrupt handler hits
+// meanwhile. So steps are made where the processor decides something: the first
+// iteration in each page of source and destination, which meets faults, permissions
+// and accessed bits, the last one, which leaves flags and accumulator, and the one
+// that ends a comparison. The iterations between them touch nothing but this VM's
+// memory, and are done here, through the stub, which tells QEMU's translator and its
+// log of dirty pages about it.
 
 // slice is for how long a repeated instruction may keep the VM stopped at a time.
 // Then the VM runs: the vCPU takes what interrupts are due, and comes back.
 var slice = 25 * time.Millisecond
 
-// minSkip is how many iterations are worth to be done here.
+// minSkip is how many iterations at least are worth doing here.
 const minSkip = 16
 
 // repeat has d.thread execute the repeated instruction at addr, all other vCPUs
 // standing still, for no longer than a slice. It reports whether the vCPU has
-// left addr; v.regs are its registers then, and if it hasn't.
+// left addr; v.regs are its registers in either case.
 func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 	v := d.vm
 	op, bulk := p.insn.StringOp()
@@ -66,8 +66,8 @@ func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 	}
 }
 
-// unwatched reports whether the guest has no watchpoint armed, which an access
-// from here would pass by: the enable bits of DR7 (SDM 3B §18.2.4) in "info
+// unwatched reports whether the guest has no watchpoint armed, which an access from
+// here wouldn't trigger: the enable bits of DR7 (SDM 3B §18.2.4) in "info
 // registers".
 func (v *VM) unwatched() (bool, error) {
 	text, err := v.hmp("info registers -a")
@@ -108,8 +108,8 @@ func (o operand) addr(n, size int, down bool) uint64 {
 	return a
 }
 
-// room returns how many elements from addr on are in the same page as the whole
-// of the one before it, at prev.
+// room returns how many elements, from the one at addr on, lie in the page that
+// holds all of the one before it, at prev.
 func room(prev, addr uint64, size int, down bool) uint64 {
 	off := addr & (paging.PageSize - 1)
 	switch {
@@ -124,7 +124,7 @@ func room(prev, addr uint64, size int, down bool) uint64 {
 }
 
 // skip does iterations of the instruction that d.thread is at, if it has just
-// executed one, and before are the registers before that.
+// executed one; before are its registers before that one.
 func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) error {
 	v := d.vm
 	down := v.regs[rFlags]&x86.FlagDF != 0
@@ -185,9 +185,8 @@ func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) erro
 
 // iterate does at most n iterations in memory and returns how many it did: fewer
 // if a comparison ends the instruction earlier, whose last iteration is left to
-// the vCPU, or minSkip is not reached. If what it wrote were written again, with
-// the same registers, nothing would change: this process may be killed before it
-// sets the registers.
+// the vCPU, or minSkip is not reached. Doing the same again with the same registers
+// changes nothing: this process may be killed before it sets the registers.
 func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uint64) (int, error) {
 	size := op.Size
 	distance := 0 // from where it reads up, or down, to where it writes
@@ -195,8 +194,8 @@ func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uin
 		if distance = dst.off - src.off; down {
 			distance = -distance
 		}
-		// Elements that are written over after they were read can't be read again; and
-		// those that are half written before are not worth the trouble.
+		// An element that is overwritten after it was read can't be read again, and
+		// elements that overlap in part are not worth the trouble.
 		if distance < 0 || distance%size != 0 {
 			n = min(n, max(distance, -distance)/size)
 		}
@@ -267,8 +266,8 @@ func (v *VM) readRAM(addr uint64, b []byte) error {
 	return nil
 }
 
-// tables are the page tables of a VM while it is stopped, for who holds v.mu. What
-// has been read of them stays as it was, as it may in a processor's TLB.
+// tables reads the page tables of a stopped VM for a caller who holds v.mu. It keeps
+// what it has read, as a processor's TLB may.
 type tables struct {
 	vm    *VM
 	pages map[paging.Frame][]byte

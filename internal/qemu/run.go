@@ -31,8 +31,8 @@ func (v *VM) serve() error {
 
 func (v *VM) unserve() { v.served = false }
 
-// takeTrap returns the thread of a vCPU that stands at a breakpoint, if nobody has
-// taken that yet. Who takes it lets the VM run (settle, run) or holds it.
+// takeTrap returns the thread of a vCPU that has stopped at a breakpoint, if nobody
+// has taken that yet. Whoever takes it lets the VM run (settle, run) or holds it.
 func (v *VM) takeTrap() (thread string, ok bool) {
 	if v.trap != newTrap {
 		return "", false

@@ -122,7 +122,7 @@ func parseTarget(name string) (Target, error) {
 			}
 		}
 		if !isPath(rest) {
-			return Target{}, fmt.Errorf("%w: the socket's path must begin with / or .", ErrTarget)
+			return Target{}, fmt.Errorf("%w: the path of a socket begins with / or with ./", ErrTarget)
 		}
 		t.Network, t.Address = "unix", rest
 		return t, nil

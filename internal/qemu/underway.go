@@ -10,26 +10,26 @@ import (
 // with the VM before it is over: QEMU before 11 now and then ends a step that it
 // hasn't made, and a repeated instruction gets a slice at a time. The vCPU comes
 // back to the breakpoint, at once or when it has served interrupts; the guest may
-// even move the task to another vCPU meanwhile. Whoever it is by then, it is the
-// execution that has these general registers: they are the interrupted task's
-// own, its stack pointer above all, whatever else comes to the breakpoint first.
+// even move the task to another vCPU meanwhile, and others may come to the breakpoint
+// first. The execution is known by its general registers, its stack pointer above
+// all: they are the task's own.
 type underway struct {
 	regs  x86.Regs
 	over  bool // the answer was StepOver, and Stepped is still to come
 	tries int  // how often it came back, unless it repeats
 }
 
-// maxUnderway bounds how many are kept. One that never comes back, as its task
-// has died, is forgotten when so many others have come.
+// maxUnderway bounds how many are kept. One that never comes back, because its task
+// has died, is forgotten once that many others have come.
 const maxUnderway = 256
 
 // maxTries is how often in a row a step that ends where it began is taken for one
-// that wasn't made. One of 10,000 isn't; an indirect jump may lead to itself.
+// that wasn't made, as about one of 10,000 isn't. An indirect jump may lead to itself.
 const maxTries = 8
 
-// own is what of the registers is the task's, and so the same when it comes back
-// from an interrupt, also on another vCPU: not the bases, not the page tables,
-// which may change under a kernel thread, and not RF, which interrupts set.
+// own returns the registers that are the task's, and so the same when it comes back
+// from an interrupt, even on another vCPU: not the bases, not the page tables, which
+// may change under a kernel thread, and not RF, which interrupts set.
 func own(f *regFile) x86.Regs {
 	r := f.general()
 	r.FSBase, r.GSBase, r.CR3 = 0, 0, 0
@@ -48,7 +48,7 @@ func (d *Driver) leave(u underway) {
 	d.underway = append(d.underway, u)
 }
 
-// back returns the execution that the vCPU with v.regs goes on with, if any.
+// back returns the execution that the vCPU with v.regs continues, if any.
 func (d *Driver) back() (u underway, ok bool) {
 	if len(d.underway) == 0 {
 		return u, false

@@ -13,7 +13,7 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// Errors of Dial, and of what follows.
+// Errors of Dial and of a VM's methods.
 var (
 	// ErrBusy: a gdbstub, or a monitor, serves one client at a time, and has one.
 	ErrBusy = errors.New("another client is connected, and QEMU serves one at a time")
@@ -67,10 +67,10 @@ type VM struct {
 	mon      *monitor
 	direct   directRAM // nil: memory goes through packets
 
-	// mu guards the connection and what follows, and the Driver's state as well: a
-	// stop and its answer are one exchange on the connection. Only methods of VM
-	// change the fields of VM. Who waits for changed releases mu, and so does a
-	// reader of the stub while the VM runs (await), who has set reading.
+	// mu guards the connection and all fields below, and the Driver's state as well,
+	// since a stop and its answer are one exchange on the connection. Only methods of
+	// VM change fields of VM. mu is released by changed.Wait, and by await while it
+	// reads from the stub of a running VM; reading is set meanwhile.
 	mu      sync.Mutex
 	changed sync.Cond // signalled when err, running, reading, trap or frozen changes
 	stub    *stub
