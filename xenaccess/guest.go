@@ -1,6 +1,7 @@
 package xenaccess
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -107,7 +108,8 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 	if symbols == "" {
 		symbols = os.Getenv(symbolsEnv)
 	}
-	conf, err := configured(t.Info().Name, opts)
+	i := t.Info()
+	conf, err := configured(cmp.Or(i.Given, i.Name), opts)
 	if err != nil {
 		return nil, err
 	}

@@ -26,10 +26,10 @@ func openDirect(v *VM, opts *Options) (directRAM, error) {
 		return nil, nil
 	}
 	if opts.RAM != "" && opts.ProcMem {
-		return nil, errors.New("Options.RAM and Options.ProcMem exclude each other")
+		return nil, errors.New("the guest's memory is either in a file (ram=) or in a process (pid=)")
 	}
 	if len(v.ram) == 0 {
-		return nil, errors.New("QEMU doesn't tell where the guest's memory is (info mtree -f): leave RAM and ProcMem out of the Options")
+		return nil, errors.New("QEMU doesn't say where the guest's memory is (info mtree -f): leave ram= and pid= out of the name")
 	}
 	ram := v.ram.of(v.ram.main())
 	var d directRAM
@@ -69,7 +69,7 @@ func (v *VM) compare(d directRAM, ram ramMap) error {
 			same := bytes.Equal(page, want[:])
 			release()
 			if !same {
-				return fmt.Errorf("that is not the memory of this VM: physical address %#x differs", addr)
+				return fmt.Errorf("this is not the memory of the VM: physical address %#x differs", addr)
 			}
 			compared++
 		}
@@ -88,7 +88,7 @@ func (v *VM) hostAddress(addr uint64) (uint64, error) {
 	_, s, ok := strings.Cut(text, ") is 0x")
 	hva, err := strconv.ParseUint(strings.TrimSpace(s), 16, 64)
 	if !ok || err != nil || hva == 0 {
-		return 0, fmt.Errorf("QEMU doesn't tell where it keeps the guest's memory: gpa2hva gives %.100q", text)
+		return 0, fmt.Errorf("QEMU doesn't say where it keeps the guest's memory: gpa2hva gives %.100q", text)
 	}
 	return hva, nil
 }

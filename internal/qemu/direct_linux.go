@@ -2,9 +2,11 @@ package qemu
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -34,7 +36,7 @@ func mapRAM(path string, ram ramMap) (directRAM, error) {
 		return nil, fmt.Errorf("the guest's memory: %w", err)
 	}
 	if size := uint64(st.Size()); size < ram.size() || size>>47 != 0 {
-		return nil, fmt.Errorf("%s has %d bytes, the guest %d: not its memory", path, size, ram.size())
+		return nil, fmt.Errorf("%s has %d bytes, the guest %d: this is not its memory", path, size, ram.size())
 	}
 	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
@@ -129,7 +131,7 @@ func openProcMem(v *VM, ram ramMap, pid int) (directRAM, error) {
 func peer(c net.Conn) (int, error) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		return 0, fmt.Errorf("Options.ProcMem needs Options.PID, or a unix socket")
+		return 0, errors.New("over TCP QEMU's process can't be found: name it (?pid=PID)")
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {
@@ -150,14 +152,15 @@ func peer(c net.Conn) (int, error) {
 
 // connections counts the connections, accepted or waiting, to the unix socket
 // that is bound to path in this network namespace; 0 if that can't be told.
-func connections(path string) int { return sockets(path, "03") }
+func connections(path string) int { return sockets(path, "02", "03") }
 
 // listening reports whether somebody listens there.
 func listening(path string) bool { return sockets(path, "01") > 0 }
 
-// sockets counts the unix sockets of a path that are in a state, as in
-// /proc/net/unix (proc_pid_net(5)): 01 listens, 03 is connected.
-func sockets(path, state string) (n int) {
+// sockets counts the unix sockets of a path that are in one of some states, as in
+// /proc/net/unix (Linux, unix_seq_show in net/unix/af_unix.c): 01 listens, 02 is a
+// connection that waits to be accepted, 03 one that has been.
+func sockets(path string, states ...string) (n int) {
 	f, err := os.Open("/proc/net/unix")
 	if err != nil {
 		return 0
@@ -170,7 +173,7 @@ func sockets(path, state string) (n int) {
 			break
 		}
 		// Num RefCount Protocol Flags Type St Inode Path
-		if f := strings.Fields(in.Text()); len(f) >= 8 && f[5] == state && strings.HasSuffix(in.Text(), " "+path) {
+		if f := strings.Fields(in.Text()); len(f) >= 8 && slices.Contains(states, f[5]) && strings.HasSuffix(in.Text(), " "+path) {
 			n++
 		}
 	}

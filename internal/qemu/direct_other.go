@@ -8,11 +8,11 @@ import (
 )
 
 func mapRAM(string, ramMap) (directRAM, error) {
-	return nil, fmt.Errorf("Options.RAM: only on Linux: %w", errors.ErrUnsupported)
+	return nil, fmt.Errorf("the guest's memory in a file: only on Linux: %w", errors.ErrUnsupported)
 }
 
 func openProcMem(*VM, ramMap, int) (directRAM, error) {
-	return nil, fmt.Errorf("Options.ProcMem: only on Linux: %w", errors.ErrUnsupported)
+	return nil, fmt.Errorf("the guest's memory in a process: only on Linux: %w", errors.ErrUnsupported)
 }
 
 func connections(string) int { return 0 }

@@ -9,9 +9,9 @@
 // sent while it runs; so memory that is read through it costs a stop of about a
 // millisecond, unless it is shared by a file or reached through /proc (see
 // [Options]). Breakpoints are the stub's own: under TCG a comparison of
-// addresses, which changes no memory; under KVM an int3 that QEMU plants and
-// hides, or a debug register. Code is never patched from here: TCG wouldn't
-// notice, and the int3 would go to the guest.
+// addresses, which changes no memory; under KVM an int3 in memory, whose exception
+// QEMU keeps from the guest, or a debug register. Code is never patched from
+// here: TCG wouldn't notice, and the int3 would go to the guest.
 //
 // A hit stops every vCPU until its handlers are done, and the instruction is then
 // executed by its vCPU alone: no execution is missed. One that faults (an access

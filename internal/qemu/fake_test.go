@@ -2,8 +2,10 @@ package qemu
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -30,9 +32,12 @@ type fakeStub struct {
 	sup      string // answer to qSupported
 	kvm      bool
 	rle      bool
+	seen     func(packet string) // is called for each packet
+	xml      string              // the target description, if another than usual
 	threads  []string
 	mute     string                                  // a packet that gets no answer
 	noStop   bool                                    // an interrupt gets none
+	trapped  bool                                    // an interrupt comes as a vCPU hits
 	onCont   func(f *fakeStub, packet string) string // the stop reply, "" for none
 	refuseZ0 bool
 	text     []byte // at fakeText
@@ -148,10 +153,13 @@ func (f *fakeStub) take(in []byte) []byte {
 			f.got = append(f.got, fmt.Sprintf("stop by %q", in[0]))
 			in = in[1:]
 			f.running = false
-			if !f.noStop {
-				f.send("T02thread:p01.01;")
-			} else {
+			switch {
+			case f.noStop:
 				f.running = true
+			case f.trapped:
+				f.send("T05thread:p01.01;")
+			default:
+				f.send("T02thread:p01.01;")
 			}
 			continue
 		}
@@ -167,6 +175,9 @@ func (f *fakeStub) take(in []byte) []byte {
 		in = in[end+3:]
 		f.c.Write([]byte("+"))
 		f.got = append(f.got, packet)
+		if f.seen != nil {
+			f.seen(packet)
+		}
 		if f.mute == "" || !strings.HasPrefix(packet, f.mute) {
 			f.handle(packet)
 		}
@@ -202,7 +213,7 @@ func (f *fakeStub) handle(p string) {
 		clear(f.breaks)
 		f.send(f.question)
 	case strings.HasPrefix(p, "qXfer:features:read:"):
-		doc := fakeXML
+		doc := cmp.Or(f.xml, fakeXML)
 		if strings.Contains(p, "64bit.xml") {
 			doc = fakeFeature()
 		}
@@ -271,6 +282,11 @@ func (f *fakeStub) handle(p string) {
 			}
 		}
 	case p[0] == 'D':
+		// QEMU's handle_detach: it wants the process if it knows of several.
+		if strings.Contains(f.sup, "multiprocess+") && !strings.HasPrefix(p, "D;") {
+			f.send("E22")
+			return
+		}
 		f.send("OK")
 		f.running = true
 	case p[0] == 'P', p[0] == 'H', strings.HasPrefix(p, "Qqemu."):
@@ -379,6 +395,8 @@ func TestDialErrors(t *testing.T) {
 		"no answer":  {func(f *fakeStub) { f.mute = "qfThreadInfo" }, breakpoint.ErrGone},
 		"bad size":   {func(f *fakeStub) { f.sup = "PacketSize=zz" }, errProtocol},
 		"bad thread": {func(f *fakeStub) { f.threads = []string{"p01;c"} }, errProtocol},
+		"bad XML":    {func(f *fakeStub) { f.xml = "<target" }, nil},
+		"32-bit":     {func(f *fakeStub) { f.xml = `<target><reg name="eax" bitsize="32"/></target>` }, errors.ErrUnsupported},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFake()
@@ -397,8 +415,16 @@ func TestDialErrors(t *testing.T) {
 				target = "qemu:" + path
 			}
 			_, err := Dial(t.Context(), target, fast)
-			require.ErrorIs(t, err, test.want)
+			require.Error(t, err)
+			if test.want != nil {
+				require.ErrorIs(t, err, test.want)
+			}
 			t.Log(err)
+			// What was a VM's stub has let it go.
+			switch name {
+			case "no XML", "bad thread", "bad XML", "32-bit":
+				assert.True(t, f.state(), "the VM runs")
+			}
 		})
 	}
 	_, err := Dial(t.Context(), "qemu:/nonexistent/sock", nil)
@@ -411,6 +437,50 @@ func TestDialErrors(t *testing.T) {
 	f.greeting = ""
 	_, err = Dial(ctx, f.listen(t), nil)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
+}
+
+// TestDialGivenUp: a caller who gives up at any moment gets the VM running, and soon.
+func TestDialGivenUp(t *testing.T) {
+	all := newFake()
+	vm, err := Dial(t.Context(), all.listen(t), fast)
+	require.NoError(t, err)
+	require.NoError(t, vm.Close())
+	for i := range all.packets() {
+		f := newFake()
+		ctx, cancel := context.WithCancel(t.Context())
+		n := 0
+		f.seen = func(string) {
+			if n == i {
+				cancel()
+			}
+			n++
+		}
+		begin := time.Now()
+		vm, err := Dial(ctx, f.listen(t), nil)
+		if err == nil { // all was done
+			require.NoError(t, vm.Close())
+		} else {
+			require.ErrorIs(t, err, context.Canceled)
+		}
+		require.Less(t, time.Since(begin), 5*time.Second)
+		require.Eventually(t, f.state, time.Second, time.Millisecond, "the VM is stopped after %d packets", i)
+		cancel()
+	}
+	// A stub that doesn't answer doesn't keep the caller.
+	for _, packet := range []string{"qSupported", "qfThreadInfo"} {
+		f := newFake()
+		ctx, cancel := context.WithCancel(t.Context())
+		f.greeting, f.mute = "", packet
+		f.seen = func(p string) {
+			if strings.HasPrefix(p, packet) {
+				cancel()
+			}
+		}
+		begin := time.Now()
+		_, err := Dial(ctx, f.listen(t), nil)
+		require.ErrorIs(t, err, context.Canceled)
+		require.Less(t, time.Since(begin), 3*time.Second)
+	}
 }
 
 // nop is the instruction at fakeText.
@@ -437,9 +507,8 @@ func armFake(t *testing.T, d *Driver) {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	p := &point{kind: '0', insn: *nop(t)}
-	require.NoError(t, v.held(func() error { return v.callOK(p.packet('Z', fakeText)) }))
-	d.breaks[fakeText] = p
+	require.NoError(t, d.held(func() error { return v.plant(fakeText) }))
+	d.points[fakeText] = &point{insn: *nop(t)}
 }
 
 // TestHitPackets checks what is sent for a hit, and that nothing else stops a VM
@@ -498,7 +567,7 @@ func TestHitPackets(t *testing.T) {
 			_, d := attachFake(t, f)
 			armFake(t, d)
 			d.vm.mu.Lock()
-			d.breaks[fakeText].checked = time.Now().Add(time.Hour)
+			d.points[fakeText].checked = time.Now().Add(time.Hour)
 			d.vm.mu.Unlock()
 			for !f.state() {
 				time.Sleep(time.Millisecond)
@@ -770,10 +839,8 @@ func TestDebugRegisters(t *testing.T) {
 	v.mu.Lock()
 	require.NoError(t, v.halt())
 	v.current = v.threads[0]
-	data, err := v.call("g")
-	require.NoError(t, err)
-	require.NoError(t, v.takeRegs(data))
-	d.pending = true
+	require.NoError(t, v.readRegs())
+	v.holdTrap()
 	v.mu.Unlock()
 	for i := range 4 {
 		require.NoError(t, d.InsertBreak(fakeText+uint64(i), &in))
@@ -812,18 +879,78 @@ func TestParseTarget(t *testing.T) {
 		"qemu:[::1]:1234":          {"tcp", "[::1]:1234", false},
 		"qemu+monitor:/run/vm.mon": {"unix", "/run/vm.mon", true},
 	} {
-		got, err := ParseTarget(name)
+		got, err := parseTarget(name)
 		require.NoError(t, err, name)
 		assert.Equal(t, want, got, name)
-		again, err := ParseTarget(got.String())
+		again, err := parseTarget(got.String())
 		require.NoError(t, err)
 		assert.Equal(t, got, again)
 	}
 	for _, name := range []string{"", "qemu", "qemu:", "xen:guest", "qemu:vm", "qemu:host:", "qemu:host:port:1", "qemu:a/b",
 		"qemu:/run/vm,server=on", "qemu:/a\x00", "qemu:host:99999999", "qemu+monitor:"} {
-		_, err := ParseTarget(name)
+		_, err := parseTarget(name)
 		assert.ErrorIs(t, err, ErrTarget, name)
 	}
+}
+
+func TestParseName(t *testing.T) {
+	direct := Options{ProcMem: true, Fallback: true} // as package target has it
+	for name, want := range map[string]struct {
+		target Target
+		opts   Options
+	}{
+		"qemu:/run/vm.gdb":                        {Target{"unix", "/run/vm.gdb", false}, direct},
+		"qemu:/run/vm.gdb?debugregs":              {Target{"unix", "/run/vm.gdb", false}, Options{ProcMem: true, Fallback: true, DebugRegisters: true}},
+		"qemu:/run/vm.gdb?ram=/dev/shm/vm":        {Target{"unix", "/run/vm.gdb", false}, Options{RAM: "/dev/shm/vm"}},
+		"qemu:/run/vm.gdb?ram=./a=b?c":            {Target{"unix", "/run/vm.gdb", false}, Options{RAM: "./a=b?c"}},
+		"qemu::1234?pid=123&debugregs":            {Target{"tcp", "localhost:1234", false}, Options{ProcMem: true, PID: 123, DebugRegisters: true}},
+		"qemu+monitor:/run/vm.mon?gdb=/run/x":     {Target{"unix", "/run/vm.mon", true}, Options{ProcMem: true, Fallback: true, GDB: "/run/x"}},
+		"qemu+monitor:[::1]:44?gdb=/x&timeout=2m": {Target{"tcp", "[::1]:44", true}, Options{ProcMem: true, Fallback: true, GDB: "/x", Timeout: 2 * time.Minute}},
+	} {
+		opts := direct
+		got, err := parseName(name, &opts)
+		require.NoError(t, err, name)
+		assert.Equal(t, want.target, got, name)
+		assert.Equal(t, want.opts, opts, name)
+	}
+	for _, name := range []string{
+		"qemu:?debugregs", "qemu:/x?", "qemu:/x?&", "qemu:/x?debugregs&", "qemu:/x?debugregs=1", "qemu:/x?debugregs&debugregs",
+		"qemu:/x?debugreg", "qemu:/x?DEBUGREGS", "qemu:/x? debugregs", "qemu:/x?ram", "qemu:/x?ram=", "qemu:/x?ram=vm", "qemu:/x?pid=", "qemu:/x?pid=0",
+		"qemu:/x?pid=-1", "qemu:/x?pid=1x", "qemu:/x?pid=99999999999", "qemu:/x?ram=/a&pid=1", "qemu:/x?pid=1&ram=/a", "qemu:/x?gdb=/y",
+		"qemu+monitor:/x?gdb=y", "qemu:/x?timeout=5", "qemu:/x?timeout=-1s", "qemu:/x?hole=pc",
+	} {
+		_, err := parseName(name, new(Options))
+		assert.ErrorIs(t, err, ErrTarget, name)
+	}
+	_, err := parseName("qemu:/x?hole=pc", new(Options))
+	for _, option := range []string{`"hole=pc"`, "ram=", "pid=", "debugregs", "timeout=", "gdb="} {
+		assert.ErrorContains(t, err, option)
+	}
+}
+
+func FuzzParseName(f *testing.F) {
+	for _, s := range []string{"qemu:/run/vm.gdb?debugregs", "qemu::1?pid=1&timeout=1s", "qemu+monitor:./m?gdb=/g&ram=/r", "qemu:[::1]:1234", "qemu:?="} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		var opts Options
+		target, err := parseName(name, &opts)
+		if err != nil {
+			if !errors.Is(err, ErrTarget) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if target.Address == "" || opts.RAM != "" && opts.ProcMem || opts.PID != 0 && !opts.ProcMem || opts.GDB != "" && !target.Monitor ||
+			opts.Timeout < 0 {
+			t.Fatalf("%+v %+v", target, opts)
+		}
+		// What is said without options is the same.
+		again, err := parseName(target.String(), new(Options))
+		if err != nil || again != target {
+			t.Fatalf("%+v again: %+v, %v", target, again, err)
+		}
+	})
 }
 
 func TestUnpack(t *testing.T) {
@@ -955,7 +1082,7 @@ func TestNoWatchpoints(t *testing.T) {
 	two := one + "\nCPU#1\nDR6=00000000ffff0ff0 DR7=00000000000d0402\n"
 	assert.True(t, noWatchpoints(one))
 	assert.False(t, noWatchpoints(two))
-	assert.False(t, noWatchpoints(""), "who knows")
+	assert.False(t, noWatchpoints(""), "not known")
 	assert.False(t, noWatchpoints("DR7=?"))
 }
 

@@ -10,11 +10,12 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 )
 
-// ErrMonitor: the monitor doesn't do what it should.
+// ErrMonitor: the monitor doesn't do what is asked of it.
 var ErrMonitor = errors.New("QEMU's monitor")
 
 // monitor is a connection to a monitor: QMP (the machine protocol, JSON) or HMP
@@ -32,24 +33,34 @@ const prompt = "(qemu) "
 
 // dialMonitor connects and finds out which kind of monitor it is.
 func dialMonitor(ctx context.Context, t Target, timeout time.Duration) (*monitor, error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	var d net.Dialer
-	c, err := d.DialContext(ctx, t.Network, t.Address)
-	if err != nil {
+	c, err := connect(ctx, t)
+	switch {
+	case err == nil:
+	case absent(err):
+		return nil, fmt.Errorf("%w at %s: %w (%w): start QEMU with -monitor unix:PATH,server=on,wait=off", ErrMonitor, t.Address, ErrNoStub, err)
+	case errors.Is(err, ErrBusy):
+		return nil, fmt.Errorf("%w at %s: %w: end it first, unless it is libvirt: then %s", ErrMonitor, t.Address, err, libvirtHint)
+	default:
 		return nil, fmt.Errorf("%w at %s can't be reached: %w", ErrMonitor, t.Address, err)
 	}
 	m := &monitor{c: c, r: bufio.NewReader(c), target: t, timeout: timeout}
-	if err := m.greet(); err != nil {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	err = m.greet()
+	if !stop() {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
 		c.Close()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, fmt.Errorf("%w at %s doesn't answer: is somebody else connected to it? (A libvirt guest's is libvirt's: "+
-				"use virsh qemu-monitor-command --hmp NAME 'gdbserver unix:PATH,server=on,wait=off', and then qemu:PATH.)", ErrMonitor, t.Address)
+			return nil, fmt.Errorf("%w at %s doesn't answer: is somebody else connected to it, or is it something else? "+
+				"(A libvirt guest's is libvirt's: %s)", ErrMonitor, t.Address, libvirtHint)
 		}
 		return nil, fmt.Errorf("%w at %s: %w", ErrMonitor, t.Address, err)
 	}
 	return m, nil
 }
+
+const libvirtHint = "use virsh qemu-monitor-command --hmp NAME 'gdbserver unix:PATH,server=on,wait=off', and then qemu:PATH"
 
 func (m *monitor) greet() error {
 	if err := m.c.SetDeadline(time.Now().Add(min(m.timeout, 5*time.Second))); err != nil {
@@ -134,7 +145,7 @@ func (m *monitor) execute(command string) (json.RawMessage, error) {
 	}
 }
 
-// command has an HMP command executed and returns its output.
+// command executes an HMP command and returns its output.
 func (m *monitor) command(command string) (string, error) {
 	if err := m.c.SetDeadline(time.Now().Add(m.timeout)); err != nil {
 		return "", err
@@ -169,12 +180,17 @@ func (m *monitor) command(command string) (string, error) {
 func (m *monitor) startStub(path string) (Target, error) {
 	if path == "" {
 		if m.target.Network != "unix" {
-			return Target{}, errors.New("Options.GDB must say where QEMU is to make the gdbstub's socket")
+			return Target{}, errors.New("say where QEMU is to make the gdbstub's socket: qemu+monitor:…?gdb=/PATH")
 		}
-		path = m.target.Address + ".vmprobes"
+		// QEMU may be in another folder.
+		socket, err := filepath.Abs(m.target.Address)
+		if err != nil {
+			return Target{}, err
+		}
+		path = socket + ".vmprobes"
 	}
 	if strings.ContainsAny(path, ",\n\r\x00 ") {
-		return Target{}, fmt.Errorf("socket path %q: QEMU's options can't express it", path)
+		return Target{}, fmt.Errorf("socket path %q: QEMU can't be told of a path with a space or a comma", path)
 	}
 	t := Target{Network: "unix", Address: path}
 	if _, err := os.Lstat(path); err == nil {
@@ -182,7 +198,7 @@ func (m *monitor) startStub(path string) (Target, error) {
 			m.path = path
 			return t, nil
 		}
-		// What a VM that has ended left.
+		// A VM that has ended left it.
 		if err := os.Remove(path); err != nil {
 			return Target{}, err
 		}
@@ -192,18 +208,18 @@ func (m *monitor) startStub(path string) (Target, error) {
 		return Target{}, m.failed("info status", err)
 	}
 	if strings.Contains(status, "paused") {
-		return Target{}, fmt.Errorf("the VM is paused (%s): resume it first (virsh resume, or \"cont\" in its monitor)", printable(status))
+		return Target{}, fmt.Errorf("%w (%s)", ErrPaused, printable(status))
 	}
 	out, err := m.command("gdbserver unix:" + path + ",server=on,wait=off")
 	if err != nil {
 		return Target{}, m.failed("gdbserver", err)
 	}
 	if strings.Contains(out, "duplicate") {
-		return Target{}, fmt.Errorf("this QEMU has a gdbstub already (-gdb, -s or gdbserver): use qemu: with its socket, " +
+		return Target{}, errors.New("this QEMU has a gdbstub already (-gdb, -s or gdbserver): use qemu: with its socket, " +
 			"or enter \"gdbserver none\" in its monitor")
 	}
 	if !listens(path) {
-		return Target{}, m.failed("gdbserver", fmt.Errorf("it has not made %s (set Options.GDB to a path that QEMU may write to): %s", path, printable(out)))
+		return Target{}, m.failed("gdbserver", fmt.Errorf("it hasn't made %s: name a path that QEMU may write to (qemu+monitor:…?gdb=/PATH): %s", path, printable(out)))
 	}
 	m.path = path
 	// QEMU's umask may leave it open to others.

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// pollFor is how long an answer is looked for before the reader goes to sleep. To
-// wake it up again takes longer than QEMU takes for most answers.
+// pollFor is how long an answer is polled for before the reader goes to sleep.
+// Waking it up again takes longer than QEMU takes for most answers.
 const pollFor = 200 * time.Microsecond
 
 // poller reads from a connection without sleeping.
@@ -22,7 +22,7 @@ type poller struct {
 }
 
 // read returns how much of b it has filled from c in that time: 0 if nothing came,
-// or the connection's end, which a usual Read will tell.
+// or at the connection's end, which an ordinary Read will report.
 func (p *poller) read(c net.Conn, b []byte) (int, error) {
 	if p.try == nil {
 		p.try = func(fd uintptr) bool {
@@ -48,7 +48,7 @@ func (p *poller) read(c net.Conn, b []byte) (int, error) {
 			if time.Since(begin) > pollFor {
 				return 0, nil
 			}
-		case p.err != nil: // and it is told only once
+		case p.err != nil: // which the next read wouldn't report again
 			return 0, &net.OpError{Op: "read", Net: c.RemoteAddr().Network(), Addr: c.RemoteAddr(), Err: os.NewSyscallError("read", p.err)}
 		default:
 			return p.n, nil

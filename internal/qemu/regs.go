@@ -7,13 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
 )
 
-// registers are the names, in target descriptions, of what is used here, with
-// their sizes in bytes.
+// registers has the registers that are used here, with their names in target
+// descriptions and their sizes in bytes.
 var registers = [numRegs]struct {
 	name string
 	size int
@@ -73,7 +74,7 @@ const (
 	maxRegFile   = maxPacket / 2
 )
 
-var errNotAMD64 = errors.New("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64")
+var errNotAMD64 = fmt.Errorf("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64: %w", errors.ErrUnsupported)
 
 // readLayout reads a target description (GDB manual, appendix G), with what it
 // includes, through read, which returns one document.
@@ -218,7 +219,7 @@ func (l *layout) set(i int, v uint64) string {
 	return string(appendHex(p, b[:registers[i].size]))
 }
 
-// number parses the value of register i, as "p" gives it.
+// value parses the value of register i, as "p" gives it.
 func (l *layout) value(i int, data []byte) (uint64, error) {
 	var b [8]byte
 	if err := decodeHex(b[:registers[i].size], data); err != nil {
@@ -245,6 +246,112 @@ func (f *regFile) setGeneral(r *x86.Regs) {
 	f[rAX], f[rCX], f[rDX], f[rSI], f[rDI] = r.AX, r.CX, r.DX, r.SI, r.DI
 	f[rIP], f[rSP] = r.IP, r.SP
 	f[rFlags] = r.Flags & 0xffffffff
+}
+
+// The methods of VM here want it stopped and v.mu held.
+
+// vcpu returns the number of a thread's vCPU.
+func (v *VM) vcpu(thread string) (int, error) {
+	for range 2 {
+		if n := slices.Index(v.threads, thread); n >= 0 {
+			return n, nil
+		}
+		// One was plugged in.
+		if err := v.readThreads(); err != nil {
+			return 0, err
+		}
+	}
+	return 0, v.broken(fmt.Errorf("%w: unknown thread %q", errProtocol, thread))
+}
+
+// choose makes g, p, P and m be about a thread.
+func (v *VM) choose(thread string) error {
+	if v.current == thread {
+		return nil
+	}
+	v.current = ""
+	if err := v.callOK("Hg" + thread); err != nil {
+		return fmt.Errorf("choose vCPU %s: %w", thread, err)
+	}
+	v.current = thread
+	return nil
+}
+
+// readRegs reads the registers of the current thread into v.regs.
+func (v *VM) readRegs() error {
+	data, err := v.call("g")
+	if err != nil {
+		return err
+	}
+	v.regsOf = ""
+	if err := v.layout.parse(&v.regs, data); err != nil {
+		return v.broken(err)
+	}
+	v.regsOf = v.current
+	return nil
+}
+
+// writeRegs gives a thread, whose registers are v.regs, those of want: as many
+// packets in one write as registers differ.
+func (v *VM) writeRegs(thread string, want *regFile) error {
+	if *want == v.regs {
+		return nil
+	}
+	if err := v.choose(thread); err != nil {
+		return err
+	}
+	var packets []string
+	for i := range want {
+		if want[i] != v.regs[i] {
+			packets = append(packets, v.layout.set(i, want[i]))
+		}
+	}
+	if err := v.post(packets...); err != nil {
+		return err
+	}
+	var errs error
+	for i := range packets {
+		data, err := v.receive()
+		if err != nil {
+			return err
+		}
+		if string(data) != "OK" {
+			errs = errors.Join(errs, &refused{packets[i], printable(string(data))})
+		}
+	}
+	if errs == nil {
+		v.regs = *want
+	}
+	return errs
+}
+
+// readIP returns the packet that asks for the current thread's RIP. Under KVM "p"
+// doesn't fetch the registers from the kernel (QEMU's handle_get_reg), "g" does.
+func (v *VM) readIP() string {
+	if v.info.KVM {
+		return "g"
+	}
+	return fmt.Sprintf("p%x", v.layout.reg[rIP].number)
+}
+
+// receiveIP takes the answer.
+func (v *VM) receiveIP() (uint64, error) {
+	data, err := v.receive()
+	if err != nil {
+		return 0, err
+	}
+	var ip uint64
+	if v.info.KVM {
+		var f regFile
+		err = v.layout.parse(&f, data)
+		ip = f[rIP]
+	} else {
+		ip, err = v.layout.value(rIP, data)
+	}
+	if err != nil {
+		return 0, v.broken(err)
+	}
+	return ip, nil
 }
 
 // A stopReply is why the VM stopped: "T05thread:p01.02;" and the like.
@@ -302,7 +409,7 @@ func parseStop(data []byte) (r stopReply, err error) {
 	return r, nil
 }
 
-// validThread reports whether id may be a thread id; it is sent back as it is.
+// validThread reports whether id is well-formed; it will be sent back as it is.
 func validThread(id string) bool {
 	if id == "" || len(id) > maxThreadID {
 		return false

@@ -3,7 +3,6 @@ package qemu
 import (
 	"bytes"
 	"encoding/binary"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,26 +11,26 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// A repeated string instruction ends a step after each iteration. To make each of
-// them by a step takes 13 seconds for 40,000, with the VM stopped; to let the vCPU
-// run to the instruction behind, with the breakpoint out, misses what an interrupt
-// handler hits meanwhile. So steps are made where the processor decides something:
-// the first iteration in each page of source and destination, which meets what
-// faults, permissions and accessed bits there are, the last one, which leaves
-// flags and accumulator, and the one that ends a comparison. What is between them
-// is memory of this VM and nothing else, and done here, through the stub, which
-// tells QEMU's translator and its log of dirty pages about it.
+// A step of a repeated string instruction ends after one iteration. Stepping through
+// 40,000 of them takes 13 seconds, with the VM stopped; letting the vCPU run to the
+// next instruction, with the breakpoint out, misses what an interrupt handler hits
+// meanwhile. So steps are made where the processor decides something: the first
+// iteration in each page of source and destination, which meets faults, permissions
+// and accessed bits, the last one, which leaves flags and accumulator, and the one
+// that ends a comparison. The iterations between them touch nothing but this VM's
+// memory, and are done here, through the stub, which tells QEMU's translator and its
+// log of dirty pages about it.
 
 // slice is for how long a repeated instruction may keep the VM stopped at a time.
 // Then the VM runs: the vCPU takes what interrupts are due, and comes back.
 var slice = 25 * time.Millisecond
 
-// minSkip is how many iterations are worth to be done here.
+// minSkip is how many iterations at least are worth doing here.
 const minSkip = 16
 
 // repeat has d.thread execute the repeated instruction at addr, all other vCPUs
 // standing still, for no longer than a slice. It reports whether the vCPU has
-// left addr; v.regs are its registers then, and if it hasn't.
+// left addr; v.regs are its registers in either case.
 func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 	v := d.vm
 	op, bulk := p.insn.StringOp()
@@ -39,14 +38,10 @@ func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 	var mem *paging.Memory
 	for end := time.Now().Add(slice); ; {
 		before := v.regs
-		if err := d.step(addr, p); err != nil {
+		if err := v.step(d.thread, addr); err != nil {
 			return false, err
 		}
-		data, err := v.call("g")
-		if err != nil {
-			return false, err
-		}
-		if err := v.takeRegs(data); err != nil {
+		if err := v.readRegs(); err != nil {
 			return false, err
 		}
 		if v.regs[rIP] != addr {
@@ -71,8 +66,8 @@ func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 	}
 }
 
-// unwatched reports whether the guest has no watchpoint armed, which an access
-// from here would pass by: the enable bits of DR7 (SDM 3B §18.2.4) in "info
+// unwatched reports whether the guest has no watchpoint armed, which an access from
+// here wouldn't trigger: the enable bits of DR7 (SDM 3B §18.2.4) in "info
 // registers".
 func (v *VM) unwatched() (bool, error) {
 	text, err := v.hmp("info registers -a")
@@ -113,8 +108,8 @@ func (o operand) addr(n, size int, down bool) uint64 {
 	return a
 }
 
-// room returns how many elements from addr on are in the same page as the whole
-// of the one before it, at prev.
+// room returns how many elements, from the one at addr on, lie in the page that
+// holds all of the one before it, at prev.
 func room(prev, addr uint64, size int, down bool) uint64 {
 	off := addr & (paging.PageSize - 1)
 	switch {
@@ -129,7 +124,7 @@ func room(prev, addr uint64, size int, down bool) uint64 {
 }
 
 // skip does iterations of the instruction that d.thread is at, if it has just
-// executed one, and before are the registers before that.
+// executed one; before are its registers before that one.
 func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) error {
 	v := d.vm
 	down := v.regs[rFlags]&x86.FlagDF != 0
@@ -185,14 +180,13 @@ func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) erro
 	if op.Kind.Dest() {
 		want[rDI] += uint64(n) * delta
 	}
-	return d.put(&want)
+	return v.writeRegs(d.thread, &want)
 }
 
 // iterate does at most n iterations in memory and returns how many it did: fewer
 // if a comparison ends the instruction earlier, whose last iteration is left to
-// the vCPU, or minSkip is not reached. If what it wrote were written again, with
-// the same registers, nothing would change: this process may be killed before it
-// sets the registers.
+// the vCPU, or minSkip is not reached. Doing the same again with the same registers
+// changes nothing: this process may be killed before it sets the registers.
 func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uint64) (int, error) {
 	size := op.Size
 	distance := 0 // from where it reads up, or down, to where it writes
@@ -200,8 +194,8 @@ func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uin
 		if distance = dst.off - src.off; down {
 			distance = -distance
 		}
-		// Elements that are written over after they were read can't be read again; and
-		// those that are half written before are not worth the trouble.
+		// An element that is overwritten after it was read can't be read again, and
+		// elements that overlap in part are not worth the trouble.
 		if distance < 0 || distance%size != 0 {
 			n = min(n, max(distance, -distance)/size)
 		}
@@ -272,8 +266,8 @@ func (v *VM) readRAM(addr uint64, b []byte) error {
 	return nil
 }
 
-// tables are the page tables of a VM while it is stopped, for who holds v.mu. What
-// has been read of them stays as it was, as it may in a processor's TLB.
+// tables reads the page tables of a stopped VM for a caller who holds v.mu. It keeps
+// what it has read, as a processor's TLB may.
 type tables struct {
 	vm    *VM
 	pages map[paging.Frame][]byte
@@ -296,71 +290,4 @@ func (t *tables) Page(f paging.Frame, writable bool) ([]byte, func(), error) {
 		t.pages[f] = page
 	}
 	return page, func() {}, nil
-}
-
-// underway is an execution that has begun at a breakpoint, was a hit, and runs on
-// with the VM before it is over: QEMU before 11 now and then ends a step that it
-// hasn't made, and a repeated instruction gets a slice at a time. The vCPU comes
-// back to the breakpoint, at once or when it has served interrupts; the guest may
-// even move the task to another vCPU meanwhile. Whoever it is by then, it is the
-// execution that has these general registers: they are the interrupted task's
-// own, its stack pointer above all, whatever else comes to the breakpoint first.
-type underway struct {
-	regs  x86.Regs
-	over  bool // the answer was StepOver, and Stepped is still to come
-	tries int  // how often it came back, unless it repeats
-}
-
-// maxUnderway bounds how many are kept. One that never comes back, as its task
-// has died, is forgotten when so many others have come.
-const maxUnderway = 256
-
-// maxTries is how often in a row a step that ends where it began is taken for one
-// that wasn't made. One of 10,000 isn't; an indirect jump may lead to itself.
-const maxTries = 8
-
-// own is what of the registers is the task's, and so the same when it comes back
-// from an interrupt, also on another vCPU: not the bases, not the page tables,
-// which may change under a kernel thread, and not RF, which interrupts set.
-func own(f *regFile) x86.Regs {
-	r := f.general()
-	r.FSBase, r.GSBase, r.CR3 = 0, 0, 0
-	r.Flags &^= x86.FlagRF
-	return r
-}
-
-// leave notes that d.thread, whose registers are v.regs, is let go in the middle
-// of its execution.
-func (d *Driver) leave(u underway) {
-	u.regs = own(&d.vm.regs)
-	if len(d.underway) >= maxUnderway {
-		i := max(0, slices.IndexFunc(d.underway, func(u underway) bool { return !u.over }))
-		d.underway = slices.Delete(d.underway, i, i+1)
-	}
-	d.underway = append(d.underway, u)
-}
-
-// back returns the execution that the vCPU with v.regs goes on with, if any.
-func (d *Driver) back() (u underway, ok bool) {
-	if len(d.underway) == 0 {
-		return u, false
-	}
-	regs := own(&d.vm.regs)
-	i := slices.IndexFunc(d.underway, func(u underway) bool { return u.regs == regs })
-	if i < 0 {
-		return u, false
-	}
-	u = d.underway[i]
-	d.underway = slices.Delete(d.underway, i, i+1)
-	return u, true
-}
-
-// owed reports whether a Stepped stop is still to come of an execution at addr.
-func (d *Driver) owed(addr uint64) bool {
-	return slices.ContainsFunc(d.underway, func(u underway) bool { return u.over && u.regs.IP == addr })
-}
-
-// forgetUnderway drops what is underway at addr, unless a Stepped stop is owed.
-func (d *Driver) forgetUnderway(addr uint64) {
-	d.underway = slices.DeleteFunc(d.underway, func(u underway) bool { return u.regs.IP == addr && !u.over })
 }

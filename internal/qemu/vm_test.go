@@ -113,7 +113,7 @@ func TestMemory(t *testing.T) {
 	require.NoError(t, os.WriteFile(other, make([]byte, 64<<20), 0o600))
 	defer os.Remove(other)
 	_, err := qemu.Dial(t.Context(), "qemu:"+guest.GDB, &qemu.Options{RAM: other})
-	require.ErrorContains(t, err, "not the memory of this VM")
+	require.ErrorContains(t, err, "not the memory of the VM")
 	require.Equal(t, "running", guest.Status())
 }
 

@@ -2,8 +2,7 @@ package target
 
 import (
 	"context"
-	"errors"
-	"strings"
+	"fmt"
 
 	"github.com/vmprobes/vmprobes/internal/qemu"
 	"github.com/vmprobes/vmprobes/linux"
@@ -19,19 +18,24 @@ type qemuGuest struct {
 func openQEMU(ctx context.Context, name string) (Guest, error) {
 	// Memory is read best from the QEMU process itself: the VM needn't stop for
 	// that. It takes a process on this machine, and the right to trace it.
-	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true})
-	if err != nil && !errors.Is(err, qemu.ErrNoStub) && !errors.Is(err, qemu.ErrBusy) && !errors.Is(err, qemu.ErrTarget) && ctx.Err() == nil {
-		vm, err = qemu.Dial(ctx, name, nil)
-	}
+	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true, Fallback: true})
 	if err != nil {
 		return nil, err
 	}
 	i := vm.Info()
-	g := &qemuGuest{VM: vm, info: Info{Name: i.Name, Kind: HVM, VCPUs: i.VCPUs}}
-	if g.info.Name == "" {
-		_, g.info.Name, _ = strings.Cut(name, ":")
+	return &qemuGuest{VM: vm, info: Info{Name: qemuName(i), Given: i.Name, Kind: HVM, VCPUs: i.VCPUs}}, nil
+}
+
+// qemuName returns a name that no other VM of this machine has. Whoever starts QEMU
+// may give any -name, to several VMs the same one.
+func qemuName(i qemu.Info) string {
+	switch {
+	case i.Name == "":
+		return i.Socket
+	case i.UUID != "":
+		return fmt.Sprintf("%s (%s)", i.Name, i.UUID)
 	}
-	return g, nil
+	return fmt.Sprintf("%s (%s)", i.Name, i.Socket)
 }
 
 func (g *qemuGuest) Info() Info { return g.info }

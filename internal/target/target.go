@@ -48,7 +48,8 @@ const (
 // Info describes a guest.
 type Info struct {
 	ID     uint16 // Xen's domain id
-	Name   string
+	Name   string // that no other guest of this host has
+	Given  string // name that its configuration gives it, if that is another one
 	Kind   Kind
 	VCPUs  int    // online
 	Kernel string // file, on this machine, that the toolstack booted it from, or ""
@@ -180,7 +181,7 @@ func known(name string, err error) error {
 	}
 	for _, k := range []struct{ of, is error }{
 		{xen.ErrBusy, ErrBusy}, {qemu.ErrBusy, ErrBusy}, {qemu.ErrAttached, ErrBusy},
-		{qemu.ErrNoStub, ErrNotFound}, {qemu.ErrTarget, ErrBadName}, {fs.ErrPermission, ErrPermission},
+		{qemu.ErrPaused, ErrPaused}, {qemu.ErrNoStub, ErrNotFound}, {qemu.ErrTarget, ErrBadName}, {fs.ErrPermission, ErrPermission},
 	} {
 		if errors.Is(err, k.of) && !errors.Is(err, k.is) {
 			err = sentinel.As(err, k.is)
