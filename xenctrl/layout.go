@@ -6,7 +6,13 @@ package xenctrl
 
 // Domctl numbers, from xen/include/public/domctl.h.
 const (
+	domctlPauseDomain       = 3    // XEN_DOMCTL_pausedomain
+	domctlUnpauseDomain     = 4    // XEN_DOMCTL_unpausedomain
+	domctlGetDomainInfo     = 5    // XEN_DOMCTL_getdomaininfo
+	domctlSetVCPUContext    = 12   // XEN_DOMCTL_setvcpucontext
+	domctlGetVCPUContext    = 13   // XEN_DOMCTL_getvcpucontext
 	domctlSetVCPUExtState   = 62   // XEN_DOMCTL_setvcpuextstate
+	domctlGetVCPUExtState   = 63   // XEN_DOMCTL_getvcpuextstate
 	domctlGdbsxGuestMemIO   = 1000 // XEN_DOMCTL_gdbsx_guestmemio
 	domctlGdbsxPauseVCPU    = 1001 // XEN_DOMCTL_gdbsx_pausevcpu
 	domctlGdbsxUnpauseVCPU  = 1002 // XEN_DOMCTL_gdbsx_unpausevcpu
@@ -19,6 +25,32 @@ const (
 	versionCapabilities     = 3    // XENVER_capabilities
 	versionExtraSize        = 16   // sizeof(xen_extraversion_t)
 	versionCapabilitiesSize = 1024 // sizeof(xen_capabilities_info_t)
+)
+
+// Hypercalls (__HYPERVISOR_sched_op, __HYPERVISOR_domctl, xen/include/public/xen.h;
+// SCHEDOP_yield, xen/include/public/sched.h).
+const (
+	hypervisorSchedOp = 29
+	hypervisorDomctl  = 36
+	schedopYield      = 0
+)
+
+// The versions of the domctl interface (XEN_DOMCTL_INTERFACE_VERSION,
+// xen/include/public/domctl.h) of Xen 4.13 and of Xen 4.22. What is used of them
+// here is the same in all between.
+const (
+	domctlOldest = 0x12
+	domctlNewest = 0x18
+)
+
+// Offsets in struct xen_domctl_vcpucontext and struct xen_domctl_vcpuextstate
+// (xen/include/public/domctl.h); the vCPU's number comes first in both.
+const (
+	domctlVCPUOff          = 0
+	domctlContextHandleOff = 8
+	domctlExtMaskOff       = 8
+	domctlExtSizeOff       = 16
+	domctlExtHandleOff     = 24
 )
 
 // VIRQDebugger (VIRQ_DEBUGGER, xen/include/public/xen.h) is the virtual

@@ -23,7 +23,7 @@ type Monitor struct {
 	page  unsafe.Pointer
 	mu    sync.Mutex // ring, on, closed
 	ring  ring
-	on    [monitorEmulUnimplemented + 1]bool
+	on    [monitorEvents]bool
 	close bool
 
 	// Of the goroutine in Wait.
@@ -115,12 +115,6 @@ func (m *Monitor) SetSingleStep(on bool) error {
 // for the response.
 func (m *Monitor) SetDebugExceptions(on, sync bool) error {
 	return m.set("monitor debug exceptions", monitorDebugExceptions, on, sync)
-}
-
-// SetEmulUnimplemented turns events for instructions that Xen's emulator does
-// not know on or off.
-func (m *Monitor) SetEmulUnimplemented(on bool) error {
-	return m.set("monitor unimplemented emulation", monitorEmulUnimplemented, on, true)
 }
 
 // Wait returns when a request is on the ring, or with the error of ctx.

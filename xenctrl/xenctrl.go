@@ -57,7 +57,7 @@ func Open() (*Handle, error) {
 		return nil, err
 	}
 	h := newHandle(l)
-	h.turn = openTurn()
+	h.goDirect()
 	return h, nil
 }
 
