@@ -237,7 +237,7 @@ func (b *bench) measureC(ctx context.Context, p pair) (s sample, err error) {
 	}()
 	r := bufio.NewReader(out)
 	// A guest that somebody left paused has no hits, and the loop would wait for ever.
-	slow := time.AfterFunc(time.Minute, func() { b.complain(ctx); _ = cmd.Process.Signal(os.Interrupt) })
+	slow := time.AfterFunc(3*time.Minute, func() { b.complain(ctx); _ = cmd.Process.Signal(os.Interrupt) })
 	defer slow.Stop()
 	var ns int64
 	if _, err := fmt.Fscanf(r, "timed %d %d %d\n", &s.hits, &ns, &s.tsc); err != nil {
