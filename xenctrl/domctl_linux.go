@@ -66,7 +66,7 @@ func newDomctls(l lib, dev hypercaller, mem []byte) (*domctls, error) {
 	d := &domctls{lib: l, dev: dev, mem: mem, m: (*domctlBuffers)(p), addr: uint64(uintptr(p))}
 	// The hypervisor does nothing but say EACCES if it has another interface.
 	for d.face = domctlNewest; d.face >= domctlOldest; d.face-- {
-		err := d.do(domctlGetDomainInfo, DomID0)
+		_, err := d.domainInfo(DomID0)
 		if err != syscall.EACCES {
 			return d, err
 		}
@@ -97,6 +97,24 @@ func (d *domctls) do(cmd uint32, id DomID) error {
 }
 
 func (d *domctls) end() { d.mu.Unlock() }
+
+// firstDomain asks for the domain itself. If that isn't there, the answer is an error
+// or another domain, which depends on the release, and the library is asked.
+func (d *domctls) firstDomain(first DomID) (DomainInfo, bool, error) {
+	if info, err := d.domainInfo(first); err == nil && info.ID == first {
+		return info, true, nil
+	}
+	return d.lib.firstDomain(first)
+}
+
+func (d *domctls) domainInfo(id DomID) (DomainInfo, error) {
+	args := d.begin()
+	defer d.end()
+	if err := d.do(domctlGetDomainInfo, id); err != nil {
+		return DomainInfo{}, err
+	}
+	return (*xenDomainInfo)(unsafe.Pointer(args)).info(), nil
+}
 
 func (d *domctls) pause(id DomID) error {
 	_, err := d.domctl(domctlPauseDomain, id, domctlArgs{})

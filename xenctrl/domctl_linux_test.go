@@ -29,7 +29,8 @@ type fakeXen struct {
 	compat  bool   // the guest's context is shorter
 	ext     []byte // of the vCPU
 	mask    uint64
-	grows   int // the state grows before it is read, so often
+	next    bool // asked for no domain it answers with the next
+	grows   int  // the state grows before it is read, so often
 	answer  [128]byte
 	given   [128]byte
 	size    int // of its struct xen_domctl
@@ -84,9 +85,26 @@ func (x *fakeXen) hypercall(op, arg0 uint64) error {
 	copy(x.given[:], u)
 	switch cmd {
 	case 5: // the answer may be longer than the union that is known here
+		switch {
+		case x.domain == 0 || x.domain == 5:
+		case x.domain < 5 && x.next: // Xen 4.18 and older
+			x.domain = 5
+		default:
+			return syscall.ESRCH
+		}
 		for i := range b[16:] {
 			b[16+i] = 0xEE
 		}
+		le.PutUint16(b[8:], x.domain)
+		le.PutUint16(u, x.domain)
+		le.PutUint32(u[4:], 2)             // flags
+		le.PutUint64(u[8:], 100)           // tot_pages
+		le.PutUint64(u[16:], 200)          // max_pages
+		le.PutUint64(u[48:], 0x55)         // shared_info_frame
+		le.PutUint64(u[56:], 1<<40)        // cpu_time
+		le.PutUint32(u[64:], 2)            // nr_online_vcpus
+		le.PutUint32(u[68:], 3)            // max_vcpu_id
+		copy(u[76:92], "0123456789abcdef") // handle
 	case 12, 13:
 		x.vcpu = le.Uint32(u)
 		m := x.at(le.Uint64(u[8:]), len(x.ctx))
@@ -261,7 +279,7 @@ func TestDomctls(t *testing.T) {
 	if len(l.calls) != 0 {
 		t.Errorf("the library was called: %v", l.calls)
 	}
-	if _, err := h.Domain(5); err != nil || len(l.calls) != 1 {
+	if n, err := h.MaxGPFN(5); err != nil || n != 0xFEFFF || len(l.calls) != 1 {
 		t.Errorf("other calls are the library's: %v, %v", l.calls, err)
 	}
 	if err := errors.Join(h.Close(), h.Close()); err != nil || l.closes != 1 {
@@ -269,6 +287,38 @@ func TestDomctls(t *testing.T) {
 	}
 	if err := h.Pause(5); !errors.Is(err, ErrClosed) {
 		t.Errorf("Pause after Close: %v", err)
+	}
+}
+
+// TestDomctlDomains: a domain that is there is asked for without the library, one that
+// isn't with it, whatever the hypervisor says then.
+func TestDomctlDomains(t *testing.T) {
+	for _, next := range []bool{false, true} {
+		x, d, l, err := newFakeXen(t, 0x15)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.size, x.next = PageSize, next
+		h := newHandle(d)
+		want := DomainInfo{
+			ID: 5, Flags: DomainHVM, TotalPages: 100, MaxPages: 200, SharedInfoFrame: 0x55, CPUTime: 1 << 40,
+			OnlineVCPUs: 2, MaxVCPUID: 3, Handle: [16]byte([]byte("0123456789abcdef")),
+		}
+		if info, err := h.Domain(5); err != nil || info != want || len(l.calls) != 0 {
+			t.Errorf("Domain(5): %+v, %v, the library %v", info, err, l.calls)
+		}
+		for _, id := range []DomID{3, 6} {
+			if _, err := h.Domain(id); !errors.Is(err, ErrNoDomain) {
+				t.Errorf("Domain(%d): %v, want ErrNoDomain", id, err)
+			}
+		}
+		list, err := h.Domains()
+		if err != nil || len(list) != 2 || list[0].ID != 0 || list[1].ID != 5 {
+			t.Errorf("Domains: %+v, %v", list, err)
+		}
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -117,6 +117,7 @@ typedef struct vm_event_sring sring;
 typedef struct hvm_hw_cpu hvm;
 typedef vcpu_guest_context_t ctx;
 typedef struct cpu_user_regs user;
+typedef struct xen_domctl_getdomaininfo info;
 
 static const struct vmp_value vmp_values[] = {
 	V(DOMID_FIRST_RESERVED) V(DOMID_INVALID) V(VIRQ_DEBUGGER)
@@ -141,6 +142,8 @@ static const struct vmp_value vmp_values[] = {
 	V(XEN_DMOP_EVENT_hw_exc) V(XEN_DMOP_EVENT_pri_sw_exc) V(XEN_DMOP_EVENT_sw_exc)
 	{ "sizeof(xen_domctl.u)", sizeof(((struct xen_domctl *)0)->u) },
 	OFF(struct xen_domctl, cmd) OFF(struct xen_domctl, interface_version) OFF(struct xen_domctl, domain) OFF(struct xen_domctl, u)
+	OFF(info, domain) OFF(info, flags) OFF(info, tot_pages) OFF(info, max_pages) OFF(info, shared_info_frame) OFF(info, cpu_time)
+	OFF(info, nr_online_vcpus) OFF(info, max_vcpu_id) OFF(info, handle)
 	SZ(struct xen_domctl_vcpucontext) OFF(struct xen_domctl_vcpucontext, vcpu) OFF(struct xen_domctl_vcpucontext, ctxt)
 	SZ(struct xen_domctl_vcpuextstate) OFF(struct xen_domctl_vcpuextstate, vcpu) OFF(struct xen_domctl_vcpuextstate, xfeature_mask)
 	OFF(struct xen_domctl_vcpuextstate, size) OFF(struct xen_domctl_vcpuextstate, buffer)

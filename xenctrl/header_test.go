@@ -25,6 +25,7 @@ func TestHeaderValues(t *testing.T) {
 	var ti TrapInfo
 	var r hvmHWCPU
 	var d xenDomctl
+	var i xenDomainInfo
 	want := map[string]uint64{
 		"DOMID_FIRST_RESERVED": uint64(DomIDFirstReserved),
 		"DOMID_INVALID":        uint64(domNone),
@@ -71,10 +72,15 @@ func TestHeaderValues(t *testing.T) {
 		"SCHEDOP_yield":                                     schedopYield,
 		"__HYPERVISOR_domctl":                               hypervisorDomctl,
 		fmt.Sprintf("XEN_DOMCTL_INTERFACE_VERSION >= %#x && XEN_DOMCTL_INTERFACE_VERSION <= %#x", domctlOldest, domctlNewest): 1,
-		"struct xen_domctl.cmd":                        uint64(unsafe.Offsetof(d.cmd)),
-		"struct xen_domctl.interface_version":          uint64(unsafe.Offsetof(d.face)),
-		"struct xen_domctl.domain":                     uint64(unsafe.Offsetof(d.domain)),
-		"struct xen_domctl.u":                          uint64(unsafe.Offsetof(d.u)),
+		"struct xen_domctl.cmd":               uint64(unsafe.Offsetof(d.cmd)),
+		"struct xen_domctl.interface_version": uint64(unsafe.Offsetof(d.face)),
+		"struct xen_domctl.domain":            uint64(unsafe.Offsetof(d.domain)),
+		"struct xen_domctl.u":                 uint64(unsafe.Offsetof(d.u)),
+		"info.domain":                         uint64(unsafe.Offsetof(i.domain)), "info.flags": uint64(unsafe.Offsetof(i.flags)),
+		"info.tot_pages": uint64(unsafe.Offsetof(i.totPages)), "info.max_pages": uint64(unsafe.Offsetof(i.maxPages)),
+		"info.shared_info_frame": uint64(unsafe.Offsetof(i.sharedInfoFrame)), "info.cpu_time": uint64(unsafe.Offsetof(i.cpuTime)),
+		"info.nr_online_vcpus": uint64(unsafe.Offsetof(i.nrOnlineVCPUs)), "info.max_vcpu_id": uint64(unsafe.Offsetof(i.maxVCPUID)),
+		"info.handle":                                  uint64(unsafe.Offsetof(i.handle)),
 		"sizeof(struct xen_domctl_vcpucontext)":        domctlContextHandleOff + 8,
 		"struct xen_domctl_vcpucontext.vcpu":           domctlVCPUOff,
 		"struct xen_domctl_vcpucontext.ctxt":           domctlContextHandleOff,

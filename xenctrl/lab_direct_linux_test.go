@@ -22,6 +22,16 @@ func labDirect(t *testing.T, h *Handle, info DomainInfo) {
 			t.Errorf("paused: flags %#x, %v, want %v", d.Flags, err, want)
 		}
 	}
+	for first := range id + 2 {
+		one, ok1, err1 := libs["direct"].firstDomain(first)
+		two, ok2, err2 := libs["library"].firstDomain(first)
+		one.CPUTime, two.CPUTime = 0, 0 // of dom0: this test runs
+		const now = DomainRunning | DomainBlocked
+		one.Flags, two.Flags = one.Flags&^now, two.Flags&^now
+		if one != two || ok1 != ok2 || err1 != err2 {
+			t.Errorf("domain %d or the next: direct %+v, %v, %v; library %+v, %v, %v", first, one, ok1, err1, two, ok2, err2)
+		}
+	}
 	for _, set := range []string{"direct", "library"} {
 		for _, get := range []string{"direct", "library"} {
 			s, g := libs[set], libs[get]

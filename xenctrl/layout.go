@@ -53,6 +53,35 @@ const (
 	domctlExtHandleOff     = 24
 )
 
+// xenDomainInfo is the beginning of struct xen_domctl_getdomaininfo
+// (xen/include/public/domctl.h). What follows depends on the release.
+type xenDomainInfo struct {
+	domain                   uint16
+	_                        uint16
+	flags                    uint32
+	totPages, maxPages       uint64
+	_                        [3]uint64 // outstanding_pages, shr_pages, paged_pages
+	sharedInfoFrame, cpuTime uint64
+	nrOnlineVCPUs, maxVCPUID uint32
+	_                        uint32 // ssidref
+	handle                   [16]byte
+}
+
+// info returns what is exported of i.
+func (i *xenDomainInfo) info() DomainInfo {
+	return DomainInfo{
+		ID:              DomID(i.domain),
+		Flags:           DomainFlags(i.flags),
+		TotalPages:      i.totPages,
+		MaxPages:        i.maxPages,
+		SharedInfoFrame: i.sharedInfoFrame,
+		CPUTime:         i.cpuTime,
+		OnlineVCPUs:     int(i.nrOnlineVCPUs),
+		MaxVCPUID:       int(i.maxVCPUID),
+		Handle:          i.handle,
+	}
+}
+
 // VIRQDebugger (VIRQ_DEBUGGER, xen/include/public/xen.h) is the virtual
 // interrupt by which Xen says that some domain was paused for its debugger. It
 // is not raised for int3, and has one listener at a time.

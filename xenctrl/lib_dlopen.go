@@ -719,20 +719,7 @@ func (l *dlLib) firstDomain(first DomID) (DomainInfo, bool, error) {
 	if rc <= 0 {
 		return DomainInfo{}, false, errno(rc)
 	}
-	info := DomainInfo{
-		ID:              DomID(c.domain),
-		Flags:           DomainFlags(c.flags),
-		TotalPages:      uint64(c.tot_pages),
-		MaxPages:        uint64(c.max_pages),
-		SharedInfoFrame: uint64(c.shared_info_frame),
-		CPUTime:         uint64(c.cpu_time),
-		OnlineVCPUs:     int(c.nr_online_vcpus),
-		MaxVCPUID:       int(c.max_vcpu_id),
-	}
-	for i, b := range c.handle {
-		info.Handle[i] = byte(b)
-	}
-	return info, true, nil
+	return (*xenDomainInfo)(unsafe.Pointer(&c)).info(), true, nil
 }
 
 func (l *dlLib) pause(id DomID) error   { return errno(C.vmp_pause(l.v, C.uint32_t(id))) }
