@@ -501,7 +501,7 @@ import (
 // Files that say what this system is; variables for the tests.
 var (
 	fileCapabilities = "/proc/xen/capabilities"
-	filePrivcmd      = "/dev/xen/privcmd"
+	filePrivcmd      = filePrivcmdDevice
 	dirHypervisor    = "/sys/hypervisor"
 )
 
