@@ -215,6 +215,7 @@ func (v *vcpu) keepExt() { v.ext.Data = slices.Clone(v.ext.Data) }
 // Wait implements breakpoint.Driver.
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	d.pace.start()
+	defer d.pace.end()
 	for now := d.pace.begin; ; now = spin.Clock() {
 		if now-d.alive > aliveEvery {
 			if err := d.checkAlive(); err != nil {
