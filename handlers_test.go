@@ -217,6 +217,20 @@ func TestEachAtItsProbe(t *testing.T) {
 	})
 }
 
+// TestBadRegisters has a handler leave registers that no vCPU can have.
+func TestBadRegisters(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Pre: func(_ *Probe, r *Regs) Action {
+			r.IP = 1 << 62
+			return Continue
+		}}
+		require.NoError(t, s.Register(p))
+		require.ErrorIs(t, s.Loop(t.Context()), ErrBadRegisters)
+		_, err := p.Call(&Regs{})
+		require.ErrorIs(t, err, ErrNoPrototype, "no kernel is known")
+	})
+}
+
 // TestSuspended suspends the guest and resumes it, as "xl save -c" does: its
 // breakpoints, and those of its own, are answered on.
 func TestSuspended(t *testing.T) {

@@ -2,6 +2,7 @@ package vmprobes_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,8 +16,9 @@ import (
 )
 
 // TestOutside builds programs of another module, which sees what is exported and
-// nothing else: a port of the C library's demonstration, and of the examples of
-// XenAccess and LibVMI. They are as short as programs of that kind should be.
+// nothing else: a port of the C library's demonstration, one of the examples of
+// XenAccess and LibVMI, and the first program of the README. They are as short as
+// programs of that kind should be.
 func TestOutside(t *testing.T) {
 	root, err := filepath.Abs("testdata/outside")
 	require.NoError(t, err)
@@ -39,6 +41,20 @@ func TestOutside(t *testing.T) {
 	require.Error(t, err)
 	assert.Contains(t, string(out), "a saved image can't be probed")
 	assert.NotContains(t, string(out), "registered")
+	out, err = exec.Command(filepath.Join(bin, "readme")).CombinedOutput()
+	require.Error(t, err, "there is no Xen here")
+	assert.Contains(t, string(out), "vmprobes: open a3guest: ")
+}
+
+// firstProgram returns the first program of the README.
+func firstProgram(t *testing.T) string {
+	t.Helper()
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	_, rest, ok := strings.Cut(string(readme), "```go\npackage main\n")
+	require.True(t, ok)
+	program, _, _ := strings.Cut(rest, "```\n")
+	return "package main\n" + program
 }
 
 // outside builds the module in dir, with what this one needs and nothing from the
@@ -60,7 +76,11 @@ func outside(t *testing.T, dir string) (bin string) {
 	}
 	require.NoError(t, os.WriteFile(filepath.Join(tmp, "go.mod"), []byte(mod), 0o600))
 	require.NoError(t, os.WriteFile(filepath.Join(tmp, "go.sum"), sums, 0o600))
-	cmd := exec.Command("go", "build", "-mod=mod", "-modfile="+filepath.Join(tmp, "go.mod"), "-ldflags=-s -w", "-o", bin+"/", "./...")
+	require.NoError(t, os.WriteFile(filepath.Join(tmp, "main.go"), []byte(firstProgram(t)), 0o600))
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(dir, "readme", "main.go"): filepath.Join(tmp, "main.go")}})
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(tmp, "overlay"), overlay, 0o600))
+	cmd := exec.Command("go", "build", "-mod=mod", "-modfile="+filepath.Join(tmp, "go.mod"), "-overlay="+filepath.Join(tmp, "overlay"), "-ldflags=-s -w", "-o", bin+"/", "./...", "./readme")
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "GOPROXY=off")
 	out, err := cmd.CombinedOutput()

@@ -21,15 +21,21 @@ import (
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means
-	// the guest's own table, found in its memory. This and the next three are
-	// those of [xenaccess.Options].
+	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
+	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// configuration says, else the guest's own table, found in its memory; if it has
+	// none, the file that it was booted from, or one of its release in /boot or
+	// /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
+	// that is named here and is of no use fails Open.
 	Symbols string
-	// Types is a file with the kernel's types. Empty means the guest's own.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, or a
+	// Volatility 3 symbol file. Empty means the guest's own.
 	Types string
-	// Config is an xenaccess.conf or libvmi.conf.
+	// Config is an xenaccess.conf or libvmi.conf. Empty means /etc/xenaccess.conf, if
+	// it is there; "-" means none.
 	Config string
-	// Cache is a directory for what is expensive to work out about a kernel.
+	// Cache is a directory for what is expensive to work out about a kernel. Empty
+	// means /var/cache/vmprobes; "-" means none.
 	Cache string
 	// IgnoreBlacklist has Register accept addresses that the guest's own kprobes
 	// would refuse: its blacklist, entry code, code that must not be instrumented,
@@ -99,8 +105,8 @@ func (d Domain) String() string {
 }
 
 // A Session is an attachment to one domain. Its methods are safe for concurrent
-// use; one Loop or Hits may run at a time. It must be closed: breakpoints
-// that nobody answers any more kill the guest.
+// use; one Loop or Hits may run at a time. It must be closed: a guest stands still at
+// a breakpoint that nobody answers any more.
 //
 // After Register, hits wait for a Loop, up to a second. Then, and between Loops,
 // the guest runs over its breakpoints, and what it executes is counted in

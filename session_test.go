@@ -23,6 +23,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/xentest"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // attached attaches to a simulated guest.
@@ -499,6 +500,37 @@ func TestNoRoute(t *testing.T) {
 	_, err = g.Attach(t.Context())
 	require.ErrorIs(t, err, ErrBusy)
 	require.NoError(t, newSession(g.Info(), first, nil, nil, nil, g.Close).Close())
+}
+
+// noEvents is a hypervisor without vm_event's software breakpoints.
+type noEvents struct{ xen.Hypervisor }
+
+func (noEvents) MonitorCapabilities() (xenctrl.MonitorCaps, error) { return 0, nil }
+
+func TestNoMonitor(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.HVM})
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	g, err := target.Xen(noEvents{m.Hypervisor()})
+	require.NoError(t, err)
+	_, err = g.Attach(t.Context())
+	require.ErrorIs(t, err, ErrNoMonitor)
+	xentest.Verify(t, m, before)
+}
+
+// TestOverlap has probes inside the instruction of another one, in a guest without
+// symbols, where boundaries aren't known.
+func TestOverlap(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.HVM})
+	m.Start()
+	defer m.Stop()
+	g, drv := attached(t, m)
+	s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
+	va := Addr(m.Symbol("nop5"))
+	require.NoError(t, s.Register(&Probe{Addr: va}))
+	require.ErrorIs(t, s.Register(&Probe{Addr: va + 3}), ErrOverlap)
+	require.NoError(t, s.Close())
 }
 
 func TestLookup(t *testing.T) {

@@ -5,23 +5,20 @@
 // A [Probe] names an instruction, and handlers that run before and after it:
 //
 //	p := &vmprobes.Probe{
-//		DomainName: "a3guest",
-//		Symbol:     "do_sys_openat2",
+//		Symbol: "do_sys_openat2",
 //		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
 //			task, _ := r.Task()
 //			name, _ := p.ReadString(r.Arg(1), 4096)
-//			fmt.Println(task.Comm, "opens", name)
-//			return vmprobes.Continue
+//			_, err := fmt.Printf("%v opens %q\n", task, name)
+//			return p.Fail(err)
 //		},
 //	}
-//	if err := vmprobes.Register(p); err != nil {
-//		log.Fatal(err)
-//	}
-//	defer vmprobes.Unregister(p)
-//	err := vmprobes.Loop(context.Background(), p)
+//	err := vmprobes.Run(context.Background(), "a3guest", nil, p)
 //
-// [Register], [Loop] and [Unregister] are those of the C library of the same
-// name. [Open] gives a [Session], which holds any number of probes.
+// [Run] opens the guest, serves its probes until a handler or a signal ends that, and
+// leaves the guest as it was; [RunFunc] does so for a function of the caller's. [Open]
+// gives a [Session], which holds any number of probes, without signal handling.
+// [Register], [Loop] and [Unregister] are those of the C library of the same name.
 //
 // PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
 // with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
@@ -41,8 +38,9 @@ import (
 )
 
 // Open attaches to the domain called name, or with the numeric id that it
-// spells. "qemu:/path/of/gdb.sock" and "qemu:host:port" are the gdbstub of a QEMU
-// guest, "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
+// spells; "xen:NAME" is a domain whatever is in its name. "qemu:/path/of/gdb.sock" and
+// "qemu:host:port" are the gdbstub of a QEMU guest,
+// "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
 // is started. A nil opts means defaults.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)

@@ -79,7 +79,8 @@ func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 }
 
 // New is Open for a guest that has been found already: it takes t over, and
-// succeeds always, as if Lax were set.
+// succeeds always, as if Lax were set. It is there for package vmprobes, which attaches
+// to the guest as well: t is of an internal package, and New may change at any time.
 func New(ctx context.Context, t target.Guest, opts *Options) *Guest {
 	if opts == nil {
 		opts = new(Options)
