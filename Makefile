@@ -3,7 +3,9 @@
 # make help   the rest
 
 GO          = $(shell tools/go)
-STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# Programs written in Go that check this one: their versions are in tools/go.mod, so
+# that nobody who uses the library has them among its dependencies.
+TOOL        = $(GO) tool -modfile=tools/go.mod
 LAB         = bin/lab
 # The lab calls plain "go", and tools/go may have found one that isn't on PATH.
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
@@ -31,7 +33,7 @@ help:
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make interleave  INTERLEAVINGS=$(INTERLEAVINGS) interleavings on the simulated Xen (hours)'
-	@echo 'make bench       benchmarks'
+	@echo 'make bench       benchmarks (BENCH=pattern); with BASE=revision, compared with it'
 	@echo 'make bench-lab   hits a second beside a minimal C loop, on a real Xen (HOST=pv or hvm)'
 	@echo 'make deps        install the Debian packages that all this needs'
 	@echo 'make clean       remove what was built here (the cache stays)'
@@ -61,10 +63,13 @@ lint:
 	$(GO) vet ./...
 	CGO_ENABLED=0 $(GO) vet ./...
 	GOOS=darwin CGO_ENABLED=0 $(GO) vet ./...
-	$(GO) run $(STATICCHECK) ./...
+	$(TOOL) staticcheck ./...
+	@tools/gofix "$(GO)"
 
-# Other systems, each with a standard library to compile first.
+# Other systems, each with a standard library to compile first, and the oldest Go that
+# go.mod says is enough.
 vet-all: deps-go
+	GOTOOLCHAIN=go$$(awk '$$1 == "go" { print $$2 }' go.mod) $(GO) vet ./...
 	GOOS=windows CGO_ENABLED=0 $(GO) vet ./...
 	GOOS=freebsd CGO_ENABLED=0 $(GO) vet ./...
 	GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
@@ -87,8 +92,11 @@ fuzz:
 fuzz-beside:
 	@nice $(MAKE) fuzz
 
+# BASE=REVISION compares with it, by benchstat.
+BENCH = .
+COUNT = $(if $(BASE),6,1)
 bench:
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+	@tools/bench "$(GO)" '$(BENCH)' $(COUNT) $(BASE)
 
 # Random operations and failures on the simulated Xen, with fresh seeds: the nightly
 # form of a test that "make check" runs in short.
