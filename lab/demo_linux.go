@@ -171,13 +171,14 @@ var others = []string{"opens", "process-list"}
 // tries returns the commands that look into a guest: programs that are there, since
 // the go command on PATH may be too old to run them from their source.
 func tries(probe, guest string) string {
-	lines := fmt.Sprintf("  %s -task %s\n", probe, guest)
+	var lines strings.Builder
+	fmt.Fprintf(&lines, "  %s -task %s\n", probe, guest)
 	for _, name := range others {
 		if path := filepath.Join(filepath.Dir(probe), name); !absent(path) {
-			lines += fmt.Sprintf("  %s %s\n", path, guest)
+			fmt.Fprintf(&lines, "  %s %s\n", path, guest)
 		}
 	}
-	return lines
+	return lines.String()
 }
 
 const next = `
