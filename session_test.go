@@ -526,7 +526,7 @@ func TestOverlap(t *testing.T) {
 	m.Start()
 	defer m.Stop()
 	g, drv := attached(t, m)
-	s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
+	s := newSession(g.Info(), drv, nil, ErrNoSymbols, &Options{IgnoreBlacklist: true}, g.Close)
 	va := Addr(m.Symbol("nop5"))
 	require.NoError(t, s.Register(&Probe{Addr: va}))
 	require.ErrorIs(t, s.Register(&Probe{Addr: va + 3}), ErrOverlap)

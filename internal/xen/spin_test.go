@@ -89,7 +89,7 @@ func (a *asking) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 // them on two processors let others run; and no longer.
 func TestDebuggerHoldsProcessor(t *testing.T) {
 	a := new(asking)
-	d, err := OpenDebugger(a)
+	d, err := OpenDebugger(a, NewFrames(a))
 	require.NoError(t, err)
 	a.d, a.polls = d, 0
 	d.pace.near = true
