@@ -20,8 +20,8 @@ import (
 var unused = map[string]string{
 	"Probe.LogValue":   "package slog calls it",
 	"Error.Unwrap":     "package errors calls it",
-	"Call":             "what Probe.Call returns; its users name no type",
-	"CallArg":          "an element of Call.Args; its users name no type",
+	"vmprobes.Call":    "what Probe.Call returns; its users name no type",
+	"vmprobes.CallArg": "an element of Call.Args; its users name no type",
 	"Hit.MarshalJSON":  "package json calls it",
 	"Regs.MarshalJSON": "package json calls it",
 }
