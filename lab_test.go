@@ -229,6 +229,7 @@ func TestLab(t *testing.T) {
 			t.Run("GuestsOwnInt3", lt(testGuestsOwnInt3))
 			t.Run("Unserved", lt(testUnserved))
 			t.Run("Examples", lt(testExamples))
+			t.Run("User", lt(testUser))
 			t.Run("Ends", lt(testEnds))
 			labTest{t, g, cfg}.unharmed()
 		})

@@ -6,7 +6,7 @@ import "slices"
 // own or of a module's, may fault, and finds by that address how to go on (__ex_table:
 // accesses to user memory, loads of segment registers, …). A copy of such an
 // instruction at another address would crash the kernel when it faults. ExpectedFault
-// is true where nobody knows: outside of all text, and if the table can't be read.
+// is true where that isn't known: outside of all text, and if the table can't be read.
 func (k *Kernel) ExpectedFault(addr uint64) bool {
 	p, err := k.placesOf(addr)
 	if err != nil || p.noFaults != nil {

@@ -16,8 +16,8 @@ var ErrNoPrototype = errors.New("the function's arguments are not known")
 type Function struct {
 	Symbol sysmap.Symbol
 	// Syscall is the name of a system call, if the function is its wrapper and the
-	// kernel describes it. The parameters are those of the system call then, and the
-	// values where [SyscallArgOffset] says, instead of in the argument registers.
+	// kernel describes it, else "". Then Params are those of the system call, and the
+	// arguments are where [SyscallArgOffset] says, not in the argument registers.
 	Syscall string
 	Params  []Param
 }

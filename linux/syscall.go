@@ -53,9 +53,9 @@ func wrapped(symbol string) (call string, ok bool) {
 // 2.6.24 (arch/x86/include/asm/ptrace.h).
 var syscallArgs = [maxSyscallArgs]uint64{112 /* di */, 104 /* si */, 96 /* dx */, 56 /* r10 */, 72 /* r8 */, 64 /* r9 */}
 
-// SyscallArgOffset returns where argument n, from 0 to 5, of a system call is in what
-// the one argument of its wrapper points to: in bytes from the beginning of the
-// caller's registers, struct pt_regs, where each has 8 bytes.
+// SyscallArgOffset returns the offset, in bytes, of argument n, from 0 to 5, of a
+// system call in the caller's registers (struct pt_regs, 8 bytes a register), to which
+// the one argument of the wrapper points. ok is false for any other n.
 func SyscallArgOffset(n int) (offset uint64, ok bool) {
 	if n < 0 || n >= len(syscallArgs) {
 		return 0, false

@@ -11,10 +11,6 @@ import (
 	"github.com/vmprobes/vmprobes/internal/xen"
 )
 
-// lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
-// nothing of it survives the hypervisor.
-var lockDir = "/run/vmprobes"
-
 // lockDomain takes the lock of a domain, and returns what gives it back. It fails
 // with ErrBusy if another tool, or another Session of this one, has it: two that
 // attach to a PV guest at once would both succeed, and each take half of the events.

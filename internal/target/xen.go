@@ -96,6 +96,10 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	return g, nil
 }
 
+// lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
+// nothing of it survives the hypervisor.
+var lockDir = "/run/vmprobes"
+
 // explain says what a user other than root lacks, whose rights are those that the
 // files of Xen's devices give.
 func explain(err error) error {
