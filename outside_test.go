@@ -68,13 +68,14 @@ func outside(t *testing.T, dir string) (bin string) {
 	require.NoError(t, err)
 	sums, err := os.ReadFile("go.sum")
 	require.NoError(t, err)
-	mod := string(theirs)
+	var mod strings.Builder
+	mod.WriteString(string(theirs))
 	for part := range strings.SplitSeq(string(ours), "require (") {
 		if list, _, ok := strings.Cut(part, "\n)"); ok {
-			mod += "\nrequire (" + list + "\n)\n"
+			mod.WriteString("\nrequire (" + list + "\n)\n")
 		}
 	}
-	require.NoError(t, os.WriteFile(filepath.Join(tmp, "go.mod"), []byte(mod), 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(tmp, "go.mod"), []byte(mod.String()), 0o600))
 	require.NoError(t, os.WriteFile(filepath.Join(tmp, "go.sum"), sums, 0o600))
 	require.NoError(t, os.WriteFile(filepath.Join(tmp, "main.go"), []byte(firstProgram(t)), 0o600))
 	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(dir, "readme", "main.go"): filepath.Join(tmp, "main.go")}})

@@ -72,6 +72,7 @@ func TestQEMU(t *testing.T) {
 				{"Examples", testExamples},
 				{"Lists", testLists},
 				{"Info", testInfo},
+				{"Interrupted", testInterrupted},
 				{"Ends", testEnds},
 				{"Killed", testKilled},
 			} {
@@ -132,6 +133,25 @@ func testInfo(t labTest) {
 	live, saved := run(t, "process-list", t.g.Name()), run(t, "process-list-file", image)
 	assert.InDelta(t, len(live), len(saved), 3) // workers come and go
 	assert.Equal(t, live[:20], saved[:20])
+}
+
+// testInterrupted interrupts a tool while it opens the guest: it ends soon, and the next
+// one can attach.
+func testInterrupted(t labTest) {
+	for _, wait := range []time.Duration{10, 30, 100, 200, 300, 400, 600, 800} {
+		cmd := exec.Command(binary(t, "vmprobebio"), t.g.Name())
+		require.NoError(t, cmd.Start())
+		time.Sleep(wait * time.Millisecond)
+		began := time.Now()
+		require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
+		err := cmd.Wait()
+		t.Logf("after %d ms: %v in %v", wait, err, time.Since(began))
+		assert.Less(t, time.Since(began), 3*time.Second, "after %d ms", wait)
+		s, err := vmprobes.Open(t.Context(), t.g.Name(), nil)
+		require.NoError(t, err)
+		require.NoError(t, s.Close())
+	}
+	t.sameText()
 }
 
 // testKilled kills a tool in the middle of hits: the next one repairs what it left.

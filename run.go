@@ -40,7 +40,8 @@ func Run(ctx context.Context, name string, opts *Options, probes ...*Probe) erro
 //
 // The first signal cancels f's context, which [Session.Loop] and [Session.Hits] obey;
 // f should return then, and what it returns because of that counts as nil. The second
-// signal closes the Session while f still runs.
+// signal closes the Session while f still runs. f must not end the program (os.Exit,
+// log.Fatal): nothing would be closed.
 func RunFunc(ctx context.Context, name string, opts *Options, f func(ctx context.Context, s *Session) error) error {
 	var o Options
 	if opts != nil {

@@ -168,6 +168,10 @@ func TestPrograms(t *testing.T) {
 				return // it writes elsewhere
 			}
 			assert.NotEmpty(t, r.stdout)
+			assert.NotContains(t, r.stdout+r.stderr, "\x1b", "the guest has a task whose name would colour the terminal")
+			if strings.HasPrefix(name, "process-list") {
+				assert.Contains(t, r.stdout, `[   50] zombie\x1b[31m`)
+			}
 			if full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0); err == nil {
 				defer full.Close()
 				r := run(t, full, program, all...)

@@ -43,6 +43,7 @@ func TestStatus(t *testing.T) {
 	}{
 		"good":            {[]string{"x"}, func(context.Context, io.Writer, []string) error { return nil }, new(bytes.Buffer), 0, ""},
 		"fails":           {[]string{"x"}, func(context.Context, io.Writer, []string) error { return other }, new(bytes.Buffer), 1, "prog: something else\n"},
+		"a guest's text":  {[]string{"x"}, func(context.Context, io.Writer, []string) error { return errors.New("no \x1b[2J…\u009b1m\nhere") }, new(bytes.Buffer), 1, "prog: no ?[2J…?1m\nhere\n"},
 		"output fails":    {[]string{"x"}, waits, &failing{3, full}, 1, "prog: no space\n"},
 		"nobody asked":    {[]string{"x"}, func(_ context.Context, out io.Writer, _ []string) error { fmt.Fprintln(out); return nil }, &failing{0, full}, 1, "prog: no space\n"},
 		"both":            {[]string{"x"}, func(_ context.Context, out io.Writer, _ []string) error { fmt.Fprintln(out); return other }, &failing{0, full}, 1, "prog: something else\nno space\n"},
