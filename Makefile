@@ -3,7 +3,9 @@
 # make help   the rest
 
 GO          = $(shell tools/go)
-STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# Programs written in Go that check this one: their versions are in tools/go.mod, so
+# that nobody who uses the library has them among its dependencies.
+TOOL        = $(GO) tool -modfile=tools/go.mod
 LAB         = bin/lab
 # The lab calls plain "go", and tools/go may have found one that isn't on PATH.
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
@@ -24,6 +26,7 @@ help:
 	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
 	@echo 'make check       what needs no emulator (6 minutes)'
+	@echo 'make test-oracles  what needs debug kernels, pahole and bpftool (300 MB to fetch)'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
@@ -31,7 +34,7 @@ help:
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make interleave  INTERLEAVINGS=$(INTERLEAVINGS) interleavings on the simulated Xen (hours)'
-	@echo 'make bench       benchmarks'
+	@echo 'make bench       benchmarks (BENCH=pattern); with BASE=revision, compared with it'
 	@echo 'make bench-lab   hits a second beside a minimal C loop, on a real Xen (HOST=pv or hvm)'
 	@echo 'make deps        install the Debian packages that all this needs'
 	@echo 'make clean       remove what was built here (the cache stays)'
@@ -61,10 +64,13 @@ lint:
 	$(GO) vet ./...
 	CGO_ENABLED=0 $(GO) vet ./...
 	GOOS=darwin CGO_ENABLED=0 $(GO) vet ./...
-	$(GO) run $(STATICCHECK) ./...
+	$(TOOL) staticcheck ./...
+	@tools/gofix "$(GO)"
 
-# Other systems, each with a standard library to compile first.
+# Other systems, each with a standard library to compile first, and the oldest Go that
+# go.mod says is enough.
 vet-all: deps-go
+	GOTOOLCHAIN=go$$(awk '$$1 == "go" { print $$2 }' go.mod) $(GO) vet ./...
 	GOOS=windows CGO_ENABLED=0 $(GO) vet ./...
 	GOOS=freebsd CGO_ENABLED=0 $(GO) vet ./...
 	GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
@@ -80,6 +86,15 @@ unit:
 	$(GO) test -race -short ./...
 	$(GO) test ./...
 
+# What compares with kernels' debug information, with pahole and bpftool, and with what a
+# guest says of itself beside its memory: 300 MB to fetch the first time.
+.PHONY: test-oracles
+test-oracles: deps-lab
+	@$(LAB) install demo
+	@tools/install binutils busybox-static pahole bpftool gcc-multilib xz-utils
+	@$(RUN_LAB) build guests
+	@tools/oracles "$(GO)"
+
 .PHONY: fuzz fuzz-beside bench
 fuzz:
 	@mkdir -p bin && rm -f bin/fuzz.failed
@@ -87,8 +102,11 @@ fuzz:
 fuzz-beside:
 	@nice $(MAKE) fuzz
 
+# BASE=REVISION compares with it, by benchstat.
+BENCH = .
+COUNT = $(if $(BASE),6,1)
 bench:
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+	@tools/bench "$(GO)" '$(BENCH)' $(COUNT) $(BASE)
 
 # Random operations and failures on the simulated Xen, with fresh seeds: the nightly
 # form of a test that "make check" runs in short.
@@ -106,6 +124,7 @@ FORCE:
 
 # As the lab builds what it needs, so that the standard library is compiled once.
 $(LAB): deps-go FORCE
+	@[ -x $@ ] || echo "compiling bin/lab, and Go's standard library with it: half a minute the first time"
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./lab
 
 # Without debug information: the emulator has to load all of it.

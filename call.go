@@ -6,81 +6,108 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/linux"
 )
 
-// ErrNoPrototype: the guest's kernel doesn't tell what the arguments are.
-var ErrNoPrototype = errors.New("the function's arguments are not known")
+// errNoHit: registers are asked for what only those of a hit have.
+var errNoHit = errors.New("these are not the registers of a hit, in its handler")
 
 // Task returns the task that the vCPU runs. It works in handlers and while a Hit
 // is valid. The kernel's types must be known, from its own memory or from
 // Options.Types.
 func (r *Regs) Task() (linux.Task, error) {
-	if r.kernel == nil {
-		return linux.Task{}, errors.New("vmprobes: these registers are of no vCPU whose kernel is known")
+	if r.mem == nil {
+		return linux.Task{}, fmt.Errorf("vmprobes: current task: %w", errNoHit)
 	}
 	return r.kernel.Current(r.GSBase)
 }
 
-// A parameter of a probed function.
-type parameter struct {
-	name   string
-	value  func(*Regs) (uint64, error)
-	format func(uint64) string
-	text   bool // a pointer to a string
+// A Call is a call of a function, as [Probe.Call] describes it. All texts in it are
+// printable ASCII, whatever the guest has in its memory.
+type Call struct {
+	Function string // as in "do_sys_openat2"
+	// Syscall is the name of the system call, as in "openat", if Function is its
+	// wrapper and Args are the system call's; else "".
+	Syscall string
+	Args    []CallArg
 }
 
-// signature is how a probed function is called.
-type signature struct {
-	name   string
-	params []parameter
+// A CallArg is an argument of a Call.
+type CallArg struct {
+	Name  string // of the parameter, "" if it has none
+	Type  string // in C, as in "const char *"
+	Value uint64 // as it is in the register
+	// Text is Value as C has it: a number, a constant's name, an address. A string is
+	// the quoted text that Value points to, of 256 bytes at the most, or the address
+	// if it can't be read; "?" stands for a value that can't be read.
+	Text string
+	Err  error // why Value can't be read, or nil
+}
+
+// String returns the call as in
+//
+//	do_sys_openat2(dfd=-100, filename="/etc/passwd", how=0xffffc900003f7ef0)
+func (c Call) String() string {
+	args := make([]string, len(c.Args))
+	for i, a := range c.Args {
+		args[i] = a.String()
+	}
+	return c.Function + "(" + strings.Join(args, ", ") + ")"
+}
+
+// String returns the argument as in "dfd=-100".
+func (a CallArg) String() string {
+	if a.Name == "" {
+		return a.Text
+	}
+	return a.Name + "=" + a.Text
 }
 
 // Call describes the call that the vCPU is at the beginning of, with the names
-// and types that the guest's kernel has for the arguments, as in
+// and types that the guest's kernel has for the arguments. p must be at the first
+// instruction of a function, and r its registers there. The arguments of a system
+// call's wrapper are those of the system call. Arguments on the stack are left out.
 //
-//	do_sys_openat2(dfd=-100, filename="/etc/passwd", how=0xffffc900003f7ef0)
-//
-// p must be at the first instruction of a function, and r its registers there.
-// Strings are quoted and at most 256 bytes long; one that isn't in memory shows
-// as an address. Functions that the kernel has no prototype of give ErrNoPrototype.
-func (p *Probe) Call(r *Regs) (string, error) {
-	p.mu.Lock()
-	s, sig := p.session, p.sig
-	p.mu.Unlock()
-	if s == nil {
-		return "", &Error{Op: "describe a call", Domain: p.domain(), Probe: p.location(), Err: ErrNotRegistered}
-	}
-	if sig == nil {
-		var err error
-		if sig, err = s.signature(p.Address()); err != nil {
-			return "", s.fail("describe a call", p, err)
+// Of a function that the kernel has no prototype of, the error wraps ErrNoPrototype.
+func (p *Probe) Call(r *Regs) (Call, error) {
+	s, err := p.attached()
+	if err != nil {
+		e := &Error{Op: "describe a call", Err: err}
+		if p != nil {
+			e.Domain, e.Probe = p.domain(), p.location()
 		}
-		p.mu.Lock()
-		p.sig = sig
-		p.mu.Unlock()
+		return Call{}, e
 	}
-	args := make([]string, len(sig.params))
-	for i, a := range sig.params {
-		v, err := a.value(r)
+	if r == nil {
+		return Call{}, s.fail("describe a call", p, errNoHit)
+	}
+	fn, err := s.function(p)
+	if err != nil {
+		return Call{}, s.fail("describe a call", p, err)
+	}
+	c := Call{Function: fn.Symbol.Name, Syscall: fn.Syscall, Args: make([]CallArg, len(fn.Params))}
+	for i, param := range fn.Params {
+		a := CallArg{Name: param.Name, Type: param.Type}
+		if fn.Syscall != "" {
+			a.Value, a.Err = r.SyscallArg(i)
+		} else {
+			a.Value = r.Arg(i)
+		}
 		switch {
-		case err != nil:
-			args[i] = "?"
-		case a.text:
-			args[i] = s.quoted(p, v)
+		case a.Err != nil:
+			a.Text = "?"
+		case param.Text:
+			a.Text = p.quoted(a.Value)
 		default:
-			args[i] = a.format(v)
+			a.Text = param.Format(a.Value)
 		}
-		if a.name != "" {
-			args[i] = a.name + "=" + args[i]
-		}
+		c.Args[i] = a
 	}
-	return sig.name + "(" + strings.Join(args, ", ") + ")", nil
+	return c, nil
 }
 
-// quoted returns the string at a pointer.
-func (s *Session) quoted(p *Probe, v uint64) string {
+// quoted returns the string at a pointer, in quotes.
+func (p *Probe) quoted(v uint64) string {
 	if v == 0 {
 		return "NULL"
 	}
@@ -94,63 +121,25 @@ func (s *Session) quoted(p *Probe, v uint64) string {
 
 func hex(v uint64) string { return fmt.Sprintf("%#x", v) }
 
-// signature finds out how the function at addr is called.
-func (s *Session) signature(addr Addr) (*signature, error) {
-	name, off, ok := s.Symbolize(addr)
-	if !ok || off != 0 {
-		return nil, fmt.Errorf("%v: %w: it isn't where a function begins", addr, ErrNoPrototype)
+// function returns how the function is called that p is at.
+func (s *Session) function(p *Probe) (*linux.Function, error) {
+	p.mu.Lock()
+	fn, addr := p.function, p.addr
+	p.mu.Unlock()
+	if fn != nil {
+		return fn, nil
 	}
-	if s.guest == nil || s.guest.Linux() == nil {
-		return nil, ErrNoPrototype
+	if s.kernel == nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, s.noKernel())
 	}
-	k := s.guest.Linux()
-	types, err := k.Types()
+	fn, err := s.kernel.Function(uint64(addr))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
+		return nil, err
 	}
-	sig := &signature{name: name}
-	if call, ok := strings.CutPrefix(name, "__x64_sys_"); ok {
-		if sc, err := k.Syscall(call); err == nil {
-			for i, a := range sc.Args {
-				sig.params = append(sig.params, parameter{
-					name:   a.Name,
-					value:  func(r *Regs) (uint64, error) { return r.SyscallArg(i) },
-					format: formatter(types, a.Type),
-					text:   isText(a.Type, a.Name),
-				})
-			}
-			return sig, nil
-		}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session == s && p.addr == addr {
+		p.function = fn
 	}
-	proto, err := types.Prototype(name)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
-	}
-	for i, a := range proto.Params {
-		if i == 6 { // the rest is on the stack
-			break
-		}
-		sig.params = append(sig.params, parameter{
-			name:   a.Name,
-			value:  func(r *Regs) (uint64, error) { return r.Arg(i), nil },
-			format: a.Format,
-			text:   isText(a.Type.Decl(""), a.Name),
-		})
-	}
-	return sig, nil
-}
-
-// isText says whether a char pointer is likely a string rather than a buffer:
-// the kernel's sources call the latter buf.
-func isText(typ, name string) bool {
-	t := strings.ReplaceAll(strings.ReplaceAll(typ, "__user ", ""), " ", "")
-	return t == "constchar*" && name != "buf" && name != "u_buf"
-}
-
-// formatter returns how a value of a C type is written.
-func formatter(types *ktype.Types, typ string) func(uint64) string {
-	if t, err := types.Type(strings.TrimSpace(strings.TrimPrefix(typ, "const "))); err == nil {
-		return t.Format
-	}
-	return hex
+	return fn, nil
 }

@@ -2,10 +2,11 @@ package vmprobes
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/internal/xen"
@@ -17,39 +18,47 @@ import (
 // Errors in the arguments of Register, found before anything is touched.
 var (
 	ErrNilProbe      = errors.New("probe is nil")
-	ErrNoDomain      = errors.New("neither DomainID nor DomainName is set")
+	ErrNoDomain      = target.ErrNoName // by a name, DomainName or DomainID
 	ErrTwoDomains    = errors.New("both DomainID and DomainName are set")
 	ErrNoAddress     = errors.New("neither Addr nor Symbol is set")
 	ErrTwoAddresses  = errors.New("both Addr and Symbol are set")
 	ErrControlDomain = target.ErrControlDomain
 	ErrDomainPaused  = target.ErrPaused
-	ErrNotRoot       = target.ErrNotRoot
-	ErrRegistered    = fmt.Errorf("the probe is registered: %w", fs.ErrExist)
+	ErrRegistered    = sentinel.New("the probe is registered", fs.ErrExist)
 	ErrNotRegistered = errors.New("the probe is not registered")
 )
 
-// Errors of the surroundings.
+// Errors caused by the host, the hypervisor or other tools. They are the same for all
+// guests; each says what is wrong with the one at hand.
 var (
-	// ErrDomainNotFound: no domain has the name or the id.
+	// ErrBadName: the name is not one of a guest.
+	ErrBadName = target.ErrBadName
+	// ErrDomainNotFound: there is no such domain, gdbstub or file.
 	ErrDomainNotFound = target.ErrNotFound
+	// ErrPermission: the user lacks rights to the guest. It is also an
+	// fs.ErrPermission.
+	ErrPermission = target.ErrPermission
+	// ErrImage: the guest is a saved image. Nothing runs in it, so it has no probes.
+	ErrImage = target.ErrImage
 	// ErrDomainGone: the domain was destroyed or has shut down.
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
-	ErrBusy = xen.ErrBusy
+	ErrBusy = target.ErrBusy
 	// ErrNoGDBSX: this Xen can't stop a PV guest at a breakpoint.
 	ErrNoGDBSX = xen.ErrNoGDBSX
 	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.
 	ErrNoMonitor = xen.ErrNoMonitor
 	// ErrClosed: the Session is closed.
-	ErrClosed = fmt.Errorf("session is closed: %w", fs.ErrClosed)
-	// ErrLooping: a Loop or Events of the Session is running already.
+	ErrClosed = sentinel.New("the session is closed", fs.ErrClosed)
+	// ErrLooping: a Loop or Hits of the Session is running already.
 	ErrLooping = errors.New("the session's loop is running already")
 	// ErrUnanswered: Close could not give the guest all of its bytes or vCPUs back.
 	ErrUnanswered = breakpoint.ErrUnanswered
 	// ErrBadRegisters: a handler left registers that no vCPU can have.
 	ErrBadRegisters = breakpoint.ErrBadRegs
-	// ErrInterrupted: a signal ended Loop; the probe is unregistered.
-	ErrInterrupted = errors.New("interrupted by a signal, the probe is unregistered")
+	// ErrInterrupted: a signal ended what Register or Run had begun; the probe is
+	// unregistered.
+	ErrInterrupted = errors.New("interrupted by a signal")
 
 	// ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound and
 	// ErrNotControlDomain are why Xen can't be reached from here.
@@ -61,6 +70,8 @@ var (
 
 // Errors of addresses and symbols.
 var (
+	// ErrNoKernel: no Linux kernel was found in the guest's memory.
+	ErrNoKernel = linux.ErrNoKernel
 	// ErrNoSymbols: the Session has no symbol table.
 	ErrNoSymbols = linux.ErrNoSymbols
 	// ErrSymbolNotFound and ErrAmbiguous: the table has no such symbol, or several.
@@ -70,12 +81,16 @@ var (
 	ErrWrongSymbols = linux.ErrWrongSymbols
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
+	// ErrNoTerminator: a string is longer than the limit.
+	ErrNoTerminator = cstring.ErrNoTerminator
 	// ErrNotMapped: the guest has nothing at the address.
 	ErrNotMapped = breakpoint.ErrNotMapped
 	// ErrNoWayPast: no way is safe to execute the instruction under the probe.
 	ErrNoWayPast = breakpoint.ErrNoWayPast
 	// ErrNotProbeable: the guest's own kprobes would refuse the address.
 	ErrNotProbeable = linux.ErrNotProbeable
+	// ErrNoPrototype: the guest's kernel doesn't tell what a function's arguments are.
+	ErrNoPrototype = linux.ErrNoPrototype
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
 	// ErrTextChanged: the guest changed its code at the probe while it was armed.

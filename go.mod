@@ -1,6 +1,8 @@
 module github.com/vmprobes/vmprobes
 
-go 1.26.0
+go 1.25.0
+
+toolchain go1.26.0
 
 require (
 	github.com/cilium/ebpf v0.22.0
@@ -9,8 +11,8 @@ require (
 	github.com/spf13/cobra v1.10.2
 	github.com/stretchr/testify v1.12.1
 	github.com/ulikunitz/xz v0.5.17
-	golang.org/x/arch v0.32.0
-	golang.org/x/sys v0.49.0
+	golang.org/x/arch v0.30.0
+	golang.org/x/sys v0.47.0
 )
 
 require (

@@ -1,6 +1,10 @@
 package vmprobes
 
-import "fmt"
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
 
 // An Action is what a handler returns. As in C, zero goes on and anything else
 // ends the loop.
@@ -22,13 +26,42 @@ type PreHandler func(p *Probe, r *Regs) Action
 // only while a Loop runs: of a hit whose Pre handler ended the Loop it doesn't run.
 type PostHandler func(p *Probe, r *Regs, f Flags) Action
 
-// A Hit is what [Session.Events] yields: a vCPU stopped at a probe, before the
+// A Hit is what [Session.Hits] yields: a vCPU stopped at a probe, before the
 // instruction. It is valid until the next one; changes to Regs take effect.
 type Hit struct {
 	Probe *Probe
 	Regs  *Regs
 	VCPU  int
 	Seq   uint64 // counts the hits that the Session delivered, from 1
+	// Time is this host's clock when the Session took the hit up, before the Pre
+	// handlers. The vCPU had stopped earlier: by the time that the hypervisor and
+	// the hits before this one took. The guest's clock may show another time.
+	Time time.Time
+}
+
+// MarshalJSON returns the hit as a JSON object:
+//
+//	{"event":"hit","probe":"do_sys_openat2","name":"opens","address":"0xffffffff8134a350",
+//	 "vcpu":0,"seq":1,"time":"2026-01-02T15:04:05.123456789Z","registers":{"rbx":"0x0", …}}
+//
+// probe is the place as the caller gave it; name is there if the probe has one.
+// Addresses and registers are hexadecimal strings, because many readers of JSON keep
+// 53 bits of a number.
+func (h Hit) MarshalJSON() ([]byte, error) {
+	j := struct {
+		Event   string    `json:"event"`
+		Probe   string    `json:"probe,omitempty"`
+		Name    string    `json:"name,omitempty"`
+		Address string    `json:"address,omitempty"`
+		VCPU    int       `json:"vcpu"`
+		Seq     uint64    `json:"seq"`
+		Time    time.Time `json:"time"`
+		Regs    *Regs     `json:"registers"`
+	}{Event: "hit", VCPU: h.VCPU, Seq: h.Seq, Time: h.Time, Regs: h.Regs}
+	if h.Probe != nil {
+		j.Probe, j.Name, j.Address = h.Probe.location(), h.Probe.Name, hex(uint64(h.Probe.Address()))
+	}
+	return json.Marshal(j)
 }
 
 // Flags is the state of a probe, with the values of the C library.

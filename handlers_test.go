@@ -152,13 +152,13 @@ func TestUnregisterNext(t *testing.T) {
 	})
 }
 
-// TestUnregisterBetweenEvents unregisters a probe while one of its hits is in hand,
+// TestUnregisterBetweenHits unregisters a probe while one of its hits is in hand,
 // outside of the goroutine that serves.
-func TestUnregisterBetweenEvents(t *testing.T) {
+func TestUnregisterBetweenHits(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
 		require.NoError(t, s.Register(p))
-		next, stop := iter.Pull2(s.Events(t.Context()))
+		next, stop := iter.Pull2(s.Hits(t.Context()))
 		defer stop()
 		hit, err, ok := next()
 		require.True(t, ok)
@@ -217,6 +217,20 @@ func TestEachAtItsProbe(t *testing.T) {
 	})
 }
 
+// TestBadRegisters has a handler leave registers that no vCPU can have.
+func TestBadRegisters(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Pre: func(_ *Probe, r *Regs) Action {
+			r.IP = 1 << 62
+			return Continue
+		}}
+		require.NoError(t, s.Register(p))
+		require.ErrorIs(t, s.Loop(t.Context()), ErrBadRegisters)
+		_, err := p.Call(&Regs{})
+		require.ErrorIs(t, err, ErrNoPrototype, "no kernel is known")
+	})
+}
+
 // TestSuspended suspends the guest and resumes it, as "xl save -c" does: its
 // breakpoints, and those of its own, are answered on.
 func TestSuspended(t *testing.T) {
@@ -251,7 +265,7 @@ func TestProbeElsewhere(t *testing.T) {
 	m2.Poke(uint64(at), []byte{2})
 	read := func(p *Probe) byte {
 		b := make([]byte, 1)
-		_, err := p.ReadMemory(b, at)
+		_, err := p.ReadMemory(at, b)
 		assert.NoError(t, err)
 		return b[0]
 	}

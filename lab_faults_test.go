@@ -151,7 +151,7 @@ func testLDT(t labTest) {
 	function, err := s.Lookup("flush_ldt")
 	require.NoError(t, err)
 	code := make([]byte, 256)
-	_, err = s.ReadMemory(code, function)
+	_, err = s.ReadMemory(function, code)
 	require.NoError(t, err)
 	offset := uint64(0)
 	for at := 0; at < len(code)-15 && offset == 0; {
@@ -561,7 +561,7 @@ func testOnline(t labTest, step vmprobes.Stepping) {
 	require.NoError(t, err)
 	require.Less(t, uint64(to-from), uint64(1<<20))
 	table := make([]byte, to-from)
-	_, err = s.ReadMemory(table, from)
+	_, err = s.ReadMemory(from, table)
 	require.NoError(t, err)
 	const samples = 60
 	sites, accepted := map[vmprobes.Addr]byte{}, []string(nil)
@@ -570,7 +570,7 @@ func testOnline(t labTest, step vmprobes.Stepping) {
 		// Relative to the entry (LOCK_PREFIX_HERE, arch/x86/include/asm/alternative.h).
 		at := from + vmprobes.Addr(i) + vmprobes.Addr(int64(int32(endian.LittleEndian.Uint32(table[i:]))))
 		var b [1]byte
-		if _, err := s.ReadMemory(b[:], at); err != nil || b[0] != 0x3e {
+		if _, err := s.ReadMemory(at, b[:]); err != nil || b[0] != 0x3e {
 			continue // of init code, which is gone
 		}
 		sites[at] = b[0]
@@ -607,7 +607,7 @@ func testOnline(t labTest, step vmprobes.Stepping) {
 	patched := 0
 	for at, before := range sites {
 		var b [1]byte
-		_, err := s.ReadMemory(b[:], at)
+		_, err := s.ReadMemory(at, b[:])
 		require.NoError(t, err)
 		assert.Equal(t, byte(0xf0), b[0], "lock prefix at %v", at)
 		if before == 0x3e {

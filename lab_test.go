@@ -1,12 +1,12 @@
 package vmprobes_test
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -229,6 +229,7 @@ func TestLab(t *testing.T) {
 			t.Run("GuestsOwnInt3", lt(testGuestsOwnInt3))
 			t.Run("Unserved", lt(testUnserved))
 			t.Run("Examples", lt(testExamples))
+			t.Run("User", lt(testUser))
 			t.Run("Ends", lt(testEnds))
 			labTest{t, g, cfg}.unharmed()
 		})
@@ -276,7 +277,7 @@ func testSymbols(t labTest) {
 	}
 	assert.Contains(t, hash, hashOf(t, s), "all of the text")
 	code := make([]byte, 4000)
-	_, err = s.ReadMemory(code, addr-2000)
+	_, err = s.ReadMemory(addr-2000, code)
 	require.NoError(t, err)
 	assert.Contains(t, around, hex.EncodeToString(code), "the text, read from dom0 with a probe in it")
 	if t.patched() {
@@ -374,7 +375,7 @@ func testCalls(t labTest) {
 		assert.NoError(t, err)
 		task, err := r.Task()
 		assert.NoError(t, err)
-		calls, tasks = append(calls, call), append(tasks, task)
+		calls, tasks = append(calls, call.String()), append(tasks, task)
 		return vmprobes.Continue
 	}
 	require.NoError(t, s.Register(
@@ -416,7 +417,7 @@ func hashOf(t testing.TB, s *vmprobes.Session) string {
 	buf := make([]byte, 64<<10)
 	for a := start; a < end; a += vmprobes.Addr(len(buf)) {
 		n := min(len(buf), int(end-a))
-		_, err := s.ReadMemory(buf[:n], a)
+		_, err := s.ReadMemory(a, buf[:n])
 		require.NoError(t, err)
 		hash.Write(buf[:n])
 	}
@@ -488,7 +489,7 @@ func candidates(t labTest, s *vmprobes.Session) []*vmprobes.Probe {
 			continue
 		}
 		code := make([]byte, end-sym.Addr)
-		_, err = s.ReadMemory(code, vmprobes.Addr(sym.Addr))
+		_, err = s.ReadMemory(vmprobes.Addr(sym.Addr), code)
 		require.NoError(t, err)
 		for off := 0; off < len(code); {
 			in, err := x86.Decode(code[off:])
@@ -720,28 +721,53 @@ func testExamples(t labTest) {
 		n := 7 * t.cfg.VCPUs
 		assert.Equal(tt, n, strings.Count(out.String(), `open "/lab-probe-target"`), "%s", out)
 		assert.Equal(tt, n, strings.Count(out.String(), `look up "/lab-probe-target"`), "%s", out)
-		assert.Len(tt, regexp.MustCompile(`"init"\[\d+\] open "/lab-probe-target"`).FindAllString(out.String(), -1), n, "the task that hit: %s", out)
+		assert.Len(tt, regexp.MustCompile(`init\[[\d/]+\] open "/lab-probe-target"`).FindAllString(out.String(), -1), n, "the task that hit: %s", out)
 	})
-	t.Run("reader goes away", func(tt *testing.T) {
-		before := t.ask("text %#x 8", uint64(addr))
-		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "100", t.g.Name())
-		pipe, err := cmd.StdoutPipe()
-		require.NoError(tt, err)
-		require.NoError(tt, cmd.Start())
-		_, err = io.ReadFull(pipe, make([]byte, len("vmprobe registered\n")))
-		require.NoError(tt, err)
-		pipe.Close()
-		t.ask("open 100 0")
-		// It fails, at the first hit that it can't tell of; it isn't killed.
-		err = cmd.Wait()
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			assert.True(tt, exit.Exited(), "%v", err)
-		} else {
+	for _, program := range []string{"vmprobebio", "opens"} {
+		t.Run(program+", reader goes away", func(tt *testing.T) {
+			before := t.ask("text %#x 8", uint64(addr))
+			cmd := exec.Command(binary(tt, program), t.g.Name())
+			pipe, err := cmd.StdoutPipe()
 			require.NoError(tt, err)
-		}
-		assert.Equal(tt, before, t.ask("text %#x 8", uint64(addr)), "its breakpoint is out")
-	})
+			require.NoError(tt, cmd.Start())
+			_, err = bufio.NewReader(pipe).ReadString('\n') // the probes are in place, or will be
+			require.NoError(tt, err)
+			pipe.Close()
+			t.ask("open 100 0")
+			assert.Equal(tt, 1, exitStatus(tt, cmd), "it fails at the first hit that it can't tell of, and isn't killed")
+			assert.Equal(tt, before, t.ask("text %#x 8", uint64(addr)), "its breakpoint is out")
+		})
+		t.Run(program+", no space", func(tt *testing.T) {
+			before := t.ask("text %#x 8", uint64(addr))
+			full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+			if errors.Is(err, os.ErrNotExist) {
+				tt.Skip("this machine has no /dev/full")
+			}
+			require.NoError(tt, err)
+			defer full.Close()
+			cmd := exec.Command(binary(tt, program), t.g.Name())
+			cmd.Stdout = full
+			require.NoError(tt, cmd.Start())
+			assert.Equal(tt, 1, exitStatus(tt, cmd))
+			assert.Equal(tt, before, t.ask("text %#x 8", uint64(addr)), "its breakpoint is out")
+		})
+	}
+}
+
+// exitStatus waits for a program that ends by itself, and returns its status.
+func exitStatus(t testing.TB, cmd *exec.Cmd) int {
+	t.Helper()
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case <-ended:
+		return cmd.ProcessState.ExitCode()
+	case <-time.After(time.Minute):
+		_ = cmd.Process.Signal(syscall.SIGINT) // it has probes in the guest
+		<-ended
+		t.Error("it doesn't end")
+		return -1
+	}
 }
 
 // run runs a program and returns the lines of its output.

@@ -2,6 +2,7 @@ package vmprobes
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/kerneltest"
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/xentest"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
@@ -22,8 +24,14 @@ type untouched struct {
 	read func(addr uint64, b []byte) error
 }
 
-func (untouched) Caps() breakpoint.Caps                 { return breakpoint.Caps{VCPUs: 1} }
-func (d untouched) Read(_, addr uint64, b []byte) error { return d.read(addr, b) }
+func (untouched) Caps() breakpoint.Caps { return breakpoint.Caps{VCPUs: 1} }
+
+func (d untouched) Read(_, addr uint64, b []byte) (int, error) {
+	if err := d.read(addr, b); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
 
 // lookedAt is a Session with a guest whose memory is in a file, and in which nothing
 // runs.
@@ -33,14 +41,22 @@ func lookedAt(t *testing.T, s *kerneltest.Synthetic, opts Options) *Session {
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, image.Close()) })
 	g := xenaccess.New(t.Context(), image, &xenaccess.Options{Config: "-", Cache: "-"})
-	session := &Session{guest: g, unsafe: opts.IgnoreBlacklist, symErr: g.Err(), log: slog.New(slog.DiscardHandler), done: make(chan struct{})}
+	k := g.Linux()
 	drv := untouched{read: func(uint64, []byte) error { return errors.New("nothing can be read") }}
-	if k := g.Linux(); k != nil {
-		session.syms, drv.read = k.Symbols(), k.Read
+	if k != nil {
+		drv.read = k.Read
 	}
-	session.drv = drv
-	session.eng = breakpoint.New(drv, breakpoint.Config{Scratch: session.scratch, MayFault: session.expectedFaults()})
+	session := &Session{guest: g, kernel: k, drv: drv, unsafe: opts.IgnoreBlacklist, symErr: g.Err(), log: slog.New(slog.DiscardHandler), done: make(chan struct{})}
+	session.eng = breakpoint.New(drv, breakpoint.Config{MayFault: k.MayFault(opts.IgnoreBlacklist)})
 	return session
+}
+
+// placeOf is what Register does before it touches the guest.
+func placeOf(s *Session, p *Probe) (addr, at Addr, err error) {
+	if addr, err = s.resolve(p); err == nil {
+		at, err = s.place(addr)
+	}
+	return addr, at, err
 }
 
 // TestPlaces refuses places before the guest is touched, by what it says of itself,
@@ -49,10 +65,13 @@ func TestPlaces(t *testing.T) {
 	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
 	fn, text := kerneltest.Fn, guest.Sym["text demo"]
 	s := lookedAt(t, guest, Options{})
-	for _, addr := range []uint64{fn(1), fn(400), fn(411), text, text + 0x180, text + 0x200} {
-		at, err := s.resolve(&Probe{Addr: Addr(addr)})
+	for addr, want := range map[uint64]uint64{
+		fn(1): fn(1), fn(400): fn(400) + 5, fn(411): fn(411) + 9, text: text, text + 0x180: text + 0x180, text + 0x200: text + 0x205,
+	} {
+		found, at, err := placeOf(s, &Probe{Addr: Addr(addr)})
 		require.NoError(t, err)
-		assert.EqualValues(t, addr, at)
+		assert.EqualValues(t, addr, found)
+		assert.EqualValues(t, want, at)
 	}
 	for addr, why := range map[uint64]string{
 		fn(200): "kprobe blacklist", fn(300): "jump label", fn(310): "static call", fn(320): "LOCK prefix", fn(100): "noinstr",
@@ -66,29 +85,15 @@ func TestPlaces(t *testing.T) {
 	err := s.Register(&Probe{Addr: Addr(fn(411) + 1)})
 	require.ErrorIs(t, err, ErrNotBoundary)
 	require.ErrorIs(t, err, ErrNotProbeable)
-	may := s.expectedFaults()
-	assert.True(t, may(fn(330)))
-	assert.False(t, may(fn(1)))
-	assert.True(t, may(text+0x130))
-	assert.False(t, may(text+0x131))
-	n := 0
-	s.scratch(text, func(addr, size uint64) bool {
-		assert.GreaterOrEqual(t, addr, uint64(kerneltest.SyntheticText), "not beside the module")
-		assert.Less(t, addr+size, uint64(kerneltest.SyntheticHypercalls))
-		n++
-		return false
-	})
-	assert.Positive(t, n)
 
 	// The risk is the user's.
 	s = lookedAt(t, guest, Options{IgnoreBlacklist: true})
 	for _, addr := range []uint64{fn(200), fn(300), text + 0x100, guest.Sym["init_task"]} {
-		_, err := s.resolve(&Probe{Addr: Addr(addr)})
+		_, _, err := placeOf(s, &Probe{Addr: Addr(addr)})
 		require.NoError(t, err)
 	}
-	_, err = s.resolve(&Probe{Addr: Addr(fn(411) + 1)})
+	_, _, err = placeOf(s, &Probe{Addr: Addr(fn(411) + 1)})
 	require.ErrorIs(t, err, ErrNotBoundary, "there is no use in that")
-	assert.True(t, s.expectedFaults()(fn(330)), "what is known stays so")
 }
 
 // TestPlacesUnknown: what the guest doesn't tell is no permission.
@@ -102,17 +107,16 @@ func TestPlacesUnknown(t *testing.T) {
 			require.ErrorContains(t, err, w)
 		}
 		s.unsafe = true
-		_, err = s.resolve(&Probe{Addr: Addr(addr)})
+		_, _, err = placeOf(s, &Probe{Addr: Addr(addr)})
 		require.NoError(t, err)
 	}
 	// CONFIG_KALLSYMS_ALL=n.
 	s := lookedAt(t, kerneltest.NewSynthetic(kerneltest.Layout{NoData: true}), Options{})
-	assert.Nil(t, s.expectedFaults())
 	refused(s, fn(1), "the table of jump labels", "the table of ftrace sites")
 
 	// A kernel without static calls is another thing.
 	s = lookedAt(t, kerneltest.NewSynthetic(kerneltest.Layout{NoStaticCalls: true}), Options{})
-	_, err := s.resolve(&Probe{Addr: Addr(fn(310))})
+	_, _, err := placeOf(s, &Probe{Addr: Addr(fn(310))})
 	require.NoError(t, err)
 
 	// Tables that can't be read: a list, the exception table, a module's.
@@ -123,7 +127,6 @@ func TestPlacesUnknown(t *testing.T) {
 	guest = kerneltest.NewSynthetic(kerneltest.Layout{NoTypes: true})
 	s = lookedAt(t, guest, Options{})
 	refused(s, guest.Sym["text demo"], "of modules")
-	assert.False(t, s.expectedFaults()(guest.Sym["text demo"]), "the risk was taken")
 
 	guest = kerneltest.NewSynthetic(kerneltest.Layout{})
 	guest.Put32(guest.Sym["module demo"]+kerneltest.ModuleJumpEntries+8, 1<<30)
@@ -132,7 +135,6 @@ func TestPlacesUnknown(t *testing.T) {
 	guest = kerneltest.NewSynthetic(kerneltest.Layout{})
 	guest.Put32(guest.Sym["module demo"]+kerneltest.ModuleExTable+8, 1<<30)
 	s = lookedAt(t, guest, Options{})
-	assert.True(t, s.expectedFaults()(guest.Sym["text demo"]))
 	refused(s, guest.Sym["text demo"], `the exception table of module "demo"`)
 
 	// No kernel at all.
@@ -142,4 +144,44 @@ func TestPlacesUnknown(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoSymbols)
 	refused(s, fn(1))
 	require.NotErrorIs(t, err, linux.ErrUnknownPlaces)
+}
+
+// TestOwnBreakpoints decodes functions with and without breakpoints of the Session's
+// own in them: the answers must be the same, through the Session and through its
+// guest's kernel.
+func TestOwnBreakpoints(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		// Instructions of more than one byte, each followed by others of its function.
+		var under []*Probe
+		insns := m.Insns()
+		for i, in := range insns {
+			if name, off, ok := s.Symbolize(Addr(in.VA)); ok && len(in.Bytes) > 1 && i+1 < len(insns) && insns[i+1].Func == in.Func {
+				p := &Probe{Symbol: name, Offset: off}
+				if s.Register(p) == nil {
+					under = append(under, p)
+				}
+			}
+			if len(under) == 12 {
+				break
+			}
+		}
+		require.Len(t, under, 12)
+		visible := 0
+		for _, site := range s.eng.Sites() {
+			if m.Peek(site.Addr, 1)[0] == 0xcc && site.Orig[0] != 0xcc {
+				visible++
+			}
+		}
+		require.Greater(t, visible, 9, "they must be in the guest's memory")
+		answers := func() (all []string) {
+			for addr := uint64(xentest.TextBase); addr < xentest.TextBase+0x800; addr++ {
+				all = append(all, fmt.Sprint(s.kernel.Boundary(addr)))
+			}
+			return all
+		}
+		with := answers()
+		require.NoError(t, s.Unregister(under...))
+		require.Equal(t, answers(), with)
+		assert.Contains(t, with, "<nil>")
+	})
 }

@@ -8,17 +8,45 @@ import (
 	"io"
 	"log/slog"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
+	"github.com/vmprobes/vmprobes/linux"
 )
 
-// An Addr is a guest virtual address.
-type Addr uint64
+// An Addr is a guest virtual address. It is the same type as uint64, as which
+// registers, symbols, and pointers in the guest's structures come: no conversion is
+// needed.
+type Addr = uint64
 
-// String returns the address as 16 hexadecimal digits.
-func (a Addr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
+// ParseProbe returns a Probe at a place as [Probe.String] writes it after the domain: a
+// symbol or an address (0x…), and an offset in bytes, decimal or hexadecimal. Examples
+// are "do_sys_openat2", "do_sys_openat2+0x4" and "0xffffffff8134a350". The caller adds
+// the handlers.
+func ParseProbe(place string) (*Probe, error) {
+	name, offset, signed := strings.Cut(place, "+")
+	p := &Probe{Symbol: name}
+	var err error
+	if signed {
+		if p.Offset, err = strconv.ParseUint(offset, 0, 64); err != nil {
+			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("offset %q: want a number of bytes, such as 4 or 0x4", offset)}
+		}
+	}
+	if strings.HasPrefix(name, "0x") {
+		addr, err := strconv.ParseUint(name, 0, 64)
+		if err != nil {
+			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("address %q: want at most 16 hexadecimal digits after 0x", name)}
+		}
+		p.Symbol, p.Addr = "", addr
+	}
+	if err := p.checkPlace(); err != nil {
+		return nil, &Error{Op: "parse", Probe: place, Err: err}
+	}
+	return p, nil
+}
 
 // A DomainID identifies a running domain (domid_t).
 type DomainID uint16
@@ -30,6 +58,10 @@ type Probe struct {
 	// setting both is an error. A Session ignores them.
 	DomainID   DomainID
 	DomainName string
+
+	// Name is the caller's own word for the probe, to tell its hits from others'. It
+	// is part of what a Hit marshals to; nothing depends on it.
+	Name string
 
 	// Symbol or Addr selects the instruction; setting both is an error. Offset
 	// is added to either and must lead to the start of an instruction.
@@ -45,7 +77,7 @@ type Probe struct {
 	session  *Session // nil unless registered
 	private  bool     // session belongs to the package-level functions
 	engine   *breakpoint.Probe
-	sig      *signature // how the function is called, once it has been found out
+	function *linux.Function // how the function is called, once that is known
 	addr     Addr
 	restored bool
 	disabled atomic.Bool
@@ -92,6 +124,23 @@ func (p *Probe) setEnabled(on bool) {
 	}
 }
 
+// Fail ends the Loop that a handler of p runs in with an error, which Loop and Run
+// return: the handler returns what Fail returns. That is Stop, or Continue if err is
+// nil, so that a handler may end in
+//
+//	_, err := fmt.Println(name)
+//	return p.Fail(err)
+func (p *Probe) Fail(err error) Action {
+	if err == nil {
+		return Continue
+	}
+	if s, serr := p.attached(); serr == nil {
+		bad := err // so that nothing is allocated for nil
+		s.bad.Store(&bad)
+	}
+	return Stop
+}
+
 // Flags returns the probe's state.
 func (p *Probe) Flags() Flags {
 	p.mu.Lock()
@@ -124,7 +173,7 @@ func (p *Probe) Address() Addr {
 func (p *Probe) location() string {
 	s := p.Symbol
 	if s == "" {
-		s = p.Addr.String()
+		s = hex(p.Addr)
 	}
 	if p.Offset != 0 {
 		s += fmt.Sprintf("+%#x", p.Offset)
@@ -162,7 +211,8 @@ func (p *Probe) Dump(w io.Writer) error {
 	}
 	p.mu.Lock()
 	addr, id, name := p.addr, p.DomainID, p.DomainName
-	if s := p.session; s != nil {
+	s := p.session
+	if s != nil {
 		id, name = s.domain.ID, s.domain.Name
 	}
 	p.mu.Unlock()
@@ -172,7 +222,9 @@ func (p *Probe) Dump(w io.Writer) error {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "Dumping vmprobe:\n")
 	fmt.Fprintf(&b, " -- Domain Name: %s\n", name)
-	fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
+	if id != 0 || s == nil { // a guest of QEMU's has none
+		fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
+	}
 	fmt.Fprintf(&b, " -- Symbol Name: %s\n", p.Symbol)
 	fmt.Fprintf(&b, " -- Address: %016x\n", uint64(addr))
 	fmt.Fprintf(&b, " -- Offset: %x\n", p.Offset)
@@ -203,20 +255,20 @@ func (s *Session) cr3Of(p *Probe) uint64 {
 	return 0
 }
 
-// ReadMemory reads len(b) bytes of the guest (read_vmprobe). In a handler, addr
-// is taken in the address space of the vCPU that hit, so pointers of the guest's
-// processes work; elsewhere it is a kernel address. n < len(b) implies an error.
-// Breakpoints of this Session don't show.
-func (p *Probe) ReadMemory(b []byte, addr Addr) (n int, err error) {
+// ReadMemory fills b from the guest's memory (read_vmprobe). In a handler, addr is taken
+// in the address space of the vCPU that hit, so pointers of the guest's processes work;
+// elsewhere it is a kernel address. n < len(b) if and only if err is not nil: n bytes
+// are before the first page that can't be read. Breakpoints of this Session don't show.
+func (p *Probe) ReadMemory(addr Addr, b []byte) (n int, err error) {
 	s, err := p.attached()
 	if err != nil {
 		return 0, &Error{Op: "read", Probe: p.String(), Err: err}
 	}
-	return s.read(s.cr3Of(p), b, addr)
+	return s.read(s.cr3Of(p), addr, b)
 }
 
 // WriteMemory writes b to the guest (write_vmprobe), whatever the page's
-// protection, with addresses as in ReadMemory.
+// protection, with addresses and n as in ReadMemory.
 func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
 	s, err := p.attached()
 	if err != nil {
@@ -225,42 +277,30 @@ func (p *Probe) WriteMemory(addr Addr, b []byte) (n int, err error) {
 	return s.write(s.cr3Of(p), addr, b)
 }
 
-// ReadUint64 reads a little-endian word.
+// ReadUint64 reads a little-endian word of 64 bits.
 func (p *Probe) ReadUint64(addr Addr) (uint64, error) {
 	var b [8]byte
-	_, err := p.ReadMemory(b[:], addr)
+	_, err := p.ReadMemory(addr, b[:])
 	return le64(b[:]), err
 }
 
-// ReadUint32 reads a little-endian 32-bit word.
+// ReadUint32 reads a little-endian word of 32 bits.
 func (p *Probe) ReadUint32(addr Addr) (uint32, error) {
 	var b [4]byte
-	_, err := p.ReadMemory(b[:], addr)
+	_, err := p.ReadMemory(addr, b[:])
 	return binary.LittleEndian.Uint32(b[:]), err
 }
 
-// ErrNoTerminator: no NUL byte was found in the bytes that ReadString may read.
-var ErrNoTerminator = errors.New("string has no terminator within the limit")
-
-// ReadString reads a NUL-terminated string of at most limit bytes. What could be
-// read is returned with the error, too.
+// ReadString reads a NUL-terminated string, with addresses as in ReadMemory. If none of
+// the first limit bytes is a NUL, it returns these and an error that wraps
+// ErrNoTerminator; if not all of it can be read, what is before that, and why. The bytes
+// are the guest's: quote them before they go to a terminal.
 func (p *Probe) ReadString(addr Addr, limit int) (string, error) {
-	var out []byte
-	var buf [256]byte
-	for len(out) < limit {
-		at := addr + Addr(len(out))
-		// A page more than needed might not be there.
-		n := min(limit-len(out), len(buf), int(4096-at%4096))
-		n, err := p.ReadMemory(buf[:n], at)
-		if i := bytes.IndexByte(buf[:n], 0); i >= 0 {
-			return string(append(out, buf[:i]...)), nil
-		}
-		out = append(out, buf[:n]...)
-		if err != nil {
-			return string(out), err
-		}
+	str, err := cstring.Read(p.ReadMemory, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = &Error{Op: "read", Probe: p.String(), Err: err}
 	}
-	return string(out), &Error{Op: "read", Probe: p.String(), Err: ErrNoTerminator}
+	return str, err
 }
 
 func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }

@@ -107,12 +107,13 @@ func testOwnChanges(t labTest) {
 func testInfo(t labTest) {
 	assert.Contains(t, strings.Join(run(t, "guest-info", t.g.Name()), "\n"), "Linux version "+t.cfg.Kernel)
 	page := run(t, "map-symbol", t.g.Name(), "linux_banner")
-	assert.Len(t, page, 257)
+	assert.Len(t, page, 258)
 	s := t.open(nil)
 	banner, err := s.Lookup("linux_banner")
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
-	assert.Equal(t, page, run(t, "map-addr", t.g.Name(), fmt.Sprintf("%x", uint64(banner))))
+	assert.Equal(t, fmt.Sprintf("linux_banner = %#x", uint64(banner)), page[0])
+	assert.Equal(t, page[1:], run(t, "map-addr", t.g.Name(), fmt.Sprintf("%x", uint64(banner))))
 
 	// Where the parts of init's memory are, as the guest says in proc(5)'s order.
 	stat := strings.Fields(t.lines("stat")[0])
@@ -173,7 +174,7 @@ func TestQEMULocks(t *testing.T) {
 	etext, err := s.Lookup("_etext")
 	require.NoError(t, err)
 	table := make([]byte, end-start)
-	_, err = s.ReadMemory(table, start)
+	_, err = s.ReadMemory(start, table)
 	require.NoError(t, err)
 	locks := 0
 	for i := 0; i < len(table); i += 4 {
@@ -182,7 +183,7 @@ func TestQEMULocks(t *testing.T) {
 		if at < text || at >= etext {
 			continue
 		}
-		_, err := s.ReadMemory(b[:], at)
+		_, err := s.ReadMemory(at, b[:])
 		require.NoError(t, err)
 		if b[0] != 0x3e { // the last page is filled up with zeros, which lead to themselves
 			continue

@@ -1,7 +1,6 @@
 package vmprobes
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -55,23 +54,20 @@ func (r *Regs) Arg(n int) uint64 {
 	return 0
 }
 
-// Offsets in struct pt_regs, the same in every Linux since 2.6.24
-// (arch/x86/include/asm/ptrace.h).
-var syscallArgOffset = [...]uint64{112 /* di */, 104 /* si */, 96 /* dx */, 56 /* r10 */, 72 /* r8 */, 64 /* r9 */}
-
 // SyscallArg returns argument n, from 0 to 5, of the system call whose wrapper
 // (a function named __x64_sys_*, since Linux 4.17) the vCPU is at the first
 // instruction of. The wrapper's only argument points to the caller's registers,
 // struct pt_regs, and this reads it from there.
 func (r *Regs) SyscallArg(n int) (uint64, error) {
-	if n < 0 || n >= len(syscallArgOffset) {
+	offset, ok := linux.SyscallArgOffset(n)
+	if !ok {
 		return 0, fmt.Errorf("vmprobes: system call argument %d: there are 6, from 0", n)
 	}
 	if r.mem == nil {
-		return 0, errors.New("vmprobes: SyscallArg works on the registers of a hit, in its handler")
+		return 0, fmt.Errorf("vmprobes: system call argument %d: %w", n, errNoHit)
 	}
 	var b [8]byte
-	if err := r.mem(r.DI+syscallArgOffset[n], b[:]); err != nil {
+	if err := r.mem(r.DI+offset, b[:]); err != nil {
 		return 0, fmt.Errorf("vmprobes: system call argument %d: %w", n, err)
 	}
 	return le64(b[:]), nil
@@ -113,6 +109,19 @@ func (r *Regs) fields() []regField {
 		{"r12", r.R12}, {"r13", r.R13}, {"r14", r.R14}, {"r15", r.R15},
 		{"fs_base", r.FSBase}, {"gs_base", r.GSBase}, {"cr3", r.CR3},
 	}
+}
+
+// MarshalJSON returns the registers as a JSON object of hexadecimal strings, with the
+// names that [Regs.Dump] prints.
+func (r Regs) MarshalJSON() ([]byte, error) {
+	b := []byte{'{'}
+	for i, f := range r.fields() {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = fmt.Appendf(b, `"%s":"%#x"`, f.name, f.value)
+	}
+	return append(b, '}'), nil
 }
 
 // Dump writes the registers one a line, as dump_regs did.

@@ -12,25 +12,30 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/linux"
-	"github.com/vmprobes/vmprobes/paging"
-	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means
-	// the guest's own table, found in its memory. This and the next three are
-	// those of [xenaccess.Options].
+	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
+	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// configuration says, else the guest's own table, found in its memory; if it has
+	// none, the file that it was booted from, or one of its release in /boot or
+	// /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
+	// that is named here and is of no use fails Open.
 	Symbols string
-	// Types is a file with the kernel's types. Empty means the guest's own.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, or a
+	// Volatility 3 symbol file. Empty means the guest's own.
 	Types string
-	// Config is an xenaccess.conf or libvmi.conf.
+	// Config is an xenaccess.conf or libvmi.conf. Empty means /etc/xenaccess.conf, if
+	// it is there; "-" means none.
 	Config string
-	// Cache is a directory for what is expensive to work out about a kernel.
+	// Cache is a directory for what is expensive to work out about a kernel. Empty
+	// means /var/cache/vmprobes; "-" means none.
 	Cache string
 	// IgnoreBlacklist has Register accept addresses that the guest's own kprobes
 	// would refuse: its blacklist, entry code, code that must not be instrumented,
@@ -84,39 +89,51 @@ func (k Kind) String() string {
 
 // Domain describes the guest of a Session.
 type Domain struct {
-	ID    DomainID
+	ID    DomainID // of a Xen domain; 0 for other guests
 	Name  string
 	Kind  Kind
 	VCPUs int // online when the Session was opened
 }
 
+// String returns the domain in a line: name, id if it is one of Xen's, kind and vCPUs.
+func (d Domain) String() string {
+	id := ""
+	if d.ID != 0 {
+		id = fmt.Sprintf("domain %d, ", d.ID)
+	}
+	return fmt.Sprintf("%s (%s%v, vCPUs: %d)", d.Name, id, d.Kind, d.VCPUs)
+}
+
 // A Session is an attachment to one domain. Its methods are safe for concurrent
-// use; one Loop or Events may run at a time. It must be closed: breakpoints
-// that nobody answers any more kill the guest.
+// use; one Loop or Hits may run at a time. It must be closed: a guest stands still at
+// a breakpoint that nobody answers any more.
 //
 // After Register, hits wait for a Loop, up to a second. Then, and between Loops,
 // the guest runs over its breakpoints, and what it executes is counted in
 // Stats.Missed.
 //
-// A Session doesn't catch signals. A program that ends by one without Close
-// leaves its breakpoints behind: use [os/signal.NotifyContext], and mind SIGPIPE.
+// A Session doesn't catch signals, and a program that ends by one without Close
+// leaves its breakpoints behind. Programs without signal handling of their own use
+// [Run] or [RunFunc]; others mind SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE.
 // Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
 // its next hit, and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
 type Session struct {
+	name   string // of the domain, as the caller has it
 	domain Domain
 	drv    target.Driver
 	eng    *breakpoint.Engine
 	guest  *xenaccess.Guest // nil in tests
-	syms   *sysmap.Map      // nil: none
-	symErr error            // why none
+	kernel *linux.Kernel    // nil: not known
+	symErr error            // why not
 	log    *slog.Logger
 	leave  func() error // closes what Open opened
 	guard  *guard       // of the package-level functions
 	unsafe bool         // Options.IgnoreBlacklist
 
 	seq  atomic.Uint64
-	sink func(*Hit) Action // of Events; only the loop's goroutine uses it
+	bad  atomic.Pointer[error] // that a handler ends the loop with
+	sink func(*Hit) Action     // of Hits; only the loop's goroutine uses it
 	regs Regs
 	hit  Hit
 
@@ -149,7 +166,7 @@ type idle struct {
 }
 
 // newSession builds a Session on an attached driver. It owns drv and leave.
-func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error, opts *Options, leave func() error) *Session {
+func newSession(i target.Info, drv target.Driver, k *linux.Kernel, symErr error, opts *Options, leave func() error) *Session {
 	d := Domain{ID: DomainID(i.ID), Name: i.Name, Kind: Kind(i.Kind), VCPUs: i.VCPUs}
 	if opts == nil {
 		opts = new(Options)
@@ -158,17 +175,21 @@ func newSession(i target.Info, drv target.Driver, syms *sysmap.Map, symErr error
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	log = log.With("domain", d.Name, "domid", uint16(d.ID))
-	s := &Session{domain: d, drv: drv, syms: syms, symErr: symErr, log: log, leave: leave,
+	log = log.With("domain", d.Name)
+	if d.ID != 0 {
+		log = log.With("domid", uint16(d.ID))
+	}
+	s := &Session{name: d.Name, domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
-		Scratch:   s.scratch,
-		MayFault:  s.expectedFaults(),
-		Rewriting: s.rewriting,
+		Scratch:   func(_ uint64, try func(addr, size uint64) bool) { k.DeadCode(try) },
+		MayFault:  k.MayFault(s.unsafe),
+		Rewriting: k.Rewriting,
 		Method:    breakpoint.Method(opts.Stepping),
 		Logger:    log,
 	})
-	s.readHit = func(addr uint64, b []byte) error { return s.drv.Read(s.cr3.Load(), addr, b) }
+	k.SetOverlay(s.eng.Overlay)
+	s.readHit = func(addr uint64, b []byte) error { _, err := s.drv.Read(s.cr3.Load(), addr, b); return err }
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.serveIdle(0)
@@ -187,7 +208,7 @@ func (s *Session) fail(op string, p *Probe, err error) error {
 	if err == nil {
 		return nil
 	}
-	e := &Error{Op: op, Domain: s.domain.Name, Err: err}
+	e := &Error{Op: op, Domain: s.name, Err: err}
 	if p != nil {
 		e.Probe = p.location()
 	}
@@ -260,7 +281,7 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 	}
 	s.probes = append(s.probes, probes...)
 	for _, p := range probes {
-		s.log.Debug("probe registered", "probe", p, "addr", p.Address().String())
+		s.log.Debug("probe registered", "probe", p, "addr", hex(p.Address()))
 	}
 	return nil
 }
@@ -270,7 +291,7 @@ func (p *Probe) detach(restored bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.past = p.stats()
-	p.session, p.engine, p.private, p.sig = nil, nil, false, nil
+	p.session, p.engine, p.private, p.function = nil, nil, false, nil
 	p.restored = restored
 }
 
@@ -278,6 +299,10 @@ func (p *Probe) detach(restored bool) {
 func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 	ep := &breakpoint.Probe{Addr: uint64(addr), At: uint64(at)}
 	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
+		var at time.Time
+		if s.sink != nil {
+			at = time.Now()
+		}
 		return s.dispatch(p, c, func(r *Regs) Action {
 			if p.Pre != nil {
 				if a := p.Pre(p, r); a != Continue {
@@ -286,7 +311,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 			}
 			if s.sink != nil {
 				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1)}
+				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: at}
 				return s.sink(&s.hit)
 			}
 			return Continue
@@ -306,9 +331,7 @@ func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action
 	s.handling.Store(p)
 	defer s.handling.Store(nil)
 	s.regs.load(c.Regs, s.readHit)
-	if s.guest != nil {
-		s.regs.kernel = s.guest.Linux()
-	}
+	s.regs.kernel = s.kernel
 	a := f(&s.regs)
 	s.regs.store(c.Regs)
 	return breakpoint.Verdict(a)
@@ -423,7 +446,8 @@ func (s *Session) endIdle() {
 }
 
 // Loop runs the guest and calls handlers, in the caller's goroutine, until one
-// of them returns something else than Continue (then Loop returns nil), ctx is
+// of them returns something else than Continue (then Loop returns nil, or the error
+// of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
 // (ErrDomainGone) or something fails.
 // The probes stay registered: Loop may be called again.
@@ -456,6 +480,7 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	}
 	s.looping, s.stop, s.sink = true, cancel, sink
 	s.endIdle()
+	s.bad.Store(nil)
 	s.mu.Unlock()
 
 	finished := false
@@ -476,6 +501,9 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	v, err := s.eng.Serve(ctx, true)
 	finished = true
 	s.log.Debug("loop ends", "action", int(v), "err", err)
+	if bad := s.bad.Swap(nil); bad != nil {
+		return s.fail("loop", nil, errors.Join(*bad, err))
+	}
 	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		err = context.Cause(ctx)
 		// A cause need not be a context.Canceled: those of signal.NotifyContext
@@ -487,11 +515,11 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	return s.fail("loop", nil, err)
 }
 
-// Events is Loop for those who prefer a range statement to handlers: it yields
+// Hits is Loop for those who prefer a range statement to handlers: it yields
 // each hit, with the vCPU stopped before the probed instruction until the body
 // is done. Pre handlers, if any, run first. Leaving the range ends the loop; an
 // error is yielded last. The body must not call Close before it has left.
-func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
+func (s *Session) Hits(ctx context.Context) iter.Seq2[*Hit, error] {
 	return func(yield func(*Hit, error) bool) {
 		left := false
 		err := s.loop(ctx, func(h *Hit) Action {
@@ -510,43 +538,39 @@ func (s *Session) Events(ctx context.Context) iter.Seq2[*Hit, error] {
 	}
 }
 
-// ReadMemory reads guest kernel memory. n < len(b) implies an error. Breakpoints
-// of this Session don't show.
-func (s *Session) ReadMemory(b []byte, addr Addr) (n int, err error) { return s.read(0, b, addr) }
+// ReadMemory fills b from the guest's kernel memory. n < len(b) if and only if err is
+// not nil: n bytes are before the first page that can't be read. Breakpoints of this
+// Session don't show.
+func (s *Session) ReadMemory(addr Addr, b []byte) (n int, err error) { return s.read(0, addr, b) }
 
-// WriteMemory writes guest kernel memory, whatever the page's protection.
+// WriteMemory writes b to the guest's kernel memory, whatever the page's protection. n
+// is as in ReadMemory. What is under a probe can't be written.
 func (s *Session) WriteMemory(addr Addr, b []byte) (n int, err error) { return s.write(0, addr, b) }
 
-func (s *Session) read(cr3 uint64, b []byte, addr Addr) (n int, err error) {
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Read(cr3, addr, b) })
-	s.eng.Overlay(uint64(addr), b[:n])
+// ReadString reads a NUL-terminated string from the guest's kernel memory, as
+// [Probe.ReadString] does.
+func (s *Session) ReadString(addr Addr, limit int) (string, error) {
+	str, err := cstring.Read(s.ReadMemory, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = s.fail("read", nil, err)
+	}
+	return str, err
+}
+
+func (s *Session) read(cr3 uint64, addr Addr, b []byte) (n int, err error) {
+	n, err = s.drv.Read(cr3, addr, b)
+	s.eng.Overlay(addr, b[:n])
 	return n, s.fail("read", nil, err)
 }
 
 func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 	for _, site := range s.eng.Sites() {
-		if uint64(addr) < site.Addr+uint64(len(site.Orig)) && site.Addr < uint64(addr)+uint64(len(b)) {
+		if addr < site.Addr+uint64(len(site.Orig)) && site.Addr < addr+uint64(len(b)) {
 			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
 		}
 	}
-	n, err = byPage(b, addr, func(b []byte, addr uint64) error { return s.drv.Write(cr3, addr, b) })
+	n, err = s.drv.Write(cr3, addr, b)
 	return n, s.fail("write", nil, err)
-}
-
-// byPage does f page by page, so that it is known how far it came.
-func byPage(b []byte, addr Addr, f func(b []byte, addr uint64) error) (n int, err error) {
-	if len(b) > 0 && uint64(addr)+uint64(len(b))-1 < uint64(addr) {
-		return 0, fmt.Errorf("%v+%#x: %w", addr, len(b), paging.ErrNonCanonical)
-	}
-	for n < len(b) {
-		at := uint64(addr) + uint64(n)
-		k := min(len(b)-n, int(paging.PageSize-at%paging.PageSize))
-		if err := f(b[n:n+k], at); err != nil {
-			return n, err
-		}
-		n += k
-	}
-	return n, nil
 }
 
 // Stats returns how the Session's hits were served.
@@ -565,7 +589,7 @@ type SessionStats struct {
 // Close unregisters every probe, gives the guest its instructions back and
 // detaches. It interrupts a Loop in progress, which returns ErrClosed, and waits
 // for the handler that runs; so a handler must not call it, nor the body of a
-// range over Events. It joins all failures. After it has left the guest, which is
+// range over Hits. It joins all failures. After it has left the guest, which is
 // nearly always so, it does nothing and returns the same.
 //
 // If a breakpoint can't be removed or a vCPU not be let go, however often that is
@@ -619,31 +643,4 @@ func (s *Session) closeError() error {
 	s.closing.Lock()
 	defer s.closing.Unlock()
 	return s.err
-}
-
-// rewriting reports whether the guest's kernel is changing its own code.
-func (s *Session) rewriting() bool {
-	k := s.kernel()
-	return k != nil && k.Rewriting()
-}
-
-// scratch proposes dead code for out-of-line execution. The engine calls it: what
-// shows its breakpoints is no matter here.
-func (s *Session) scratch(_ uint64, try func(addr, size uint64) bool) {
-	linux.Text{Symbols: s.syms, Read: func(addr uint64, b []byte) (int, error) {
-		return len(b), s.drv.Read(0, addr, b)
-	}}.DeadCode(try)
-}
-
-// boundary checks that addr is the start of an instruction, by decoding from the
-// start of its function, as the kernel's can_probe does.
-func (s *Session) boundary(addr uint64) error {
-	if s.syms == nil {
-		return nil // allowed says what that means
-	}
-	syms := s.syms
-	if _, _, ok := syms.Find(addr); !ok {
-		syms = s.allSymbols()
-	}
-	return s.text(syms).Boundary(addr)
 }

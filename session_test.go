@@ -3,10 +3,12 @@ package vmprobes
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -15,10 +17,13 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/vmprobes/vmprobes/internal/kerneltest"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // attached attaches to a simulated guest.
@@ -37,6 +42,8 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	t.Helper()
 	m := xentest.New(cfg)
 	before := m.Text()
+	const banner = xentest.DataBase + 0xa00 // in a page of which the program uses less
+	m.Poke(banner, []byte("Linux version 9.9.9-simulated\x00"))
 	m.Start()
 	g, drv := attached(t, m)
 	if d, ok := drv.(*xen.Debugger); ok {
@@ -44,17 +51,24 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	}
 
 	var b strings.Builder
-	fmt.Fprintf(&b, "%016x T _stext\n", uint64(xentest.TextBase))
+	fmt.Fprintf(&b, "%016x T _text\n%016x T _stext\n", uint64(xentest.TextBase), uint64(xentest.TextBase))
 	for _, s := range m.Symbols() {
 		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
 	}
 	fmt.Fprintf(&b, "%016x T _etext\n", xentest.TextBase+uint64(len(before)))
 	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(xentest.TextBase+0x100), uint64(xentest.TextBase+0x200))
+	fmt.Fprintf(&b, "%016x D linux_banner\n", uint64(banner))
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)
+	kernel, err := linux.Discover(t.Context(), g, &linux.Options{Symbols: syms})
+	require.NoError(t, err)
+	if opts == nil {
+		opts = new(Options)
+	}
+	opts.IgnoreBlacklist = true // this kernel has no tables of what it rewrites
 	info := g.Info()
 	info.Name = "a3guest"
-	s := newSession(info, drv, syms, nil, opts, g.Close)
+	s := newSession(info, drv, kernel, nil, opts, g.Close)
 	t.Cleanup(func() {
 		require.NoError(t, s.Close())
 		m.Release()
@@ -181,7 +195,7 @@ func TestDisabledProbe(t *testing.T) {
 	})
 }
 
-func TestEvents(t *testing.T) {
+func TestHits(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p, q := &Probe{Symbol: entry}, &Probe{Symbol: "push"}
 		if _, err := s.Lookup("push"); err != nil {
@@ -189,11 +203,13 @@ func TestEvents(t *testing.T) {
 		}
 		require.NoError(t, s.Register(p, q))
 		seen := map[*Probe]int{}
-		last := uint64(0)
-		for hit, err := range s.Events(t.Context()) {
+		last, lastTime := uint64(0), time.Now()
+		for hit, err := range s.Hits(t.Context()) {
 			require.NoError(t, err)
 			assert.Equal(t, hit.Probe.Address(), hit.Regs.PC())
 			assert.Less(t, hit.VCPU, 2)
+			assert.False(t, hit.Time.Before(lastTime))
+			lastTime = hit.Time
 			assert.Greater(t, hit.Seq, last)
 			last = hit.Seq
 			seen[hit.Probe]++
@@ -204,11 +220,52 @@ func TestEvents(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
 		var final error
-		for _, err := range s.Events(ctx) {
+		for _, err := range s.Hits(ctx) {
 			final = err
 		}
 		require.ErrorIs(t, final, context.DeadlineExceeded)
 	})
+}
+
+// TestHitJSON has a hit as another program gets it. Numbers are read as 64-bit floats
+// there: no bit may be lost.
+func TestHitJSON(t *testing.T) {
+	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
+		p := &Probe{Symbol: entry, Name: "the \"entry\""}
+		require.NoError(t, s.Register(p))
+		for hit, err := range s.Hits(t.Context()) {
+			require.NoError(t, err)
+			regs := *hit.Regs
+			hit.Regs.R15 = 1<<64 - 1
+			b, err := json.Marshal(hit)
+			require.NoError(t, err)
+			byValue, err := json.Marshal(*hit)
+			require.NoError(t, err)
+			assert.Equal(t, b, byValue)
+			*hit.Regs = regs
+			regs.R15 = 1<<64 - 1
+
+			var got map[string]any
+			require.NoError(t, json.Unmarshal(b, &got))
+			for k, v := range map[string]any{"event": "hit", "probe": entry, "name": "the \"entry\"", "address": fmt.Sprintf("0x%x", regs.IP), "vcpu": float64(hit.VCPU), "seq": float64(hit.Seq)} {
+				assert.Equal(t, v, got[k], k)
+			}
+			at, err := time.Parse(time.RFC3339Nano, got["time"].(string))
+			require.NoError(t, err)
+			assert.WithinDuration(t, time.Now(), at, time.Minute)
+			fields := got["registers"].(map[string]any)
+			assert.Len(t, fields, 23)
+			for _, f := range regs.fields() {
+				v, err := strconv.ParseUint(fields[f.name].(string), 0, 64)
+				require.NoError(t, err)
+				assert.Equal(t, f.value, v, f.name)
+			}
+			break
+		}
+	})
+	b, err := json.Marshal(Hit{})
+	require.NoError(t, err)
+	assert.JSONEq(t, `{"event":"hit","vcpu":0,"seq":0,"time":"0001-01-01T00:00:00Z","registers":null}`, string(b))
 }
 
 func TestPanicRestoresGuest(t *testing.T) {
@@ -307,18 +364,18 @@ func TestRegisterAllOrNothing(t *testing.T) {
 func TestMemory(t *testing.T) {
 	onBoth(t, func(t *testing.T, m *xentest.Machine, s *Session) {
 		p := &Probe{Symbol: entry}
-		_, err := p.ReadMemory(make([]byte, 4), xentest.TextBase)
+		_, err := p.ReadMemory(xentest.TextBase, make([]byte, 4))
 		require.ErrorIs(t, err, ErrNotRegistered)
 		clean := m.Text()
 		require.NoError(t, s.Register(p))
 		assert.NotEqual(t, clean, m.Text())
 		got := make([]byte, len(clean))
-		n, err := s.ReadMemory(got, xentest.TextBase)
+		n, err := s.ReadMemory(xentest.TextBase, got)
 		require.NoError(t, err)
 		assert.Equal(t, len(got), n)
 		assert.Equal(t, clean, got, "breakpoints must not show")
 
-		_, err = s.WriteMemory(p.Address(), []byte{0x90})
+		_, err = s.WriteMemory(Addr(s.eng.Sites()[0].Addr), []byte{0x90})
 		require.Error(t, err, "under a probe")
 		assert.ErrorContains(t, err, "unregister")
 
@@ -331,11 +388,17 @@ func TestMemory(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, uint32(le64(word)), v32)
 
-		n, err = s.ReadMemory(make([]byte, 32), xentest.StackBase+2*4096-16)
+		n, err = s.ReadMemory(xentest.StackBase+2*4096-16, make([]byte, 32))
 		require.ErrorIs(t, err, ErrNotMapped)
 		assert.Equal(t, 16, n)
-		_, err = s.ReadMemory(make([]byte, 16), ^Addr(0)-3)
+		n, err = s.ReadMemory(^Addr(0)-3, make([]byte, 16))
 		require.Error(t, err)
+		assert.Zero(t, n)
+		top := make([]byte, 16)
+		require.NoError(t, err2(s.ReadMemory(xentest.StackBase+2*4096-8, top[:8])))
+		n, err = s.WriteMemory(xentest.StackBase+2*4096-8, top)
+		require.ErrorIs(t, err, ErrNotMapped)
+		assert.Equal(t, 8, n)
 	})
 }
 
@@ -348,16 +411,18 @@ func TestReadString(t *testing.T) {
 	// The end of a stack's pages: behind it nothing is mapped.
 	end := Addr(xentest.StackBase + 2*4096)
 	top := make([]byte, 32)
-	_, err := s.ReadMemory(top, end-32)
+	_, err := s.ReadMemory(end-32, top)
 	require.NoError(t, err)
 	defer s.WriteMemory(end-32, top)
 	require.NoError(t, err2(s.WriteMemory(end-16, []byte("hello, world!\x00zz"))))
 	str, err := p.ReadString(end-16, 4096)
 	require.NoError(t, err)
 	assert.Equal(t, "hello, world!", str)
-	str, err = p.ReadString(end-16, 5)
-	require.ErrorIs(t, err, ErrNoTerminator)
-	assert.Equal(t, "hello", str)
+	for _, read := range []func(Addr, int) (string, error){p.ReadString, s.ReadString} {
+		str, err = read(end-16, 5)
+		require.ErrorIs(t, err, ErrNoTerminator)
+		assert.Equal(t, "hello", str)
+	}
 	str, err = p.ReadString(end-2, 4096)
 	require.ErrorIs(t, err, ErrNotMapped)
 	assert.Equal(t, "zz", str)
@@ -404,7 +469,7 @@ func TestDomainDies(t *testing.T) {
 		if d, ok := drv.(*xen.Debugger); ok {
 			d.SetVCPUInfo(m.VCPUInfo())
 		}
-		s := newSession(g.Info(), drv, nil, ErrNoSymbols, nil, g.Close)
+		s := newSession(g.Info(), drv, nil, ErrNoSymbols, &Options{IgnoreBlacklist: true}, g.Close)
 		p := &Probe{Addr: Addr(m.Symbol(entry))}
 		require.NoError(t, s.Register(p))
 		done := make(chan error, 1)
@@ -435,6 +500,37 @@ func TestNoRoute(t *testing.T) {
 	_, err = g.Attach(t.Context())
 	require.ErrorIs(t, err, ErrBusy)
 	require.NoError(t, newSession(g.Info(), first, nil, nil, nil, g.Close).Close())
+}
+
+// noEvents is a hypervisor without vm_event's software breakpoints.
+type noEvents struct{ xen.Hypervisor }
+
+func (noEvents) MonitorCapabilities() (xenctrl.MonitorCaps, error) { return 0, nil }
+
+func TestNoMonitor(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.HVM})
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	g, err := target.Xen(noEvents{m.Hypervisor()})
+	require.NoError(t, err)
+	_, err = g.Attach(t.Context())
+	require.ErrorIs(t, err, ErrNoMonitor)
+	xentest.Verify(t, m, before)
+}
+
+// TestOverlap has probes inside the instruction of another one, in a guest without
+// symbols, where boundaries aren't known.
+func TestOverlap(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.HVM})
+	m.Start()
+	defer m.Stop()
+	g, drv := attached(t, m)
+	s := newSession(g.Info(), drv, nil, ErrNoSymbols, &Options{IgnoreBlacklist: true}, g.Close)
+	va := Addr(m.Symbol("nop5"))
+	require.NoError(t, s.Register(&Probe{Addr: va}))
+	require.ErrorIs(t, s.Register(&Probe{Addr: va + 3}), ErrOverlap)
+	require.NoError(t, s.Close())
 }
 
 func TestLookup(t *testing.T) {
@@ -519,7 +615,7 @@ func TestOpenHere(t *testing.T) {
 	_, err := Open(t.Context(), "a3guest", nil)
 	require.Error(t, err)
 	ok := false
-	for _, want := range []error{ErrNotRoot, ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound, ErrNotControlDomain} {
+	for _, want := range []error{ErrPermission, ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound, ErrNotControlDomain} {
 		ok = ok || errors.Is(err, want)
 	}
 	assert.True(t, ok, "%v", err)
@@ -529,6 +625,27 @@ func TestOpenHere(t *testing.T) {
 	cancel()
 	_, err = Open(ctx, "a3guest", nil)
 	require.ErrorIs(t, err, context.Canceled)
+}
+
+// TestOpenNamed: a file that the caller has named and that is of no use ends Open before
+// it attaches, which fails otherwise here.
+func TestOpenNamed(t *testing.T) {
+	image := "file:" + kerneltest.NewSynthetic(kerneltest.Layout{}).WriteImage(t)
+	noise := filepath.Join(t.TempDir(), "noise")
+	require.NoError(t, os.WriteFile(noise, []byte("noise {"), 0o600))
+	for name, opts := range map[string]*Options{
+		"symbols": {Symbols: noise}, "types": {Types: noise}, "config": {Config: noise},
+		"no symbols": {Symbols: noise + "s"}, "no types": {Types: noise + "s"}, "no config": {Config: noise + "s"},
+	} {
+		_, err := Open(t.Context(), image, opts)
+		require.Error(t, err, name)
+		assert.NotErrorIs(t, err, ErrImage, name)
+		assert.ErrorContains(t, err, noise, name)
+	}
+	for name, opts := range map[string]*Options{"nil": nil, "none": {}, "config": {Config: "-"}} {
+		_, err := Open(t.Context(), image, opts)
+		assert.ErrorIs(t, err, ErrImage, name)
+	}
 }
 
 func TestSyscallArg(t *testing.T) {

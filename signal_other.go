@@ -7,4 +7,4 @@ import (
 	"syscall"
 )
 
-func notEnds() []os.Signal { return []os.Signal{syscall.SIGPIPE} }
+func ignoredSignals() []os.Signal { return []os.Signal{syscall.SIGPIPE} }

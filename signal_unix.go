@@ -7,5 +7,5 @@ import (
 	"syscall"
 )
 
-// notEnds are the signals that are ignored while a probe is registered.
-func notEnds() []os.Signal { return []os.Signal{syscall.SIGPIPE, syscall.SIGTSTP} }
+// ignoredSignals are the signals that are ignored while a guest depends on this program.
+func ignoredSignals() []os.Signal { return []os.Signal{syscall.SIGPIPE, syscall.SIGTSTP} }

@@ -5,23 +5,20 @@
 // A [Probe] names an instruction, and handlers that run before and after it:
 //
 //	p := &vmprobes.Probe{
-//		DomainName: "a3guest",
-//		Symbol:     "do_sys_openat2",
+//		Symbol: "do_sys_openat2",
 //		Pre: func(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Action {
 //			task, _ := r.Task()
-//			name, _ := p.ReadString(vmprobes.Addr(r.Arg(1)), 4096)
-//			fmt.Println(task.Comm, "opens", name)
-//			return vmprobes.Continue
+//			name, _ := p.ReadString(r.Arg(1), 4096)
+//			_, err := fmt.Printf("%v opens %q\n", task, name)
+//			return p.Fail(err)
 //		},
 //	}
-//	if err := vmprobes.Register(p); err != nil {
-//		log.Fatal(err)
-//	}
-//	defer vmprobes.Unregister(p)
-//	err := vmprobes.Loop(context.Background(), p)
+//	err := vmprobes.Run(context.Background(), "a3guest", nil, p)
 //
-// [Register], [Loop] and [Unregister] are those of the C library of the same
-// name. [Open] gives a [Session], which holds any number of probes.
+// [Run] opens the guest, serves its probes until a handler or a signal ends that, and
+// leaves the guest as it was; [RunFunc] does so for a function of the caller's. [Open]
+// gives a [Session], which holds any number of probes, without signal handling.
+// [Register], [Loop] and [Unregister] are those of the C library of the same name.
 //
 // PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
 // with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
@@ -32,25 +29,25 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
-	"os/signal"
-	"slices"
-	"sync"
-	"syscall"
 
 	"github.com/vmprobes/vmprobes/internal/target"
-	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
 // Open attaches to the domain called name, or with the numeric id that it
-// spells. "qemu:/path/of/gdb.sock" and "qemu:host:port" are the gdbstub of a QEMU
-// guest, "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
+// spells; "xen:NAME" is a domain whatever is in its name. "qemu:/path/of/gdb.sock" and
+// "qemu:host:port" are the gdbstub of a QEMU guest,
+// "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
 // is started. A nil opts means defaults.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
 		return nil, &Error{Op: "open", Domain: name, Err: err}
 	}
 	return s, nil
@@ -75,16 +72,19 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	guest := xenaccess.New(ctx, g, &xenaccess.Options{
 		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger,
 	})
-	if err := guest.Err(); errors.Is(err, ErrWrongSymbols) || opts.Symbols != "" && err != nil {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := guest.Err(); insufficient(opts, err) {
 		return nil, err
 	}
 	drv, err := g.Attach(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var syms *sysmap.Map
-	if k := guest.Linux(); k != nil {
-		syms = k.Symbols()
+	k := guest.Linux()
+	if k != nil {
+		syms := k.Symbols()
 		drv.SetKernelRoot(k.Root())
 		if d, ok := drv.(target.Identified); ok {
 			if sym, err := syms.Lookup("linux_banner"); err == nil && k.Banner() != "" {
@@ -100,13 +100,26 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 			})
 		}
 	}
-	s := newSession(g.Info(), drv, syms, guest.Err(), opts, g.Close)
-	s.guest = guest
-	if k := guest.Linux(); k != nil {
-		k.SetOverlay(s.eng.Overlay)
-	}
+	s := newSession(g.Info(), drv, k, guest.Err(), opts, g.Close)
+	s.name, s.guest = name, guest
 	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
+}
+
+// insufficient reports whether err, of looking into the guest, is a reason not to
+// attach. That nothing is known of a guest is none, but it is one if what the caller has
+// named can't be used.
+func insufficient(opts *Options, err error) bool {
+	var path *fs.PathError
+	switch {
+	case err == nil:
+		return false
+	case errors.Is(err, ErrWrongSymbols), errors.Is(err, xenaccess.ErrConfig):
+		return true
+	case opts.Symbols != "" || opts.Types != "":
+		return true
+	}
+	return opts.Config != "" && errors.As(err, &path)
 }
 
 // checkArguments finds what is wrong with a probe for the package-level
@@ -126,7 +139,7 @@ func checkArguments(p *Probe) error {
 }
 
 // Register finds p's domain and address, attaches and arms the breakpoint
-// (register_vmprobe).
+// (register_vmprobe). [Run] does that, what comes after it and what it needs in one call.
 //
 // Until Unregister, SIGINT, SIGTERM, SIGHUP and SIGQUIT are caught: the
 // first one unregisters the probe and ends its Loop with ErrInterrupted; after
@@ -142,14 +155,20 @@ func Register(p *Probe) error {
 		}
 		return e
 	}
+	return registerWith(p, func(ctx context.Context) (*Session, error) {
+		return Open(ctx, p.domain(), &Options{Logger: defaultLogger()})
+	})
+}
+
+func registerWith(p *Probe, open func(context.Context) (*Session, error)) error {
 	p.mu.Lock()
 	registered := p.session != nil
 	p.mu.Unlock()
 	if registered {
 		return &Error{Op: "register", Domain: p.domain(), Probe: p.location(), Err: ErrRegistered}
 	}
-	g := guardSignals()
-	s, err := Open(context.Background(), p.domain(), &Options{Logger: defaultLogger()})
+	g, ctx := guardSignals(context.Background(), 1)
+	s, err := open(ctx)
 	if err != nil {
 		g.release()
 		return err
@@ -158,22 +177,26 @@ func Register(p *Probe) error {
 	p.mu.Lock()
 	p.ended = g
 	p.mu.Unlock()
-	if err := s.register(true, p); err != nil {
-		err = errors.Join(err, s.Close())
-		g.release()
-		return err
+	err = s.register(true, p)
+	if err == nil && !g.watches(s) {
+		err = s.fail("register", p, context.Cause(ctx))
 	}
-	go g.watch(s)
-	return nil
+	if err != nil {
+		err = errors.Join(err, closeInsistently(s))
+		g.release()
+	}
+	return err
 }
 
-// defaultLogger logs to stderr if VMPROBES_DEBUG is set: what a C program built
-// with -D_VERBOSE printed.
+// defaultLogger logs to stderr, for functions that manage a Session themselves:
+// warnings, and if VMPROBES_DEBUG is set what a C program built with -D_VERBOSE
+// printed.
 func defaultLogger() *slog.Logger {
-	if os.Getenv("VMPROBES_DEBUG") == "" {
-		return nil
+	opts := &slog.HandlerOptions{Level: slog.LevelWarn}
+	if os.Getenv("VMPROBES_DEBUG") != "" {
+		opts.Level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
 
 // Loop runs the guest and calls p's handlers until one of them returns something
@@ -215,67 +238,7 @@ func Unregister(p *Probe) error {
 	if !private {
 		return s.Unregister(p)
 	}
-	err := s.Close()
+	err := closeInsistently(s)
 	s.guard.release()
 	return err
-}
-
-// guard catches signals for one registration of the package-level functions.
-type guard struct {
-	ch   chan os.Signal
-	quit chan struct{}
-	once sync.Once
-
-	mu  sync.Mutex
-	sig os.Signal
-}
-
-func guardSignals() *guard {
-	g := &guard{ch: make(chan os.Signal, 8), quit: make(chan struct{})}
-	for _, sig := range append(notEnds(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT) {
-		if !signal.Ignored(sig) {
-			signal.Notify(g.ch, sig)
-		}
-	}
-	return g
-}
-
-// watch unregisters the probe of s at the first signal. After that, signals do
-// again what they did before: the next one ends the program.
-func (g *guard) watch(s *Session) {
-	defer g.release()
-	for {
-		select {
-		case <-g.quit:
-			return
-		case sig := <-g.ch:
-			if slices.Contains(notEnds(), sig) {
-				continue
-			}
-			g.mu.Lock()
-			g.sig = sig
-			g.mu.Unlock()
-			if err := s.Close(); err != nil {
-				s.log.Error("unregister after a signal", "signal", sig.String(), "err", err)
-			}
-			return
-		}
-	}
-}
-
-// signal returns the signal that unregistered the probe, or nil.
-func (g *guard) signal() os.Signal {
-	if g == nil {
-		return nil
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.sig
-}
-
-func (g *guard) release() {
-	g.once.Do(func() {
-		signal.Stop(g.ch)
-		close(g.quit)
-	})
 }

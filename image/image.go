@@ -301,7 +301,7 @@ func (m *Image) Page(f paging.Frame, writable bool) (page []byte, release func()
 // for scans of the whole memory. n < len(b) if and only if err is not nil:
 // n bytes lie before the first that the image doesn't have (ErrAbsent), or that
 // could not be read.
-func (m *Image) ReadPhys(b []byte, addr uint64) (n int, err error) {
+func (m *Image) ReadPhys(addr uint64, b []byte) (n int, err error) {
 	for n < len(b) {
 		at := addr + uint64(n)
 		part := b[n:]

@@ -45,7 +45,7 @@ func requireAbsent(t testing.TB, m *Image, frames ...uint64) {
 	for _, f := range frames {
 		_, _, err := m.Page(paging.Frame(f), false)
 		require.ErrorIs(t, err, ErrAbsent, "frame %#x", f)
-		n, err := m.ReadPhys(make([]byte, 1), min(f, 1<<52-1)<<12)
+		n, err := m.ReadPhys(min(f, 1<<52-1)<<12, make([]byte, 1))
 		require.ErrorIs(t, err, ErrAbsent, "frame %#x", f)
 		require.Zero(t, n)
 	}
@@ -119,11 +119,11 @@ func TestLiME(t *testing.T) {
 
 	// Across what follows in the guest, and in the file doesn't.
 	b := make([]byte, 8)
-	n, err := m.ReadPhys(b, 0x103ffc)
+	n, err := m.ReadPhys(0x103ffc, b)
 	require.NoError(t, err)
 	require.Equal(t, 8, n)
 	require.Equal(t, slices.Concat(page(0x103)[4092:], page(0x104)[:4]), b)
-	n, err = m.ReadPhys(b, 0x1000+uint64(len(low))-3)
+	n, err = m.ReadPhys(0x1000+uint64(len(low))-3, b)
 	require.ErrorIs(t, err, ErrAbsent)
 	require.Equal(t, 3, n)
 }
@@ -175,7 +175,7 @@ func TestCore(t *testing.T) {
 			}
 			requireAbsent(t, m, 3, 0xff, 0x104, 0x1ff, 0x202)
 			got := make([]byte, 3*4096)
-			n, err := m.ReadPhys(got, 0x101000)
+			n, err := m.ReadPhys(0x101000, got)
 			require.NoError(t, err)
 			require.Equal(t, len(got), n)
 			require.Equal(t, append(page(0x101), make([]byte, 8192)...), got)
@@ -454,7 +454,7 @@ func TestLayOutModel(t *testing.T) {
 		b := make([]byte, 3000)
 		for range 20 {
 			addr := rnd.Uint64N(14 << 12)
-			n, err := m.ReadPhys(b, addr)
+			n, err := m.ReadPhys(addr, b)
 			for i := range n {
 				require.Equal(t, model[addr+uint64(i)], b[i], "seed %d", seed)
 			}
@@ -611,7 +611,7 @@ func TestOpen(t *testing.T) {
 	require.NoError(t, m.Close())
 	_, _, err = m.Page(1, false)
 	require.ErrorIs(t, err, paging.ErrClosed)
-	_, err = m.ReadPhys(make([]byte, 1), 0)
+	_, err = m.ReadPhys(0, make([]byte, 1))
 	require.ErrorIs(t, err, fs.ErrClosed)
 
 	_, err = Open(filepath.Join(dir, "none"), nil)
@@ -646,7 +646,7 @@ func TestReadError(t *testing.T) {
 	require.Equal(t, page(1), get(t, m, 1))
 	_, _, err = m.Page(2, false)
 	require.ErrorIs(t, err, errIO)
-	_, err = m.ReadPhys(make([]byte, 1), 9000)
+	_, err = m.ReadPhys(9000, make([]byte, 1))
 	require.ErrorIs(t, err, errIO)
 	require.NoError(t, m.Close())
 }
@@ -806,7 +806,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		var buf [100]byte
 		for _, at := range []uint64{0, uint64(last) << 12, 4000, ^uint64(0) - 50} {
-			n, err := m.ReadPhys(buf[:], at)
+			n, err := m.ReadPhys(at, buf[:])
 			if (n < len(buf)) != (err != nil) {
 				t.Fatalf("%d bytes, error %v", n, err)
 			}

@@ -7,25 +7,24 @@ import (
 )
 
 // ErrBudget: an operation would read more of the guest than any real kernel
-// needs. The error says which limit it was.
+// needs. The error says which limit was reached.
 var ErrBudget = errors.New("the guest's structures take too much reading")
 
-// What one operation may do, whatever the guest's structures say. A task takes a
-// dozen reads, so that there may be 300,000 of them; a module's symbol
-// takes one or two. The most bytes are read for the types of modules: all those of
-// Debian have about 40 MiB. What an operation keeps in memory is in proportion to
-// what it reads.
+// The limits of one operation, whatever the guest's structures say. A task takes a
+// dozen reads, so there may be 300,000 of them; a module's symbol takes one or two.
+// The types of modules take the most bytes: about 40 MiB for all of Debian's. What an
+// operation keeps in memory is proportional to what it reads.
 //
-// A read of memory that is mapped takes 100 ns, of a page that must be mapped
-// first 10 µs or more, so time is for a machine that is slow beyond that.
+// A read takes 100 ns if its page is mapped here, and 10 µs or more if not. The limit
+// of time is for machines that are slower still.
 const (
 	maxReads = 4 << 20
 	maxBytes = 128 << 20
 	maxTime  = 60 * time.Second
 )
 
-// An op is one operation on a kernel, which reads no more than it may. It isn't
-// safe for concurrent use.
+// An op is one operation on a kernel, within its limits. It isn't safe for concurrent
+// use.
 type op struct {
 	*Kernel
 	name     string
@@ -65,7 +64,7 @@ func (o *op) Read(addr uint64, b []byte) error {
 	return o.Kernel.Read(addr, b)
 }
 
-// table reads n bytes of kernel memory, but only if there are at most limit.
+// table reads a table of n bytes, which must not be more than limit.
 func (o *op) table(what string, addr, n, limit uint64) ([]byte, error) {
 	if n > limit {
 		return nil, fmt.Errorf("%s of %d bytes, at most %d are read: %w", what, n, limit, ErrBadKernel)

@@ -21,11 +21,11 @@ import (
 )
 
 // Decoding a symbol table costs a good part of a second, reading it a few
-// milliseconds. So the decoded table of each kernel seen is kept in a file, with
-// the hash of the guest's own tables that it was made of, and is taken for another
-// guest only if that one's tables have the same hash. No guest can put wrong
-// symbols into the cache for another: what is hashed are the very bytes that were
-// decoded, not what the guest shows a moment later ([recorder]).
+// milliseconds. So the decoded table of each kernel is kept in a file, with the hash
+// of the guest's tables that it was decoded from, and is used for another guest only
+// if the hash of its tables is the same. No guest can put wrong symbols into the cache
+// for another: the bytes hashed are the very bytes decoded, not what the guest shows a
+// moment later ([recorder]).
 //
 // An entry is a header and what [sysmap.Map.MarshalBinary] makes. Addresses are
 // relative to the kernel's first one, so that KASLR doesn't matter.
@@ -52,8 +52,8 @@ const (
 	probeSize    = 512
 )
 
-// A recorder reads memory, each page once: what it has read before it gives again,
-// whatever the guest has written there since.
+// A recorder reads each page of memory once, and gives the same bytes for it from then
+// on, whatever the guest writes meanwhile.
 type recorder struct {
 	read  func(addr uint64, b []byte) error
 	pages map[uint64][]byte // by address
@@ -82,7 +82,7 @@ func (r *recorder) Read(addr uint64, b []byte) error {
 	return nil
 }
 
-// cached takes the symbols of the running kernel from the cache, if that has them.
+// cached takes the symbols of the running kernel from the cache, if they are in it.
 func (k *Kernel) cached(dir string) bool {
 	root, err := openCache(dir)
 	if err != nil {
@@ -99,7 +99,7 @@ func (k *Kernel) cached(dir string) bool {
 		}
 		if m != nil {
 			k.syms = m
-			now := time.Now() // what is used stays
+			now := time.Now() // trimCache removes what wasn't used for longest
 			if err := root.Chtimes(name, now, now); err != nil {
 				k.log.Debug("cache", "err", err)
 			}
@@ -150,16 +150,16 @@ func readHeader(r io.Reader) (h cacheHeader, err error) {
 
 func readSymbols(r io.Reader, h cacheHeader) (*sysmap.Map, error) {
 	var b bytes.Buffer
-	b.Grow(int(min(h.Symtab, 8<<20))) // what there may be beyond is allocated when it is there
+	b.Grow(int(min(h.Symtab, 8<<20))) // more is allocated as it is read
 	if _, err := io.CopyN(&b, r, int64(h.Symtab)); err != nil {
 		return nil, err
 	}
 	return sysmap.UnmarshalMap(b.Bytes())
 }
 
-// tableHash hashes guest memory, off bytes behind the kernel's first address.
-// Words that hold that address count as a constant: kallsyms_relative_base does,
-// and is not the same at each boot.
+// tableHash hashes guest memory, off bytes after the kernel's first address.
+// Words that hold that address, as kallsyms_relative_base does, count as a constant:
+// KASLR changes them at each boot.
 func (k *Kernel) tableHash(read func(uint64, []byte) error, off, n uint64) (sum [sha256.Size]byte, err error) {
 	base := k.ranges[0].Addr
 	b := make([]byte, n)
@@ -170,8 +170,8 @@ func (k *Kernel) tableHash(read func(uint64, []byte) error, off, n uint64) (sum 
 	return sha256.Sum256(bytes.ReplaceAll(b, word, []byte("its base")[:k.bits/8])), nil
 }
 
-// keep writes the symbols of the running kernel to the cache: those that were made
-// of the tables t, as recorded.
+// keep writes the symbols of the running kernel, which were decoded from the tables t
+// as recorded, to the cache.
 func (k *Kernel) keep(dir string, t *sysmap.Tables, rec *recorder) error {
 	base := k.ranges[0].Addr
 	if text, err := k.symbol("_text"); err != nil || text != base {
@@ -213,7 +213,7 @@ func (k *Kernel) keep(dir string, t *sysmap.Tables, rec *recorder) error {
 	}
 	defer root.Close()
 	trimCache(root)
-	// Another process may be doing the same: whoever is last wins, with the same.
+	// Another process may be doing the same: the last one wins, with the same bytes.
 	tmp := rand.Text() + cacheTemp
 	f, err := root.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -230,8 +230,8 @@ func (k *Kernel) keep(dir string, t *sysmap.Tables, rec *recorder) error {
 	return err
 }
 
-// openCache opens the folder of the cache, if nobody but its owner, who is the
-// caller, can write to it.
+// openCache opens the folder of the cache, if it belongs to the caller and nobody else
+// can write to it.
 func openCache(dir string) (*os.Root, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -10,47 +10,49 @@ import (
 // int3 (0xcc), that nothing executes and nothing else will use, best first, until
 // try returns true. Several may be next to each other.
 //
-// They are what the linker fills the room between sections of the text with
-// (arch/x86/kernel/vmlinux.lds.S, ":text = 0xcccc"): a good part of 2 MiB before and
-// behind the entry code where page tables are isolated, and some hundred bytes in
-// any kernel. Memory outside of the kernel's text is never proposed, whatever is in
-// it: near modules, pages full of int3 are where the guest puts BPF programs and
-// thunks (bpf_prog_pack in kernel/bpf/core.c, its_alloc in
-// arch/x86/kernel/alternative.c). Nor are the hypercall page, the unused half of
-// which Xen fills with int3, and writes again when it resumes the guest; and the
-// thunks, between which there are int3, too.
+// The linker fills the gaps between sections of the text with int3
+// (arch/x86/kernel/vmlinux.lds.S, ":text = 0xcccc"): up to 2 MiB before and after the
+// entry code of a kernel with page-table isolation, a few hundred bytes in any other.
+// Memory outside of the kernel's text is never proposed, whatever it holds: pages full
+// of int3 near the modules are where the guest puts BPF programs and thunks
+// (bpf_prog_pack in kernel/bpf/core.c, its_alloc in arch/x86/kernel/alternative.c).
+// Nor is the hypercall page, whose unused half Xen fills with int3 and writes again
+// when it resumes the guest, nor the int3 between thunks.
 //
 // Without the symbols _stext and _etext nothing is proposed.
 func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
-	// Not readText: the caller may hold what the overlay needs, and no breakpoint is
-	// in dead code.
-	Text{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.DeadCode(try)
+	if k == nil {
+		return
+	}
+	// Not readText: the caller may hold the lock that the overlay takes, and there is
+	// no breakpoint in dead code.
+	kernelText{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.deadCode(try)
 }
 
-// DeadCode is [Kernel.DeadCode] of text whose symbols are the kernel's.
-func (t Text) DeadCode(try func(addr, size uint64) bool) {
-	start, size, err := section(t.Symbols, "_stext", "_etext", 1<<30)
+// deadCode is [Kernel.DeadCode] of the kernel's own text.
+func (t kernelText) deadCode(try func(addr, size uint64) bool) {
+	start, size, err := section(t.syms, "_stext", "_etext", 1<<30)
 	if err != nil {
 		return
 	}
-	d := &deadCode{t: t, text: span{start: start, end: start + size}, try: try}
+	d := &deadCode{t: t, in: span{start: start, end: start + size}, try: try}
 	for _, c := range []struct {
 		symbol string
 		before bool
 	}{{"__entry_text_end", false}, {"__entry_text_start", true}, {"_etext", true}} {
-		sym, err := t.Symbols.Lookup(c.symbol)
-		if err != nil || sym.Addr < d.text.start || sym.Addr > d.text.end {
+		sym, err := t.syms.Lookup(c.symbol)
+		if err != nil || sym.Addr < d.in.start || sym.Addr > d.in.end {
 			continue
 		}
 		at := sym.Addr
 		if c.before {
-			at -= min(at-d.text.start, deadGap)
+			at -= min(at-d.in.start, deadGap)
 		}
-		if d.scan(at, min(d.text.end-at, deadGap)) {
+		if d.scan(at, min(d.in.end-at, deadGap)) {
 			return
 		}
 	}
-	d.scan(d.text.start, size)
+	d.scan(d.in.start, size)
 }
 
 const (
@@ -61,20 +63,20 @@ const (
 )
 
 type deadCode struct {
-	t    Text
-	text span
-	try  func(addr, size uint64) bool
+	t   kernelText
+	in  span
+	try func(addr, size uint64) bool
 }
 
-// scan looks for runs of int3 in n bytes from addr on. The run's beginning and end
-// are known only if they are among them.
+// scan looks for runs of int3 in n bytes from addr on. Of a run that begins before
+// them, or ends after, it sees only what is among them.
 func (d *deadCode) scan(addr, n uint64) bool {
 	end := addr + n
 	run := uint64(0)
 	var page [paging.PageSize]byte
 	for at := addr; at < end; {
 		b := page[:min(end-at, paging.PageSize-at%paging.PageSize)]
-		if _, err := d.t.Read(at, b); err != nil {
+		if _, err := d.t.read(at, b); err != nil {
 			clear(b)
 		}
 		for i, c := range b {
@@ -106,10 +108,10 @@ func (d *deadCode) propose(addr, n uint64) bool {
 	return false
 }
 
-// unused tells by what is before a run whether it is only what fills the room
-// between sections.
+// unused reports whether a run is what the linker put between sections, by the symbol
+// before it.
 func (d *deadCode) unused(addr uint64) bool {
-	sym, off, ok := d.t.Symbols.Find(addr)
+	sym, off, ok := d.t.syms.Find(addr)
 	if !ok {
 		return false
 	}

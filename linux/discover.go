@@ -18,8 +18,8 @@ import (
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
-// Where kernels are. On x86-64 the image has the last 2 GiB but one, and modules
-// come behind it (Documentation/arch/x86/x86_64/mm.rst); on i386 it is in the
+// Where kernels are. On x86-64 the image is in the first of the last two GiB, and
+// modules follow it (Documentation/arch/x86/x86_64/mm.rst); on i386 it is in the
 // linear mapping of memory, which usually begins at 3 GiB.
 const (
 	window64    = 0xffffffff80000000
@@ -30,16 +30,16 @@ const (
 	maxImage32  = 64 << 20
 	tableBudget = 1 << 11 // page tables read per root: a 1 GiB window has at most 515
 	maxRanges   = 1 << 13 // pieces of an image: a PV guest's page tables in it are read-only
-	maxImages   = 16      // different ones that are searched for symbols
+	maxImages   = 16      // candidates that are searched for symbols
 	maxBTF      = 32 << 20
 	maxNotes    = 64 << 10
 )
 
 // Discover finds the kernel that a machine runs.
 //
-// It takes a minute at most, however hostile the guest, after which it fails with
-// an error that wraps ErrBudget; the search of a whole image for a kernel, where
-// there are no registers, comes before that, and takes as long as reading it does.
+// It takes at most a minute, however hostile the guest, and then fails with an error
+// that wraps ErrBudget. Where there are no registers, it first searches all of memory
+// for a kernel, which takes as long as reading it.
 func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if opts == nil {
 		opts = new(Options)
@@ -85,7 +85,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	return nil, errs
 }
 
-// image is what could be a kernel's image.
+// image is a candidate for the kernel's image.
 type image struct {
 	mem    *paging.Memory
 	mode   paging.Mode
@@ -96,8 +96,8 @@ type image struct {
 	why    string
 }
 
-// findImages returns what the page tables of the vCPUs map where kernels are,
-// the largest first, and of each only one.
+// findImages returns what the page tables of the vCPUs map where kernels are, each
+// image once, the largest first.
 func findImages(ctx context.Context, m Machine, cpus []CPU) ([]image, error) {
 	var images []image
 	errs := fmt.Errorf("%w (none of %d vCPUs has page tables that map one)", ErrNoKernel, len(cpus))
@@ -210,8 +210,8 @@ func (img *image) find() error {
 	return nil
 }
 
-// findSymbols takes the symbols that were given, or finds the kernel's own, and
-// makes sure that they are.
+// findSymbols takes the symbols that were given, or finds the kernel's own, and checks
+// that they are those of this kernel.
 func (k *Kernel) findSymbols(ctx context.Context, opts *Options) error {
 	if opts.Symbols != nil {
 		// What the user has named need not be confirmed.
@@ -290,13 +290,14 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 			return nil
 		}
 		k.syms, k.rungs = nil, before
-		// That a file found by its name is of another kernel is no error of the user's.
+		// The user didn't name this file: that it is another kernel's is not an
+		// ErrWrongSymbols.
 		errs = append(errs, fmt.Errorf("%s: %v", path, err))
 	}
 	return errors.Join(errs...)
 }
 
-// safeRelease returns a release as it may be part of a path, else "".
+// safeRelease returns a release if it is safe as a part of a path, else "".
 func safeRelease(s string) string {
 	const maxRelease = 64 // __NEW_UTS_LEN
 	ok := s != "" && s[0] != '.' && len(s) <= maxRelease
@@ -309,7 +310,7 @@ func safeRelease(s string) string {
 	return s
 }
 
-// adopt takes symbols from a file, if they are of the kernel that runs.
+// adopt takes symbols from a file, if they are those of the running kernel.
 func (k *Kernel) adopt(ctx context.Context, m *sysmap.Map, whose string) error {
 	if err := k.fit(m, whose); err != nil {
 		return err
@@ -350,8 +351,8 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 	return nil
 }
 
-// identify reads the kernel's version string and build id, which shows as well
-// that the symbols are at the right addresses.
+// identify reads the kernel's version string and build id. That it finds them shows that
+// the symbols are at the right addresses.
 func (k *Kernel) identify(ctx context.Context) error {
 	why := "read at linux_banner"
 	at, err := k.symbol("linux_banner")
@@ -387,12 +388,12 @@ func (k *Kernel) identify(ctx context.Context) error {
 	return nil
 }
 
-// errUnconfirmed: nothing shows that symbols are of this build of the kernel.
+// errUnconfirmed: nothing shows that symbols are those of this build of the kernel.
 var errUnconfirmed = errors.New("nothing in it can be compared with the guest")
 
-// confirm makes sure that symbols from a file without a version string, as a
-// System.map is, are those of the very build that runs: the system calls, of which
-// all parts of a kernel have some, are where the guest's table of them says.
+// confirm checks that symbols from a file without a version string, such as a
+// System.map, are those of the very build that runs: functions of system calls, which
+// are in all parts of a kernel, must be where the guest's sys_call_table says.
 func (k *Kernel) confirm() error {
 	if k.syms.Banner() != "" {
 		return nil // identify has compared it
@@ -413,7 +414,7 @@ func (k *Kernel) confirm() error {
 			good++
 		}
 	}
-	// Somebody may have put functions of his own there.
+	// Some entries may have been replaced by functions of other origin.
 	if good < calls*3/4 {
 		return fmt.Errorf("%w: %d of the guest's first %d system calls are where they say", ErrWrongSymbols, good, calls)
 	}
@@ -424,8 +425,8 @@ func (k *Kernel) confirm() error {
 // bannerMagic begins the version string (init/version.c).
 const bannerMagic = "Linux version "
 
-// findBanner searches read-only data for the version string: what the kernel has
-// logged has it, too, but in data that is written to.
+// findBanner searches read-only data for the version string. The kernel's log has it,
+// too, but is writable.
 func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
 	o := k.begin("version string")
 	for _, r := range k.ranges {
@@ -438,7 +439,7 @@ func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
 			if err := o.Read(r.Addr+off, b); errors.Is(err, ErrBudget) {
 				return 0, err
 			}
-			// The number behind it tells it from the format of such strings.
+			// A digit tells it from format strings.
 			if i := bytes.Index(b, []byte(bannerMagic)); i >= 0 && i+len(bannerMagic) < len(b) && isDigit(b[i+len(bannerMagic)]) {
 				return r.Addr + off + uint64(i), nil
 			}
@@ -449,7 +450,8 @@ func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
 
 func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 
-// explainPlace says where the kernel is, and whether its processor agrees.
+// explainPlace says where the kernel is, and whether the processors' entry points
+// confirm it.
 func (k *Kernel) explainPlace(cpus []CPU) {
 	text, err := k.symbol("_text")
 	if err != nil {
@@ -479,8 +481,8 @@ func (k *Kernel) explainPlace(cpus []CPU) {
 	k.explain("place", nil, why, "_text at %#x", text)
 }
 
-// useOwnRoot has kernel memory reached through the kernel's own page tables,
-// which live as long as it, instead of those of whatever process ran.
+// useOwnRoot switches from the page tables of whatever process was running to the
+// kernel's own, which live as long as the kernel.
 func (k *Kernel) useOwnRoot() {
 	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
 		at, err := k.symbol(name)
@@ -492,7 +494,7 @@ func (k *Kernel) useOwnRoot() {
 			continue
 		}
 		root := paging.Root(t.Phys())
-		// They must lead to where the tables in use lead.
+		// They must map themselves where the tables in use do.
 		if t2, err := k.mem.Translate(root, paging.VAddr(at)); err != nil || t2.Frame != t.Frame {
 			continue
 		}
@@ -523,8 +525,11 @@ func buildID(notes []byte) string {
 }
 
 // Types returns the kernel's types: those given to Discover, else its own (BTF),
-// else what its structures let on. They are looked for at the first call.
+// else a few inferred from its structures. They are looked for at the first call.
 func (k *Kernel) Types() (*ktype.Types, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	k.typesOnce.Do(func() {
 		k.types, k.typesErr = k.findTypes()
 		if k.typesErr != nil {
@@ -560,9 +565,8 @@ func (k *Kernel) findTypes() (*ktype.Types, error) {
 	return t, nil
 }
 
-// configuredTypes makes types of configured offsets. The ids of the process and
-// the thread stand side by side, and so do the eleven addresses of a process'
-// parts.
+// configuredTypes makes types of configured offsets. The ids of the thread and the
+// process are next to each other, and so are the eleven addresses of a process's parts.
 func (k *Kernel) configuredTypes() (*ktype.Types, error) {
 	word := uint64(k.bits / 8)
 	task, mm := ktype.Struct{Name: "task_struct"}, ktype.Struct{Name: "mm_struct"}
@@ -667,7 +671,7 @@ func size(n uint64) string {
 	return fmt.Sprintf("%d bytes", n)
 }
 
-// printable replaces what could do harm on a terminal.
+// printable replaces all but printable ASCII, which could control a terminal.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r > 0x7e {

@@ -11,6 +11,9 @@ import (
 // InferTypes returns the kernel as one without type information, and, if so
 // asked, without symbols of data.
 func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	c := &Kernel{machine: k.machine, mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
 	if noData {
 		var b strings.Builder
@@ -51,3 +54,11 @@ func FromVMCoreInfo(page []byte, m Machine) error {
 	_, err := parseVMCoreInfo(page).image(m)
 	return err
 }
+
+// DeadCodeWithoutSymbols looks for dead code where there is nothing to look at.
+func DeadCodeWithoutSymbols(try func(addr, size uint64) bool) {
+	kernelText{read: func(uint64, []byte) (int, error) { panic("there is nothing to read") }}.deadCode(try)
+}
+
+// IsText reports whether a parameter is likely a string.
+var IsText = isText

@@ -2,11 +2,11 @@ package linux
 
 import "slices"
 
-// ExpectedFault reports whether the kernel expects a fault of the instruction at
-// addr, of its own or of a module's, and finds what to do then by that address
-// (__ex_table: accesses to user memory, loads of segment registers, …). Executed
-// elsewhere, its fault would be the kernel's end. Where that isn't known it is true:
-// of what is in the text of neither, and of a table that can't be read.
+// ExpectedFault reports whether the kernel expects that the instruction at addr, of its
+// own or of a module's, may fault, and finds by that address how to go on (__ex_table:
+// accesses to user memory, loads of segment registers, …). A copy of such an
+// instruction at another address would crash the kernel when it faults. ExpectedFault
+// is true where that isn't known: outside of all text, and if the table can't be read.
 func (k *Kernel) ExpectedFault(addr uint64) bool {
 	p, err := k.placesOf(addr)
 	if err != nil || p.noFaults != nil {
@@ -16,7 +16,24 @@ func (k *Kernel) ExpectedFault(addr uint64) bool {
 	return found
 }
 
-// FaultsKnown returns nil if ExpectedFault has a table to look addr up in, and else
+// MayFault returns a function that reports whether the instruction at an address must
+// not be executed as a copy elsewhere, because the kernel may expect its fault. It
+// returns nil if the exception table isn't among the kernel's symbols: then any access
+// to memory may be expected to fault. With force, instructions whose table can't be
+// read count as harmless.
+func (k *Kernel) MayFault(force bool) func(addr uint64) bool {
+	if _, err := k.symbol("__start___ex_table"); err != nil {
+		return nil
+	}
+	return func(addr uint64) bool {
+		if force && k.FaultsKnown(addr) != nil {
+			return false // the caller takes the risk
+		}
+		return k.ExpectedFault(addr)
+	}
+}
+
+// FaultsKnown returns nil if ExpectedFault has a table to look addr up in, otherwise
 // why not.
 func (k *Kernel) FaultsKnown(addr uint64) error {
 	p, err := k.placesOf(addr)

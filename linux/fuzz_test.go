@@ -111,6 +111,27 @@ func FuzzDiscover(f *testing.F) {
 			k.ExpectedFault(addr)
 			printable(k.FaultsKnown(addr))
 		}
+		for _, name := range []string{"fn_0700", "sys_openat", "demo_run", "older:older_run", "demo_init@2", "gone:demo_run", "fn_07OO", "sys_getpod"} {
+			sym, err := k.Lookup(name)
+			printable(err)
+			if err != nil {
+				require.Zero(t, sym)
+				continue
+			}
+			requirePrintable(t, sym.String()+sym.Note())
+			fn, err := k.Function(sym.Addr)
+			printable(err)
+			if err != nil {
+				require.ErrorIs(t, err, linux.ErrNoPrototype)
+				continue
+			}
+			require.LessOrEqual(t, len(fn.Params), 6)
+			for _, p := range fn.Params {
+				requirePrintable(t, p.Name+p.Type+p.Format(1<<63))
+			}
+			_, err = k.Place(sym.Addr, linux.Placing{})
+			printable(err)
+		}
 		k.DeadCode(func(addr, size uint64) bool {
 			places++
 			require.LessOrEqual(t, size, uint64(512))

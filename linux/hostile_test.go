@@ -79,9 +79,9 @@ func TestHostile(t *testing.T) {
 		"threads run into themselves": {func(s *guest) {
 			s.Put64(s.Sym["task 41"]+kerneltest.TaskThreadNode, s.Sym["task 40"]+kerneltest.TaskThreadNode)
 		}, threads, ktype.ErrListCycle},
-		"cgroups in one another": {func(s *guest) { s.Put64(s.Sym["cgroup root"]+8, s.Sym["cgroup service"]) }, cgroup, linux.ErrBadKernel},
-		"a cgroup in itself":     {func(s *guest) { s.Put64(s.Sym["cgroup slice"]+8, s.Sym["cgroup slice"]) }, cgroup, linux.ErrBadKernel},
-		"a cgroup nowhere":       {func(s *guest) { s.Put64(s.Sym["cgroup slice"]+16, nowhere) }, cgroup, paging.ErrNotMapped},
+		"cgroups in a circle": {func(s *guest) { s.Put64(s.Sym["cgroup root"]+8, s.Sym["cgroup service"]) }, cgroup, linux.ErrBadKernel},
+		"a cgroup in itself":  {func(s *guest) { s.Put64(s.Sym["cgroup slice"]+8, s.Sym["cgroup slice"]) }, cgroup, linux.ErrBadKernel},
+		"a cgroup nowhere":    {func(s *guest) { s.Put64(s.Sym["cgroup slice"]+16, nowhere) }, cgroup, paging.ErrNotMapped},
 		"arguments of all memory": {func(s *guest) {
 			s.Put64(s.Sym["mm 1"]+kerneltest.MMStartCode+8*8, 1<<64-1)
 		}, cmdline, paging.ErrNotMapped},

@@ -10,12 +10,11 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// Without type information a few offsets are found out from the structures
-// themselves: what is known of them is whom they point to. The idle task,
-// init_task, is where all that begins.
+// Without type information a few offsets are inferred from the structures themselves,
+// by what they point to, beginning with the idle task, init_task.
 
 // ErrNotInferred: the guest's structures don't show where their members are.
-var ErrNotInferred = errors.New("offsets can't be told from the guest's structures")
+var ErrNotInferred = errors.New("offsets can't be inferred from the guest's structures")
 
 // Bounds. struct task_struct has 9 KiB or so; its name has 16 bytes
 // (TASK_COMM_LEN).
@@ -34,11 +33,11 @@ type idleTask struct {
 	word   int      // 4 or 8
 	comm   int      // offsets in what was read
 	list   int      // tasks
-	pid    int      // and, behind it, tgid
+	pid    int      // and, after it, tgid
 	mm     int      // and active_mm
 	parent int      // real_parent; 0 if it wasn't found
 	start  int      // of the task itself
-	next   []uint64 // the first tasks behind it, each as far before its beginning as addr is
+	next   []uint64 // the first tasks after it; addresses as far before the task as addr is
 }
 
 // inferTypes finds where struct task_struct has its name, list, ids and memory.
@@ -75,7 +74,7 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	return t, nil
 }
 
-// inferTask looks at the task at addr, with the name of the idle one.
+// inferTask infers offsets from the idle task, which is at addr.
 func (o *op) inferTask(addr uint64) (*idleTask, error) {
 	t := &idleTask{o: o, addr: addr, b: make([]byte, taskSize), word: o.bits / 8}
 	if err := o.Read(addr, t.b); err != nil {
@@ -131,8 +130,8 @@ func (o *op) searchTask() (*idleTask, error) {
 	return found, nil
 }
 
-// taskAround takes what is at addr for the name of a task whose beginning isn't
-// known. Offsets are counted from so far before it that they are in what is read.
+// taskAround takes what is at name for the name of a task whose beginning isn't known.
+// Offsets count from half of taskSize before it.
 func (o *op) taskAround(name uint64) (*idleTask, error) {
 	const before = taskSize / 2
 	t := &idleTask{o: o, addr: name - before, b: make([]byte, taskSize), word: o.bits / 8, comm: before}
@@ -151,8 +150,8 @@ func (t *idleTask) infer() error {
 			t.next = next
 		}
 	}
-	// Tasks are on more than one list only where one of them has them all: the
-	// list of all tasks is the one that closes.
+	// The tasks may seem to be on several lists: the list of all tasks is the one that
+	// closes.
 	lists = slices.DeleteFunc(lists, func(off int) bool { return !t.closes(off) })
 	if len(lists) != 1 {
 		return fmt.Errorf("%w: %d lists of tasks", ErrNotInferred, len(lists))
@@ -206,8 +205,8 @@ func (t *idleTask) follow(off int) (tasks []uint64, ok bool) {
 	return tasks, true
 }
 
-// closes follows the list at an offset until it comes back. Names don't matter
-// here: any process can give itself an odd one.
+// closes follows the list at an offset until it returns to its head. Names don't
+// matter here: any process can give itself an odd one.
 func (t *idleTask) closes(off int) bool {
 	head := t.addr + uint64(off)
 	prev, next := head, t.at(off)
@@ -277,8 +276,8 @@ func (t *idleTask) inferIDs() error {
 	return nil
 }
 
-// inferMM finds mm and active_mm: two pointers, the same in init, none in
-// kthreadd and the idle task but for the memory that these borrow.
+// inferMM finds mm and active_mm: two pointers, side by side and equal in init. In
+// kthreadd and the idle task, which only borrow memory (active_mm), mm is nil.
 func (t *idleTask) inferMM() error {
 	init, kthreadd := t.next[0], t.next[1]
 	var all []int
@@ -341,7 +340,7 @@ func (t *idleTask) inferParent() error {
 func (t *idleTask) structs() ([]ktype.Struct, error) {
 	off := func(i int) uint64 { return uint64(i - t.start) }
 	if t.list < t.start {
-		return nil, fmt.Errorf("%w: the idle task would begin behind its list", ErrNotInferred)
+		return nil, fmt.Errorf("%w: the idle task would begin after its list", ErrNotInferred)
 	}
 	task := ktype.Struct{Name: "task_struct", Size: taskSize, Fields: []ktype.StructField{
 		{Name: "tasks", Offset: off(t.list), Type: "list_head"},

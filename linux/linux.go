@@ -18,28 +18,28 @@ import (
 
 // Errors.
 var (
-	// ErrNoKernel: the page tables in use map no Linux kernel.
+	// ErrNoKernel: the page tables in use map no Linux kernel. It is also what the
+	// methods of a nil Kernel return.
 	ErrNoKernel = errors.New("no Linux kernel found: has the guest booted?")
-	// ErrNoSymbols: the kernel has no symbol table, or none that is understood.
+	// ErrNoSymbols: the kernel has no symbol table, or one of an unknown layout.
 	ErrNoSymbols = errors.New("the kernel's symbols are not known")
-	// ErrWrongSymbols: a symbol file is not of the kernel that runs.
-	ErrWrongSymbols = errors.New("the symbols are not of the kernel that runs")
+	// ErrWrongSymbols: the symbols of a file are those of another kernel.
+	ErrWrongSymbols = errors.New("the symbols are not those of the running kernel")
 	// ErrNoTypes: the kernel carries no type information, and none was given.
 	ErrNoTypes = errors.New("the kernel's types are not known")
-	// ErrWrongTypes: a type file is not of the kernel that runs.
-	ErrWrongTypes = errors.New("the types are not of the kernel that runs")
+	// ErrWrongTypes: the types of a file are those of another kernel.
+	ErrWrongTypes = errors.New("the types are not those of the running kernel")
 	// ErrNoProcess: there is no such process.
 	ErrNoProcess = errors.New("no such process")
-	// ErrNoMemory: a process has no memory of its own, as kernel threads and
-	// zombies haven't.
+	// ErrNoMemory: a process has no memory of its own: it is a kernel thread or a
+	// zombie.
 	ErrNoMemory = errors.New("process has no user memory")
 )
 
 // A Machine is the guest as its hypervisor, or a file, shows it.
 type Machine interface {
 	paging.Frames
-	// CPUs returns the state of the vCPUs, in order. Those that are offline are
-	// left out.
+	// CPUs returns the state of the vCPUs that are online, in order.
 	CPUs() ([]CPU, error)
 }
 
@@ -64,9 +64,9 @@ type Options struct {
 	Symbols *sysmap.Map
 	// SymbolFiles, if not nil, returns files that may have the symbols of a kernel
 	// that carries none itself, best first (see [sysmap.ParseFile]). The first
-	// that fits is used. The release is the kernel's ("6.1.0-56-amd64") or "";
-	// as it comes from the guest, only letters, digits and "._+~-" are in it, and
-	// it doesn't begin with a dot.
+	// that fits is used. The release is the kernel's ("6.1.0-56-amd64") or "". It
+	// comes from the guest, and is safe in a path: it has only letters, digits and
+	// "._+~-", and doesn't begin with a dot.
 	SymbolFiles func(release string) []string
 	// Types, if not nil, replaces the guest's own type information.
 	Types *ktype.Types
@@ -83,6 +83,10 @@ type Options struct {
 
 // A Kernel is a running Linux kernel. Its methods are safe for concurrent use if
 // its Machine is.
+//
+// A nil Kernel is one that isn't known. Its methods return ErrNoKernel, or the zero
+// value if they return no error, so that a chain of calls fails at its end. Only
+// ExpectedFault differs: of an unknown kernel any fault may be expected.
 type Kernel struct {
 	machine Machine
 	mem     *paging.Memory
@@ -107,11 +111,11 @@ type Kernel struct {
 	mods     []Module // whose symbols are in withMods
 	withMods *sysmap.Map
 
-	idleAddr atomic.Uint64 // of the idle task, where it isn't a symbol's
+	idleAddr atomic.Uint64 // of the idle task, if no symbol says
 
 	safeMu  sync.Mutex
 	safe    *places     // of the kernel's text; nil until it has been read
-	booted  atomic.Bool // it was seen to have
+	booted  atomic.Bool // system_state was seen to be beyond booting
 	overlay atomic.Pointer[func(addr uint64, b []byte)]
 }
 
@@ -137,6 +141,9 @@ func (r Rung) String() string {
 // Explain returns what has been found so far, and why it is believed. Types are
 // looked for when they are first needed.
 func (k *Kernel) Explain() []Rung {
+	if k == nil {
+		return nil
+	}
 	k.rungMu.Lock()
 	defer k.rungMu.Unlock()
 	return append([]Rung(nil), k.rungs...)
@@ -159,14 +166,24 @@ func (k *Kernel) explain(name string, err error, why, format string, args ...any
 
 // Symbols returns the kernel's symbols, at the addresses where they are now.
 // Those of modules aren't among them: see [Kernel.AllSymbols].
-func (k *Kernel) Symbols() *sysmap.Map { return k.syms }
+func (k *Kernel) Symbols() *sysmap.Map {
+	if k == nil {
+		return nil
+	}
+	return k.syms
+}
 
 // Banner returns the kernel's version string, "Linux version …".
-func (k *Kernel) Banner() string { return k.banner }
+func (k *Kernel) Banner() string {
+	if k == nil {
+		return ""
+	}
+	return k.banner
+}
 
 // Release returns what uname -r prints, the third word of the banner.
 func (k *Kernel) Release() string {
-	return release(k.banner)
+	return release(k.Banner())
 }
 
 func release(banner string) string {
@@ -178,19 +195,42 @@ func release(banner string) string {
 
 // BuildID returns the kernel's build id in hexadecimal digits, or "" if it has
 // none.
-func (k *Kernel) BuildID() string { return k.buildID }
+func (k *Kernel) BuildID() string {
+	if k == nil {
+		return ""
+	}
+	return k.buildID
+}
 
 // Bits returns the width of the kernel, 32 or 64.
-func (k *Kernel) Bits() int { return k.bits }
+func (k *Kernel) Bits() int {
+	if k == nil {
+		return 0
+	}
+	return k.bits
+}
 
 // Root returns the page tables of the kernel itself, which live as long as it.
-func (k *Kernel) Root() paging.Root { return k.root }
+func (k *Kernel) Root() paging.Root {
+	if k == nil {
+		return 0
+	}
+	return k.root
+}
 
 // Memory returns the guest's memory behind page tables.
-func (k *Kernel) Memory() *paging.Memory { return k.mem }
+func (k *Kernel) Memory() *paging.Memory {
+	if k == nil {
+		return nil
+	}
+	return k.mem
+}
 
 // Read reads kernel memory. An error means that not all of it could be read.
 func (k *Kernel) Read(addr uint64, b []byte) error {
+	if k == nil {
+		return ErrNoKernel
+	}
 	_, err := k.mem.Read(k.root, paging.VAddr(addr), b)
 	return err
 }
@@ -198,10 +238,13 @@ func (k *Kernel) Read(addr uint64, b []byte) error {
 // maxString bounds strings that are read from the guest.
 const maxString = 4096
 
-// ReadString reads a NUL-terminated string from kernel memory. One of more than
-// limit bytes, or of more than 4096, is cut off there. The bytes are the guest's:
-// quote them before they go to a terminal.
+// ReadString reads a NUL-terminated string from kernel memory. A string longer than
+// limit, or than 4096 bytes, is truncated. The bytes are the guest's: quote them before
+// they go to a terminal.
 func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
+	if k == nil {
+		return "", ErrNoKernel
+	}
 	return readString(k.Read, addr, limit)
 }
 
@@ -211,7 +254,7 @@ func readString(read func(uint64, []byte) error, addr uint64, limit int) (string
 	var b [64]byte
 	for len(s) < limit {
 		at := addr + uint64(len(s))
-		// Never across a page: the next one need not be there.
+		// Never across a page: the next one may not be mapped.
 		b := b[:min(len(b), limit-len(s), int(paging.PageSize-at%paging.PageSize))]
 		if err := read(at, b); err != nil {
 			return string(s), err
@@ -239,6 +282,9 @@ func readPointer(read func(uint64, []byte) error, addr uint64, bits int) (uint64
 
 // symbol returns the address of a symbol of the kernel's.
 func (k *Kernel) symbol(name string) (uint64, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	s, err := k.syms.Lookup(name)
 	if err != nil {
 		return 0, err
@@ -246,7 +292,7 @@ func (k *Kernel) symbol(name string) (uint64, error) {
 	return s.Addr, nil
 }
 
-// section returns what lies between two symbols, in bytes at most limit.
+// section returns the range between two symbols, of at most limit bytes.
 func (k *Kernel) section(start, stop string, limit uint64) (addr, size uint64, err error) {
 	return section(k.syms, start, stop, limit)
 }
@@ -266,7 +312,7 @@ func section(syms *sysmap.Map, start, stop string, limit uint64) (addr, size uin
 	return a.Addr, b.Addr - a.Addr, nil
 }
 
-// ErrBadKernel: something in the guest's memory is not as any kernel has it.
+// ErrBadKernel: the guest's memory holds what no kernel has.
 var ErrBadKernel = errors.New("malformed kernel data")
 
 // done returns ctx's cause if it is done.

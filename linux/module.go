@@ -18,7 +18,7 @@ type Module struct {
 	Size  uint64 // in bytes, of all its parts, as /proc/modules shows it
 	State ModuleState
 
-	text uint64 // size of what is executed, from Base on; 0 if it isn't known
+	text uint64 // size of the text, from Base on; 0 if it isn't known
 }
 
 // ModuleState is enum module_state (include/linux/module.h).
@@ -45,8 +45,8 @@ func (s ModuleState) String() string {
 	return "Unknown"
 }
 
-// Bounds. A module's name has at most 55 bytes (MODULE_NAME_LEN); its parts are
-// as many as enum mod_mem_type has members, 7 in 6.12.
+// Bounds. A module's name has at most 55 bytes (MODULE_NAME_LEN). It has one part for
+// each member of enum mod_mem_type, which are 7 in 6.12.
 const (
 	maxModules     = 1 << 12
 	maxModuleSize  = 1 << 30
@@ -55,8 +55,8 @@ const (
 	maxSymbolName  = 512 // KSYM_NAME_LEN since 6.1
 )
 
-// Modules returns the loaded modules, the one loaded last first, as /proc/modules
-// does. Without types, only their names and addresses are known.
+// Modules returns the loaded modules, in the order of /proc/modules, the latest first.
+// Without types, only their names and the addresses of their struct module are known.
 func (k *Kernel) Modules() ([]Module, error) {
 	head, err := k.symbol("modules")
 	if err != nil {
@@ -85,7 +85,7 @@ func (k *Kernel) Modules() ([]Module, error) {
 	})
 }
 
-// moduleTypes returns types with at least what a list of names needs.
+// moduleTypes returns types that have at least the list of modules and their names.
 func (k *Kernel) moduleTypes() (*ktype.Types, error) {
 	t, err := k.Types()
 	if err == nil {
@@ -202,7 +202,7 @@ func (k *Kernel) ModuleSymbols() ([]sysmap.Symbol, error) {
 }
 
 // AllSymbols returns the kernel's symbols with those of the modules that are
-// loaded now. It reads the latter again only if other modules are.
+// loaded now. It reads the latter again only if the list of modules has changed.
 func (k *Kernel) AllSymbols() (*sysmap.Map, error) {
 	mods, err := k.Modules()
 	if err != nil {
@@ -297,7 +297,7 @@ func (o *op) symbolsOf(m Module) ([]sysmap.Symbol, error) {
 	return syms, nil
 }
 
-// export is a symbol that a module offers to others.
+// export is a symbol that a module exports.
 type export struct {
 	addr uint64
 	name string

@@ -26,11 +26,11 @@ func (k *Kernel) modulePlaces(addr uint64) (*places, error) {
 			return p, err
 		}
 	}
-	return nil, fmt.Errorf("modules come and go: tried %d times", listTries)
+	return nil, fmt.Errorf("the list of modules keeps changing: tried %d times", listTries)
 }
 
-// moduleAt returns the module that runs and has addr in its text. Of one that is
-// being loaded or unloaded the kernel may rewrite all, or give it back.
+// moduleAt returns the live module whose text holds addr. The kernel may rewrite or
+// free any part of a module that is being loaded or unloaded.
 func (k *Kernel) moduleAt(addr uint64) (Module, bool, error) {
 	mods, err := k.Modules()
 	if err != nil {
@@ -43,12 +43,12 @@ func (k *Kernel) moduleAt(addr uint64) (Module, bool, error) {
 		return mods[i], true, nil
 	}
 	if len(mods) > 0 && !slices.ContainsFunc(mods, func(m Module) bool { return m.text > 0 }) {
-		return Module{}, false, fmt.Errorf("where modules have their text isn't known: %w", ErrNoTypes)
+		return Module{}, false, fmt.Errorf("where the text of modules is can't be told: %w", ErrNoTypes)
 	}
 	return Module{}, false, nil
 }
 
-// readModulePlaces reads the tables of a module, to which its struct module leads
+// readModulePlaces reads the tables that a module's struct module points to
 // (include/linux/module.h).
 func (o *op) readModulePlaces(m Module) (*places, error) {
 	types, err := o.Types()
@@ -84,8 +84,7 @@ func (o *op) readModulePlaces(m Module) (*places, error) {
 	return p, nil
 }
 
-// moduleTable reads an array that a module's struct has the address and the number
-// of.
+// moduleTable reads an array whose address and length are in struct module.
 func (o *op) moduleTable(v ktype.Value, field, count string, entry uint64) (base uint64, table []byte, err error) {
 	n, err := v.Field(count).Uint()
 	if err != nil {
@@ -119,9 +118,8 @@ func (o *op) moduleStaticCalls(p *places, v ktype.Value) (int, error) {
 	return o.moduleSites(p, v, "static_call_sites", "num_static_call_sites", staticCallSite, staticCall)
 }
 
-// moduleFtrace reads where a module's functions call __fentry__: that is what ftrace
-// makes its records of. Unlike those, it is found without looking at all the
-// kernel's.
+// moduleFtrace reads where a module's functions call __fentry__. ftrace makes its
+// records from that list, which unlike them can be read for one module alone.
 func (o *op) moduleFtrace(p *places, v ktype.Value) (int, error) {
 	long := o.bits / 8
 	_, table, err := o.moduleTable(v, "ftrace_callsites", "num_ftrace_callsites", uint64(long))
@@ -139,9 +137,9 @@ func (o *op) moduleFtrace(p *places, v ktype.Value) (int, error) {
 // moduleLocks reads the kernel's list of what it may rewrite in modules.
 func (o *op) moduleLocks(p *places, _ ktype.Value) (int, error) { return o.readLocks(p) }
 
-// moduleBlacklist reads which part of a module is on the kernel's list, where the
-// kernel puts it when it loads the module (add_module_kprobe_blacklist,
-// kernel/kprobes.c), and the module's own sections of that kind.
+// moduleBlacklist reads which parts of a module are on the kernel's blacklist, which the
+// kernel adds when it loads the module (add_module_kprobe_blacklist, kernel/kprobes.c),
+// and the module's own sections of that kind.
 func (o *op) moduleBlacklist(p *places, v ktype.Value) (int, error) {
 	for _, r := range []struct{ start, size, why string }{
 		{"kprobes_text_start", "kprobes_text_size", "code that kprobes itself runs"},

@@ -11,8 +11,8 @@ import (
 var ErrNoP2M = errors.New("no machine frame behind the physical page")
 
 // A PV guest's own map of its memory (arch/x86/xen/p2m.c): xen_p2m_addr points to
-// an array with the machine frame of each physical page, xen_p2m_size of them;
-// INVALID_P2M_ENTRY is all ones, and the two top bits mark frames of others and
+// an array with the machine frame of each physical page, xen_p2m_size of them.
+// INVALID_P2M_ENTRY is all ones; the two top bits mark frames of other domains and
 // identity mappings (arch/x86/include/asm/xen/page.h).
 const (
 	p2mInvalid  = 1<<64 - 1

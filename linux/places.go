@@ -24,14 +24,14 @@ type places struct {
 	jumps  []uint64 // where the jump labels among the sites may lead, by address
 	faults []uint64 // instructions whose fault is expected, by address
 
-	unknown  reasons // tables that are there and not known
+	unknown  reasons // why a table that exists isn't known, for each such table
 	noTrace  error   // why trace isn't known
 	noFaults error   // why faults isn't known
 
-	unsure time.Time // when a table was not understood that may be the next time
+	unsure time.Time // when a table was read in vain that may be readable later, or zero
 }
 
-// reasons are errors in one line.
+// reasons are errors whose text is one line.
 type reasons []error
 
 func (r reasons) Error() string {
@@ -87,9 +87,9 @@ func (k siteKind) String() string {
 
 // Bounds of the tables in a kernel. Debian's 7.3 has 733 blacklist entries,
 // 10,331 jump labels, 10,491 static calls and 47,382 ftrace sites, its 6.12 625
-// entries of the exception table and 10,000 LOCK prefixes. A module's table is of
-// maxModuleTable bytes at the most: the 11,134 functions of Debian's amdgpu (6.1)
-// take 87 KiB there.
+// entries of the exception table and 10,000 LOCK prefixes. A table of a module has at
+// most maxModuleTable bytes: that of the 11,134 functions of Debian's amdgpu (6.1) has
+// 87 KiB.
 const (
 	maxBlacklist   = 1 << 14
 	maxJumpTable   = 16 << 18
@@ -108,11 +108,12 @@ const (
 	callRel32  = 0xe8
 )
 
-// A table is one of the kernel's about its text, and of each module's.
+// A table describes the text of the kernel. Each module has one for its own.
 type table struct {
 	name string
-	// users are functions that only kernels with such a table have, whatever their
-	// symbols of data: if there are none, a table that isn't there doesn't exist.
+	// users are functions that only kernels with such a table have. They are among the
+	// symbols even where the table isn't (CONFIG_KALLSYMS_ALL=n): without any of them,
+	// the kernel has no such table.
 	users  []string
 	kernel func(*op, *places) (int, error)
 	module func(*op, *places, ktype.Value) (int, error)
@@ -166,9 +167,9 @@ func within(sites []site, addr, size uint64) (site, bool) {
 	return sites[i], true
 }
 
-// siteSize returns the length of the instruction at a site. Jump labels have been
-// short ones, JMP rel8 and the NOP of 2 bytes, where they can, since 5.14
-// (ab3257042c26); static calls may be Jcc rel32 since 6.3 (923510c88d2b).
+// siteSize returns the length of the instruction at a site. Since 5.14 (ab3257042c26)
+// a jump label is JMP rel8, or the NOP of 2 bytes, where its target is near; since 6.3
+// (923510c88d2b) a static call may be Jcc rel32.
 func (k *Kernel) siteSize(s site) uint64 {
 	var b [2]byte
 	if _, err := k.readText(s.addr, b[:]); err != nil {
@@ -183,7 +184,7 @@ func (k *Kernel) siteSize(s site) uint64 {
 	return 5
 }
 
-// sort makes what was read ready for searching.
+// sort sorts what was read, for searching.
 func (p *places) sort() {
 	slices.SortFunc(p.spans, func(a, b span) int { return cmp.Compare(a.start, b.start) })
 	for _, s := range [][]site{p.sites, p.locks, p.trace} {
@@ -198,6 +199,9 @@ func (p *places) sort() {
 
 // placesOf returns what is known of the text that addr is in.
 func (k *Kernel) placesOf(addr uint64) (*places, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	p, err := k.kernelPlaces()
 	if err != nil {
 		return nil, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, err)
@@ -207,7 +211,7 @@ func (k *Kernel) placesOf(addr uint64) (*places, error) {
 	}
 	m, err := k.modulePlaces(addr)
 	if err != nil {
-		return nil, fmt.Errorf("%#x: %w: not in the text of the kernel, and that of modules isn't known: %w", addr, ErrUnknownPlaces, err)
+		return nil, fmt.Errorf("%#x: %w: not in the text of the kernel, and the text of modules isn't known: %w", addr, ErrUnknownPlaces, err)
 	}
 	if m == nil {
 		return nil, fmt.Errorf("%#x: %w: not in the text of the kernel (%#x to %#x) or of a module that runs", addr, ErrNotProbeable, p.text.start, p.text.end)
@@ -215,12 +219,11 @@ func (k *Kernel) placesOf(addr uint64) (*places, error) {
 	return m, nil
 }
 
-// retrySafety is how long tables that were not understood are taken for that.
+// retrySafety is how long to wait before tables that were read in vain are read again.
 var retrySafety = 5 * time.Second
 
-// kernelPlaces returns what was read before of the kernel's own text. If it
-// couldn't be, or not all of it, it is read again: the guest may have been changing
-// it.
+// kernelPlaces returns what is known of the kernel's own text. It is read once, and read
+// again if not all of it could be understood: the guest may have been changing it.
 func (k *Kernel) kernelPlaces() (*places, error) {
 	k.safeMu.Lock()
 	defer k.safeMu.Unlock()
@@ -232,14 +235,14 @@ func (k *Kernel) kernelPlaces() (*places, error) {
 		}
 		if boots != nil {
 			p.unsure = time.Now()
-			p.unknown = append(p.unknown, errors.New("what was read of them was read while the kernel booted"))
+			p.unknown = append(p.unknown, errors.New("the tables were read while the kernel booted"))
 		}
 		k.safe = p
 	}
 	return k.safe, nil
 }
 
-// has reports whether the kernel has one of some functions.
+// has reports whether the kernel has any of the named functions.
 func (k *Kernel) has(names []string) bool {
 	return slices.ContainsFunc(names, func(name string) bool {
 		_, err := k.syms.Lookup(name)
@@ -285,9 +288,9 @@ func (o *op) readKernelPlaces() (*places, error) {
 			o.log.Debug("not in this kernel", "what", t.name, "err", err)
 			continue
 		case !errors.Is(err, sysmap.ErrNotFound):
-			p.unsure = time.Now() // another time it may be understood
+			p.unsure = time.Now() // it may be readable later
 		}
-		o.log.Warn("not known of this kernel", "what", t.name, "err", err)
+		o.log.Warn("a table of this kernel is not known", "what", t.name, "err", err)
 		err = fmt.Errorf("the table of %s: %w", t.name, err)
 		p.unknown = append(p.unknown, err)
 		if t.name == ftraceTable {
@@ -296,7 +299,7 @@ func (o *op) readKernelPlaces() (*places, error) {
 	}
 	if n, err := o.readFaults(p); err != nil {
 		p.noFaults = fmt.Errorf("the exception table: %w", err)
-		o.log.Warn("not known of this kernel", "what", "exception table", "err", err)
+		o.log.Warn("a table of this kernel is not known", "what", "exception table", "err", err)
 		if !errors.Is(err, sysmap.ErrNotFound) {
 			p.unsure = time.Now()
 		}
@@ -313,17 +316,16 @@ func (o *op) readKernelPlaces() (*places, error) {
 }
 
 var (
-	// errOtherLayout: a structure isn't what it is in every kernel known.
-	errOtherLayout = errors.New("not of the usual layout")
+	// errOtherLayout: a structure differs from that of every known kernel.
+	errOtherLayout = errors.New("not the usual layout")
 
 	errTooManyPages = fmt.Errorf("more than %d pages: %w", maxFtracePages, ErrBadKernel)
 )
 
 // byLayout reads a table of structures by the layout they have had since 3.16
-// (include/linux/kprobes.h, include/linux/ftrace.h, kernel/trace/ftrace.c), as
-// long as what is read by it makes sense, which read is to check, or else by the
-// kernel's own types, which a kernel may lack and which take time to load. The
-// path is a member that those must have.
+// (include/linux/kprobes.h, include/linux/ftrace.h, kernel/trace/ftrace.c). If what is
+// read so makes no sense, which read checks, it is read by the kernel's own types, which
+// a kernel may lack and which take time to load. They must have the member path.
 func (o *op) byLayout(path string, read func(t *ktype.Types, check bool) (int, error)) (int, error) {
 	word := uint64(o.bits / 8)
 	usual, err := ktype.New("usual layout", word, listHead(word),
@@ -383,8 +385,8 @@ func twoWords(t *ktype.Types, n int, name, a, b string, limit uint64) (offA, off
 }
 
 // readBlacklist reads kprobe_blacklist (kernel/kprobes.c): functions marked with
-// NOKPROBE_SYMBOL, and what the architecture adds. Those of modules are in the same
-// list: what is taken of it is what is in p's text.
+// NOKPROBE_SYMBOL, and what the architecture adds. Functions of modules are in the same
+// list: only entries in p's text are taken.
 func (o *op) readBlacklist(p *places) (int, error) {
 	head, err := o.symbol("kprobe_blacklist")
 	if err != nil {
@@ -463,7 +465,7 @@ func (o *op) readRelative(p *places, start, stop string, entry, limit uint64, ki
 }
 
 // add adds the instructions of a table that begins at base, and returns how many
-// are in the text. Others are not there any more: those of freed init code.
+// are in the text. The others were in init code, which has been freed.
 func (p *places) add(base uint64, table []byte, entry uint64, kind siteKind) (n int) {
 	for off := uint64(0); off+entry <= uint64(len(table)); off += entry {
 		addr := relative32(base, table, off)
@@ -486,8 +488,8 @@ func (p *places) add(base uint64, table []byte, entry uint64, kind siteKind) (n 
 	return n
 }
 
-// relative32 returns what the 32 bits at off in a table at base lead to from their
-// own place.
+// relative32 returns the address that the 32 bits at off in a table at base give as a
+// distance from themselves.
 func relative32(base uint64, table []byte, off uint64) uint64 {
 	return base + off + uint64(int64(int32(le32(table[off:]))))
 }
@@ -512,11 +514,10 @@ func (o *op) readFaults(p *places) (int, error) {
 
 const exTableEntry = 12
 
-// readLocks reads what alternatives_enable_smp would rewrite when a second CPU is
-// brought up (arch/x86/kernel/alternative.c): the kernel has turned LOCK into a DS
-// prefix when it booted with one, and keeps the lists of what it may have to turn
-// back, the kernel's own and modules', as long as it may have to. Its __smp_locks
-// section was freed otherwise, and means nothing.
+// readLocks reads which LOCK prefixes alternatives_enable_smp would restore when a
+// second CPU comes up (arch/x86/kernel/alternative.c). A kernel that booted with one CPU
+// has turned LOCK into a DS prefix, and until then keeps lists of where, in its own text
+// and in modules. In other kernels the section __smp_locks has been freed.
 func (o *op) readLocks(p *places) (int, error) {
 	head, err := o.symbol("smp_alt_modules")
 	if err != nil {
@@ -527,7 +528,7 @@ func (o *op) readLocks(p *places) (int, error) {
 		return 0, err
 	}
 	word := uint64(o.bits / 8)
-	// As it has been since 2.6.
+	// The layout since 2.6.
 	usual, err := ktype.New("usual layout", word, listHead(word), ktype.Struct{Name: "smp_alt_module", Size: 8 * word, Fields: []ktype.StructField{
 		{Name: "locks", Offset: 2 * word, Type: "int *"},
 		{Name: "locks_end", Offset: 3 * word, Type: "int *"},
@@ -573,8 +574,7 @@ func (o *op) readLocks(p *places) (int, error) {
 	return n, err
 }
 
-// uniprocessor reports whether the kernel may still have to put its LOCK prefixes
-// back.
+// uniprocessor reports whether the kernel may still have to restore its LOCK prefixes.
 func (k *Kernel) uniprocessor() (bool, error) {
 	at, err := k.symbol("uniproc_patched")
 	if err != nil {
@@ -585,7 +585,8 @@ func (k *Kernel) uniprocessor() (bool, error) {
 	return b[0] != 0, err
 }
 
-// mayLock is uniprocessor now. It becomes false once, and never true again.
+// mayLock is uniprocessor at this moment, or true if that can't be read. It becomes
+// false once, and never true again.
 func (k *Kernel) mayLock() bool {
 	up, err := k.uniprocessor()
 	return up || err != nil

@@ -51,7 +51,7 @@ func TestProbePoint(t *testing.T) {
 		{fn(520), fn(520), "", ""},     // any call
 		{text + 0x200, text + 0x205, "", ""},
 		{text + 0x205, text + 0x205, "", ""},
-		// What is behind it won't do, but the ENDBR64 itself.
+		// What follows it won't do, but the ENDBR64 itself.
 		{fn(470), fn(470), "", `the branch at "fn_0470"+0xa leads there`},
 		{fn(470) + 4, 0, `the branch at "fn_0470"+0xa leads there`, ""},
 		{fn(430), 0, "jump label", ""},
@@ -98,7 +98,7 @@ func TestProbePoint(t *testing.T) {
 	s.Bytes(fn(400))[0] = 0xcc
 	_, err = k.ProbePoint(fn(400))
 	require.ErrorIs(t, err, linux.ErrNotProbeable)
-	assert.ErrorContains(t, err, "rewrites ftrace's instruction at this moment")
+	assert.ErrorContains(t, err, "is rewriting ftrace's instruction")
 }
 
 var errNoRegisters = errors.New("no registers now")
@@ -222,9 +222,9 @@ func TestBooting(t *testing.T) {
 	k := discover(t, s)
 	err := k.Probeable(kerneltest.Fn(1))
 	require.ErrorIs(t, err, linux.ErrNotProbeable)
-	assert.ErrorContains(t, err, "boots")
+	assert.ErrorContains(t, err, "still booting")
 	_, err = k.Functions("*")
-	require.ErrorContains(t, err, "boots")
+	require.ErrorContains(t, err, "still booting")
 	s.Put32(s.Sym["system_state"], 2)
 	s.Put64(s.Sym["ftrace_pages_start"], first)
 	err = k.Probeable(kerneltest.Fn(1))
@@ -327,6 +327,68 @@ func TestDeadCode(t *testing.T) {
 	n := 0
 	k.DeadCode(func(uint64, uint64) bool { n++; return n == 3 })
 	assert.Equal(t, 3, n)
-	linux.Text{Read: func(uint64, []byte) (int, error) { panic("there is nothing to read") }}.
-		DeadCode(func(uint64, uint64) bool { panic("without symbols") })
+	linux.DeadCodeWithoutSymbols(func(uint64, uint64) bool { panic("without symbols") })
+}
+
+// TestMayFault is what the engine asks, with the risk taken and without.
+func TestMayFault(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	k := discover(t, s)
+	fn, text := kerneltest.Fn, s.Sym["text demo"]
+	for _, force := range []bool{false, true} {
+		may := k.MayFault(force)
+		for addr, want := range map[uint64]bool{fn(330): true, fn(1): false, text + 0x130: true, text + 0x131: false, s.Sym["init_task"]: !force} {
+			assert.Equal(t, want, may(addr), "%#x, %v", addr, force)
+		}
+	}
+	s.Put32(s.Sym["module demo"]+kerneltest.ModuleExTable+8, 1<<30)
+	assert.True(t, k.MayFault(false)(text))
+	assert.False(t, k.MayFault(true)(text), "the risk was taken")
+	assert.True(t, k.MayFault(true)(fn(330)), "what is known stays so")
+
+	k = discover(t, kerneltest.NewSynthetic(kerneltest.Layout{NoData: true}))
+	assert.Nil(t, k.MayFault(false))
+	assert.Nil(t, k.MayFault(true))
+}
+
+// TestPlace has probes of every kind: seen by the guest or not, at the caller's risk
+// or not.
+func TestPlace(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	k := discover(t, s)
+	fn, text := kerneltest.Fn, s.Sym["text demo"]
+	const refused = 0
+	for _, c := range []struct{ addr, at, hidden, force uint64 }{
+		{fn(1), fn(1), fn(1), fn(1)},
+		{fn(400), fn(400) + 5, fn(400), fn(400) + 5},
+		{fn(411), fn(411) + 9, fn(411), fn(411) + 9},
+		{fn(200), refused, refused, fn(200)},
+		{fn(300), refused, refused, fn(300)},
+		{fn(430), refused, fn(430), fn(430)},
+		{fn(510) + 8, refused, refused, fn(510) + 8}, // a probe of the guest's own before it
+		{text + 0x100, refused, refused, text + 0x100},
+		{s.Sym["init_task"], refused, refused, s.Sym["init_task"]},
+		{fn(411) + 1, refused, refused, refused}, // inside an instruction
+	} {
+		for want, how := range map[*uint64]linux.Placing{&c.at: {}, &c.hidden: {Hidden: true}, &c.force: {Force: true}} {
+			at, err := k.Place(c.addr, how)
+			if *want == refused {
+				require.ErrorIs(t, err, linux.ErrNotProbeable, "%#x, %+v", c.addr, how)
+				continue
+			}
+			require.NoError(t, err, "%#x, %+v", c.addr, how)
+			assert.Equal(t, *want, at, "%#x, %+v", c.addr, how)
+		}
+	}
+	_, err := k.Place(fn(411)+1, linux.Placing{Force: true})
+	require.ErrorIs(t, err, x86.ErrNotBoundary)
+
+	// Its exception table isn't known.
+	s.Put32(s.Sym["module demo"]+kerneltest.ModuleExTable+8, 1<<30)
+	_, err = k.Place(text, linux.Placing{})
+	require.ErrorIs(t, err, linux.ErrUnknownPlaces)
+	assert.ErrorContains(t, err, `the exception table of module "demo"`)
+	at, err := k.Place(text, linux.Placing{Force: true})
+	require.NoError(t, err)
+	assert.Equal(t, text, at)
 }

@@ -4,6 +4,6 @@ package linux
 
 import "io/fs"
 
-// private reports whether only the caller can write to a folder. Here that is
-// what the system's default for a user's folders has to see to.
+// private reports whether only the caller can write to a folder. Here that is left to
+// the system's defaults for a user's folders.
 func private(info fs.FileInfo) bool { return info.IsDir() }

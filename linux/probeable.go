@@ -14,23 +14,22 @@ import (
 var (
 	// ErrNotProbeable: the kernel itself would not allow a probe there.
 	ErrNotProbeable = errors.New("no place for a probe")
-	// ErrUnknownPlaces: one of the kernel's tables of what it rewrites is there, and
-	// can't be found, read or understood, so that no place is known to be safe. It
-	// wraps ErrNotProbeable.
-	ErrUnknownPlaces = fmt.Errorf("%w: not all is known of what the kernel rewrites", ErrNotProbeable)
+	// ErrUnknownPlaces: the guest doesn't tell whether a probe is safe there. One of
+	// the kernel's tables of what it rewrites can't be found, read or understood, or
+	// nothing shows where instructions begin. It wraps ErrNotProbeable.
+	ErrUnknownPlaces = fmt.Errorf("%w: cannot tell whether it is a safe one", ErrNotProbeable)
 )
 
-// Probeable returns nil if a breakpoint may be at addr, and else an error that
-// says why not and wraps ErrNotProbeable. It knows what the guest's own kprobes
-// knows (check_kprobe_address_safe in kernel/kprobes.c, can_probe in
-// arch/x86/kernel/kprobes/core.c), of the kernel and of its modules: the kprobe
-// blacklist, code that must not be instrumented, entry code, code that the kernel
-// rewrites while it runs (jump labels, static calls, LOCK prefixes that one CPU
-// doesn't need), and the boundaries of instructions.
+// Probeable returns nil if a breakpoint may stand at addr, otherwise an error that
+// says why not and wraps ErrNotProbeable. It checks, in the kernel and its modules,
+// what the guest's own kprobes check (check_kprobe_address_safe in kernel/kprobes.c,
+// can_probe in arch/x86/kernel/kprobes/core.c): the kprobe blacklist, code that must
+// not be instrumented, entry code, code that the kernel rewrites while it runs (jump
+// labels, static calls, LOCK prefixes that one CPU doesn't need), and the boundaries of
+// instructions.
 //
-// What alternatives, retpolines, return thunks and paravirt patching rewrite is
-// rewritten once, before the kernel or the module is up: there nothing may be
-// probed before that.
+// Alternatives, retpolines, return thunks and paravirt patching rewrite code once,
+// before the kernel or the module is up. Until then every place is refused.
 func (k *Kernel) Probeable(addr uint64) error {
 	if err := k.Blacklisted(addr); err != nil {
 		return err
@@ -39,11 +38,11 @@ func (k *Kernel) Probeable(addr uint64) error {
 }
 
 // Blacklisted is Probeable without the check that addr is the start of an
-// instruction. If a table of the kernel's or of the module's isn't known, all of
-// their text is refused, with ErrUnknownPlaces.
+// instruction. If one of the tables of the kernel, or of a module, isn't known, all of
+// its text is refused, with ErrUnknownPlaces.
 //
-// The start of an instruction that ftrace rewrites isn't refused, as the kernel's
-// own kprobes don't refuse it: see [Kernel.FtraceSite] and [Kernel.ProbePoint].
+// The start of an instruction that ftrace rewrites isn't refused, nor do the kernel's
+// own kprobes refuse it: see [Kernel.FtraceSite] and [Kernel.ProbePoint].
 func (k *Kernel) Blacklisted(addr uint64) error {
 	p, err := k.placesOf(addr)
 	if err != nil {
@@ -52,7 +51,8 @@ func (k *Kernel) Blacklisted(addr uint64) error {
 	return k.refused(p, addr)
 }
 
-// refused says why addr, in the text that p is of, is no place for a breakpoint.
+// refused says why no breakpoint may stand at addr, which is in p's text, or returns
+// nil.
 func (k *Kernel) refused(p *places, addr uint64) error {
 	if err := k.booting(); err != nil {
 		return fmt.Errorf("%#x: %w", addr, err)
@@ -70,7 +70,7 @@ func (k *Kernel) refused(p *places, addr uint64) error {
 		return fmt.Errorf("%#x: %w: inside an instruction that ftrace rewrites", addr, ErrNotProbeable)
 	}
 	if why, err := k.named(p, addr); err != nil {
-		return fmt.Errorf("%#x: %w: its function can't be told: %w", addr, ErrUnknownPlaces, err)
+		return fmt.Errorf("%#x: %w: the symbols of modules are not known: %w", addr, ErrUnknownPlaces, err)
 	} else if why != "" {
 		return fmt.Errorf("%#x: %w: %s", addr, ErrNotProbeable, why)
 	}
@@ -80,17 +80,18 @@ func (k *Kernel) refused(p *places, addr uint64) error {
 	return nil
 }
 
-// named tells what is known of a place by the name of what it is in.
+// named says why no breakpoint may stand at addr, by the symbols around it, or returns
+// "".
 func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 	text, err := k.textOf(p)
 	if err != nil {
 		return "", err
 	}
-	syms := text.Symbols
-	// The bytes before a function belong to what mitigations put there: call depth
-	// tracking writes them when it first needs them (patch_dest in
-	// arch/x86/kernel/callthunks.c), kCFI and FineIBT have their hash and check
-	// there (is_cfi_preamble_symbol in kernel/kprobes.c).
+	syms := text.syms
+	// The bytes before a function are used by mitigations: call depth tracking writes
+	// them when it first needs them (patch_dest in arch/x86/kernel/callthunks.c), kCFI
+	// and FineIBT have their hash and check there (is_cfi_preamble_symbol in
+	// kernel/kprobes.c).
 	if next, ok := syms.Next(addr); ok {
 		if f, off, ok := syms.Find(next); ok && off == 0 {
 			for _, prefix := range []string{"__pfx_", "__cfi_"} {
@@ -128,9 +129,9 @@ func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 	return "", nil
 }
 
-// booting returns an error as long as the kernel hasn't come to its last steps
-// before init: until then it applies alternatives, makes its lists and frees what
-// only booting needs. Values of system_state from 2 on are beyond that in every
+// booting returns an error until the kernel has reached its last steps before init:
+// before them it applies alternatives, makes its lists and frees what only booting
+// needs. Values of system_state from 2 on are beyond that in every
 // version (enum system_states, include/linux/kernel.h).
 func (k *Kernel) booting() error {
 	if k.booted.Load() {
@@ -138,26 +139,26 @@ func (k *Kernel) booting() error {
 	}
 	at, err := k.symbol("system_state")
 	if errors.Is(err, sysmap.ErrNotFound) {
-		return nil // without symbols of data, tables aren't known either
+		return nil // without symbols of data, no table is known either
 	}
 	if err != nil {
-		return fmt.Errorf("%w: whether the kernel has booted can't be told: %w", ErrUnknownPlaces, err)
+		return fmt.Errorf("%w: system_state: %w", ErrUnknownPlaces, err)
 	}
 	var b [4]byte
 	if err := k.Read(at, b[:]); err != nil {
-		return fmt.Errorf("%w: whether the kernel has booted can't be told: %w", ErrUnknownPlaces, err)
+		return fmt.Errorf("%w: system_state: %w", ErrUnknownPlaces, err)
 	}
 	if le32(b[:]) < 2 {
-		return fmt.Errorf("%w: the kernel boots, and rewrites its text", ErrNotProbeable)
+		return fmt.Errorf("%w: the kernel is still booting, and rewrites its text", ErrNotProbeable)
 	}
 	k.booted.Store(true)
 	return nil
 }
 
 // FtraceSite reports whether ftrace may rewrite the instruction at addr, of the
-// kernel or of a module, and whether it traces it now. If the guest starts to trace
-// a function while a breakpoint is there, it finds a byte it didn't expect, and
-// turns ftrace off.
+// kernel or of a module, and whether it traces the function now. If the guest starts to
+// trace a function with a breakpoint there, ftrace finds a byte that it didn't expect,
+// and turns itself off.
 func (k *Kernel) FtraceSite(addr uint64) (traced, ok bool) {
 	p, err := k.placesOf(addr)
 	if err != nil {
@@ -176,6 +177,9 @@ func (k *Kernel) FtraceSite(addr uint64) (traced, ok bool) {
 // FtraceSites returns how many instructions of the kernel ftrace may rewrite, and
 // so how many of its functions its own tracers can trace.
 func (k *Kernel) FtraceSites() (int, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	p, err := k.kernelPlaces()
 	if err != nil {
 		return 0, err
@@ -186,8 +190,8 @@ func (k *Kernel) FtraceSites() (int, error) {
 	return len(p.trace), nil
 }
 
-// isFunction rules out names of no function: bytes before one, and labels of the
-// linker script. Since 6.16 the letters tell code from data no more.
+// isFunction rules out symbols of what is no function: the bytes before one, and labels
+// of the linker script. Since 6.16 the letters no longer tell code from data.
 func isFunction(s sysmap.Symbol) bool {
 	return (s.Type|0x20 == 't' || s.Type|0x20 == 'w') &&
 		!strings.HasPrefix(s.Name, "__pfx_") && !strings.HasPrefix(s.Name, "__cfi_") &&
@@ -195,11 +199,14 @@ func isFunction(s sysmap.Symbol) bool {
 }
 
 // Functions returns the functions of the kernel whose names match a pattern (as
-// in [path.Match]) and whose first instructions may be probed. It fails if that
-// isn't known of any.
+// in [path.Match]) and whose first instructions may be probed. It fails if the
+// tables that say so aren't known.
 func (k *Kernel) Functions(pattern string) (iter.Seq[sysmap.Symbol], error) {
 	if _, err := path.Match(pattern, ""); err != nil {
 		return nil, fmt.Errorf("%q: %w", pattern, err)
+	}
+	if k == nil {
+		return nil, ErrNoKernel
 	}
 	p, err := k.kernelPlaces()
 	if err != nil {

@@ -9,12 +9,16 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// SetOverlay sets what is applied to kernel text that is read to be decoded: the
-// caller's own breakpoints are in the guest's memory, and overlay puts into b, which
-// was read at addr, what is under them. Nil is nothing. It is called in
-// [Kernel.Boundary], [Kernel.ProbePoint], [Kernel.Probeable], [Kernel.Blacklisted]
-// and [Kernel.FtraceSite], and by whatever goroutine calls those.
-func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) { k.overlay.Store(&overlay) }
+// SetOverlay hides the caller's own breakpoints, which are in the guest's memory, from
+// whatever decodes the text: overlay replaces them, in the bytes b that were read at
+// addr, by what is under them. Nil hides none. It is called by [Kernel.Place],
+// [Kernel.Boundary], [Kernel.ProbePoint], [Kernel.Probeable], [Kernel.Blacklisted] and
+// [Kernel.FtraceSite], in the goroutine that calls those.
+func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) {
+	if k != nil {
+		k.overlay.Store(&overlay)
+	}
+}
 
 // readText is Read without breakpoints of the caller's own.
 func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
@@ -26,55 +30,102 @@ func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
 }
 
 // textOf returns the text that p is of.
-func (k *Kernel) textOf(p *places) (Text, error) {
+func (k *Kernel) textOf(p *places) (kernelText, error) {
 	if p.module == "" {
-		return Text{k.syms, k.readText}, nil
+		return kernelText{k.syms, k.readText}, nil
 	}
 	all, err := k.AllSymbols()
-	return Text{all, k.readText}, err
+	return kernelText{all, k.readText}, err
 }
 
-// Boundary is [Text.Boundary] of the kernel's text and its modules'.
+// Boundary returns nil if addr is the start of an instruction of the kernel or of a
+// module, by decoding its function from the beginning, as the kernel's can_probe does
+// (arch/x86/kernel/kprobes/core.c). Breakpoints of the caller's own are not decoded:
+// see [Kernel.SetOverlay]. The error wraps ErrNotProbeable: it is x86's ErrNotBoundary
+// where addr is inside an instruction, and ErrUnknownPlaces where no symbol or no code
+// tells.
 func (k *Kernel) Boundary(addr uint64) error {
+	if k == nil {
+		return ErrNoKernel
+	}
 	syms := k.syms
 	if _, _, ok := syms.Find(addr); !ok {
 		var err error
 		if syms, err = k.AllSymbols(); err != nil {
-			return fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrUnknownPlaces, err)
+			return fmt.Errorf("%#x: %w: the symbols of modules are not known: %w", addr, ErrUnknownPlaces, err)
 		}
 	}
-	return Text{syms, k.readText}.Boundary(addr)
+	return kernelText{syms, k.readText}.boundary(addr)
+}
+
+// Placing says how [Kernel.Place] chooses. The zero value is the safe choice.
+type Placing struct {
+	// Hidden says that the guest can't see the breakpoint, in a register or in a view
+	// of its own: it may stand anywhere.
+	Hidden bool
+	// Force takes the risk of a place that the kernel forbids, or doesn't tell about.
+	// An address inside an instruction is refused all the same.
+	Force bool
+}
+
+// Place returns where the breakpoint of a probe at addr has to stand, or why there
+// may be none. It is [Kernel.Probeable] and [Kernel.ProbePoint] together. Places of
+// which it isn't known whether the kernel expects their faults are refused as well:
+// see [Kernel.FaultsKnown].
+func (k *Kernel) Place(addr uint64, how Placing) (uint64, error) {
+	boundary := k.Boundary(addr)
+	if k == nil || errors.Is(boundary, x86.ErrNotBoundary) {
+		return 0, boundary
+	}
+	if !how.Force {
+		if err := k.Blacklisted(addr); err != nil {
+			return 0, err
+		}
+		if err := k.FaultsKnown(addr); err != nil {
+			return 0, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, err)
+		}
+		if boundary != nil {
+			return 0, boundary
+		}
+	}
+	if how.Hidden {
+		return addr, nil
+	}
+	at, err := k.ProbePoint(addr)
+	if err != nil && how.Force {
+		return addr, nil //nolint:nilerr // the caller takes the risk
+	}
+	return at, err
 }
 
 // ProbePoint returns where a breakpoint has to stand, so that it is hit as often as
-// addr is executed, and nothing is touched that the guest rewrites. It is addr
-// itself, but for two instructions that do nothing, which are stepped over, as the
-// kernel's kprobes does:
+// addr is executed, and nothing is touched that the guest rewrites. That is addr
+// itself, unless one of two instructions without effect is there, or both. These are
+// skipped, as the kernel's kprobes skip them:
 //
-//   - ENDBR64 at which a function begins. With indirect branch tracking (CR4.CET) an
-//     indirect call must find it: an int3 there comes first, but when it is emulated by
-//     moving RIP, the processor still waits for an ENDBR64 (SDM 1, Indirect Branch
-//     Tracking). And the guest's own tools look for it there (is_endbr in
-//     arch/x86/include/asm/ibt.h).
-//   - The NOP of 5 bytes, behind that or at the function's entry, that ftrace makes
-//     a call when it traces the function. It compares before it writes; an int3 there
-//     turns ftrace off until the guest is booted again.
+//   - ENDBR64 at the beginning of a function. With indirect branch tracking (CR4.CET)
+//     an indirect call must arrive at one. An int3 there would hit first, but when the
+//     ENDBR64 under it is emulated by moving RIP, the processor still waits for one
+//     (SDM 1, Indirect Branch Tracking). The guest's own tools look for it there, too
+//     (is_endbr in arch/x86/include/asm/ibt.h).
+//   - The NOP of 5 bytes, after that or at the function's entry, which ftrace makes a
+//     call to trace the function. It compares before it writes: an int3 there turns
+//     ftrace off until the guest reboots.
 //
-// Whoever executes addr comes to what is behind them. A tracer that is called
-// returns there; a BPF trampoline goes there itself (it calls the function at addr+5,
-// arch_prepare_bpf_trampoline in arch/x86/net/bpf_jit_comp.c). The registers are then
-// as they were at addr, but for the stack if a function is traced at its return
-// (fexit, function graph): it has the tracer's return address. What does not come
-// there: a call that a live patch, or another of ftrace's users with
-// FTRACE_OPS_FL_IPMODIFY, sends elsewhere; one whose function fmod_ret programs, or
-// fault injection, have return at once; and a BPF dispatcher's, whose entry is made a
-// jump (in kernels before 6.2).
+// A vCPU that executes addr reaches the instruction after them: a tracer returns
+// there, and a BPF trampoline calls it (at addr+5, arch_prepare_bpf_trampoline in
+// arch/x86/net/bpf_jit_comp.c). The registers are then as they were at addr, except
+// that the stack has the tracer's return address if the function is traced at its
+// return (fexit, function graph). Some calls do not get there: those that a live patch,
+// or another user of ftrace with FTRACE_OPS_FL_IPMODIFY, redirects; those that a
+// fmod_ret program or fault injection makes return at once; and those of a BPF
+// dispatcher, whose entry is made a jump (in kernels before 6.2).
 //
-// Who comes there that didn't execute addr is looked for: if a branch of the function,
-// or of what the compiler split off it as .cold, or a jump label leads there, or if
-// there is no place for a probe there, addr itself is returned if it is an ENDBR64 and
-// no vCPU tracks branches; else there is no place, and the error wraps
-// ErrNotProbeable. If addr is the place, it is as with [Kernel.Probeable].
+// Nor may a vCPU get there that did not execute addr. If a branch of the function, or of
+// the .cold part that the compiler split off it, or a jump label leads there, or if no
+// breakpoint may stand there, ProbePoint returns addr itself if it is an ENDBR64 and no
+// vCPU tracks branches; otherwise the error wraps ErrNotProbeable. Where nothing is
+// skipped, the checks are those of [Kernel.Probeable].
 func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
 	p, err := k.placesOf(addr)
 	if err != nil {
@@ -85,7 +136,7 @@ func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
 	}
 	text, err := k.textOf(p)
 	if err != nil {
-		return 0, fmt.Errorf("%#x: %w: what function it is in can't be told: %w", addr, ErrUnknownPlaces, err)
+		return 0, fmt.Errorf("%#x: %w: the symbols of modules are not known: %w", addr, ErrUnknownPlaces, err)
 	}
 	f, err := text.functionAt(addr)
 	if err != nil {
@@ -119,7 +170,7 @@ func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
 		}
 		err = reasons{err, tracked}
 	}
-	return 0, fmt.Errorf("%#x: %w: it is no place, and %#x, to which it leads, can't stand for it: %w", addr, ErrNotProbeable, at, err)
+	return 0, fmt.Errorf("%#x: %w: the instruction must stay as it is, and %#x, after it, is not safe: %w", addr, ErrNotProbeable, at, err)
 }
 
 const endbrSize = 4
@@ -135,13 +186,13 @@ func (f *function) endbr(addr uint64) bool {
 	return b == [...]byte{0xf3, 0x0f, 0x1e, 0xfa} || b == [...]byte{0x66, 0x0f, 0x1f, 0x00} || b == [...]byte{0x0f, 0x1f, 0x40, 0xd6}
 }
 
-// traceable checks that the instruction at a place of ftrace's is a NOP, or a call
-// that comes back. The NOPs are those of 64-bit kernels, and those that 5.10 chose
+// traceable checks that the instruction at an ftrace site is a NOP, or a call, which
+// returns. The NOPs are those of 64-bit kernels, and those that 5.10 chose
 // by the processor (arch/x86/include/asm/nops.h).
 func (f *function) traceable(at uint64) error {
 	off := at - f.start
 	if off+ftraceSize > uint64(len(f.code)) {
-		return fmt.Errorf("%#x: %w: ftrace's instruction doesn't end in %q", at, ErrNotProbeable, f.name)
+		return fmt.Errorf("%#x: %w: ftrace's instruction reaches beyond the end of %q", at, ErrNotProbeable, f.name)
 	}
 	b := [ftraceSize]byte(f.code[off:])
 	switch b {
@@ -152,17 +203,18 @@ func (f *function) traceable(at uint64) error {
 	case callRel32:
 		return nil
 	case 0xcc:
-		return fmt.Errorf("%#x: %w: the guest rewrites ftrace's instruction at this moment, or has a breakpoint there", at, ErrNotProbeable)
+		return fmt.Errorf("%#x: %w: the guest is rewriting ftrace's instruction, or has a breakpoint there", at, ErrNotProbeable)
 	case 0xe9:
 		return fmt.Errorf("%#x: %w: the function is redirected: ftrace's instruction is a jump elsewhere", at, ErrNotProbeable)
 	}
 	return fmt.Errorf("%#x: %w: % x where ftrace has a NOP or a call", at, ErrNotProbeable, b)
 }
 
-// beyond checks that at is a place that is come to from addr only.
-func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) error {
+// beyond checks that a breakpoint may stand at at, and that at is reached from addr
+// only.
+func (k *Kernel) beyond(p *places, text kernelText, f *function, addr, at uint64) error {
 	if at >= f.start+uint64(len(f.code)) {
-		return fmt.Errorf("%#x is behind the end of %q", at, f.name)
+		return fmt.Errorf("%#x is past the end of %q", at, f.name)
 	}
 	if err := k.refused(p, at); err != nil {
 		return err
@@ -177,7 +229,7 @@ func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) erro
 		return fmt.Errorf("%#x: a jump label leads there, too", at)
 	}
 	parts := []function{*f}
-	for _, s := range text.Symbols.LookupAll(f.name + ".cold") {
+	for _, s := range text.syms.LookupAll(f.name + ".cold") {
 		cold, err := text.functionAt(s.Addr)
 		if err != nil {
 			return err
@@ -188,10 +240,10 @@ func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) erro
 		for pc := part.start; pc < part.start+uint64(len(part.code)); {
 			in, err := x86.Decode(part.code[pc-part.start:])
 			if errors.Is(err, x86.ErrTruncated) && pc > addr {
-				break // the rest of a page, or the like
+				break // only this much could be read
 			}
 			if err != nil {
-				return fmt.Errorf("%#x: what leads to %#x can't be told: %w", pc, at, err)
+				return fmt.Errorf("%#x: whether it leads to %#x can't be told: %w", pc, at, err)
 			}
 			skipped := pc >= addr && pc < at
 			if to, ok := target(pc, in.Bytes()); ok && !skipped && to > addr && to <= at {
@@ -207,8 +259,8 @@ func (k *Kernel) beyond(p *places, text Text, f *function, addr, at uint64) erro
 // 2.5).
 const cr4CET = 1 << 23
 
-// tracked returns an error if a vCPU may track indirect branches. Xen has that off
-// in PV guests, and keeps their CR4 to itself.
+// tracked returns an error if a vCPU may track indirect branches. PV guests can't: Xen
+// owns their CR4.
 func (k *Kernel) tracked() error {
 	cpus, err := k.machine.CPUs()
 	if err != nil {

@@ -32,8 +32,36 @@ func (s Syscall) String() string {
 // behind, one for each system call (SYSCALL_METADATA, include/linux/syscalls.h).
 const syscallMeta = "__syscall_meta__"
 
-// maxSyscallArgs is what the processor's calling convention has room for.
+// maxSyscallArgs is how many arguments the calling convention of system calls has
+// room for (System V ABI for AMD64, A.2.1).
 const maxSyscallArgs = 6
+
+// wrapperPrefix begins the names of the functions that system calls enter, in
+// kernels since 4.17 (arch/x86/include/asm/syscall_wrapper.h). Before, they were
+// called sys_NAME, and took the arguments themselves.
+const wrapperPrefix = "__x64_sys_"
+
+// wrapped returns the name of the system call whose wrapper a symbol is.
+func wrapped(symbol string) (call string, ok bool) {
+	if call, ok = strings.CutPrefix(symbol, wrapperPrefix); !ok || call == "" {
+		return "", false
+	}
+	return call, true
+}
+
+// syscallArgs are offsets in struct pt_regs, the same in every 64-bit kernel since
+// 2.6.24 (arch/x86/include/asm/ptrace.h).
+var syscallArgs = [maxSyscallArgs]uint64{112 /* di */, 104 /* si */, 96 /* dx */, 56 /* r10 */, 72 /* r8 */, 64 /* r9 */}
+
+// SyscallArgOffset returns the offset, in bytes, of argument n, from 0 to 5, of a
+// system call in the caller's registers (struct pt_regs, 8 bytes a register), to which
+// the one argument of the wrapper points. ok is false for any other n.
+func SyscallArgOffset(n int) (offset uint64, ok bool) {
+	if n < 0 || n >= len(syscallArgs) {
+		return 0, false
+	}
+	return syscallArgs[n], true
+}
 
 // Syscall returns the description of a system call, by its name without "sys_".
 // It fails with an error that wraps [sysmap.ErrNotFound] if the kernel has no
@@ -49,6 +77,9 @@ func (k *Kernel) Syscall(name string) (Syscall, error) {
 // Syscalls returns every system call that the kernel describes, by address of the
 // description.
 func (k *Kernel) Syscalls() ([]Syscall, error) {
+	if k == nil {
+		return nil, ErrNoKernel
+	}
 	o := k.begin("system calls")
 	var all []Syscall
 	for sym := range k.syms.All() {

@@ -113,7 +113,7 @@ func TestKernelFile(t *testing.T) {
 			v := vmlinux{t, g, f}
 			boots, err := linux.Discover(t.Context(), g.Machine(), nil)
 			require.NoError(t, err)
-			require.ErrorContains(t, boots.Probeable(v.addr("do_sys_openat2")), "boots")
+			require.ErrorContains(t, boots.Probeable(v.addr("do_sys_openat2")), "still booting")
 
 			sites := v.booted()
 			k, err := linux.Discover(t.Context(), g.Machine(), nil)
@@ -213,7 +213,7 @@ func testFtrace(v vmlinux, k *linux.Kernel, sites []uint64) {
 			require.NoError(v, k.Probeable(at))
 		}
 	}
-	v.Logf("%d functions that are traced: the probe is behind the NOP at %d, at the ENDBR64 at %d, and not possible at %d; behind %d is what the kernel rewrites",
+	v.Logf("%d functions that are traced: the probe is after the NOP at %d, at the ENDBR64 at %d, and not possible at %d; after %d is what the kernel rewrites",
 		len(sites), behind, itself, refused, patched)
 	assert.Less(v, refused+itself, len(sites)/100)
 	for _, name := range []string{"hrtimer_active", "panic_smp_self_stop"} { // loops begin behind their NOPs

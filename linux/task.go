@@ -14,8 +14,8 @@ import (
 // A Task is a thread of the guest.
 type Task struct {
 	Addr   uint64 // of its struct task_struct
-	PID    int    // of the thread, as gettid tells it in the initial namespace
-	TGID   int    // of the process, as getpid does
+	PID    int    // of the thread, as gettid returns it in the initial PID namespace
+	TGID   int    // of the process, as getpid returns it
 	PPID   int    // of the process that is its parent, 0 if none
 	Comm   string // the thread's name, at most 15 bytes, as it is in memory
 	UID    uint32 // effective: cred.euid
@@ -39,11 +39,11 @@ const (
 	maxCPUs  = 8192 // CONFIG_NR_CPUS with MAXSMP
 )
 
-// listTries is how often a list is read that the running guest changes meanwhile.
+// listTries is how often a list is read if the running guest changes it meanwhile.
 const listTries = 5
 
-// Task reads the task whose struct task_struct is at addr. What the types at hand
-// don't tell (inferred ones have only the first few fields) stays zero.
+// Task reads the task whose struct task_struct is at addr. Fields that the types lack
+// stay zero; inferred types have only the first few.
 func (k *Kernel) Task(addr uint64) (Task, error) {
 	return k.begin("task").task(addr)
 }
@@ -92,7 +92,7 @@ func (o *op) task(addr uint64) (Task, error) {
 	return task, nil
 }
 
-// optional is zero where the types don't have a field.
+// optional returns zero if the types don't have a field.
 func optional[T any](v T, err error) (T, error) {
 	if errors.Is(err, ktype.ErrNoField) || errors.Is(err, ktype.ErrNoType) {
 		var zero T
@@ -130,8 +130,7 @@ func (k *Kernel) Processes(idle bool) ([]Task, error) {
 	})
 }
 
-// tasks adds the tasks on a list, which are linked by the given member, to those
-// that it is given.
+// tasks appends the tasks on a list, which are linked by the given member.
 func (o *op) tasks(t *ktype.Types, head uint64, member string, tasks []Task) ([]Task, error) {
 	for at, err := range t.List(o, head, "task_struct", member, maxTasks) {
 		if err != nil {
@@ -146,8 +145,8 @@ func (o *op) tasks(t *ktype.Types, head uint64, member string, tasks []Task) ([]
 	return tasks, nil
 }
 
-// initTask returns the address of the first task, the idle one: that of a symbol,
-// or, in a kernel without, where it was found by its structure.
+// initTask returns the address of the first task, the idle one: by its symbol or, in a
+// kernel without symbols of data, as it was inferred.
 func (k *Kernel) initTask() (uint64, error) {
 	if a := k.idleAddr.Load(); a != 0 {
 		return a, nil
@@ -155,7 +154,7 @@ func (k *Kernel) initTask() (uint64, error) {
 	return k.symbol("init_task")
 }
 
-// again reads a list once more if it was changed under the reader.
+// again reads a list, and reads it again if it changed meanwhile.
 func again[T any](read func() ([]T, error)) (list []T, err error) {
 	for range listTries {
 		if list, err = read(); !errors.Is(err, ktype.ErrListBroken) {
@@ -248,10 +247,12 @@ func (k *Kernel) PerCPU(cpu int) (uint64, error) {
 	return k.pointer(table + uint64(cpu)*uint64(k.bits/8))
 }
 
-// UserRoot returns the page tables of a task's own memory, through which its
-// kernel side can be reached as well. For a task without memory of its own it
-// returns ErrNoMemory.
+// UserRoot returns the page tables of a task's own memory. They map the kernel as
+// well. For a task without memory of its own it returns ErrNoMemory.
 func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
+	if k == nil {
+		return 0, ErrNoKernel
+	}
 	if t.MM == 0 {
 		return 0, fmt.Errorf("%v: %w", t, ErrNoMemory)
 	}
@@ -283,7 +284,7 @@ func (k *Kernel) ReadUser(t Task, addr uint64, b []byte) error {
 	return err
 }
 
-// A Layout is where the parts of a process' memory are, from struct mm_struct:
+// A Layout is where the parts of a process's memory are, from struct mm_struct:
 // XenAccess' xa_linux_taskaddr_t.
 type Layout struct {
 	StartCode, EndCode uint64
@@ -296,6 +297,9 @@ type Layout struct {
 
 // Layout returns where the parts of a task's memory are.
 func (k *Kernel) Layout(t Task) (Layout, error) {
+	if k == nil {
+		return Layout{}, ErrNoKernel
+	}
 	if t.MM == 0 {
 		return Layout{}, fmt.Errorf("%v: %w", t, ErrNoMemory)
 	}
@@ -391,7 +395,7 @@ func (k *Kernel) Cgroup(t Task) (string, error) {
 		names = append(names, name)
 		kn = up
 	}
-	return "", fmt.Errorf("%v: more than %d cgroups in one another: %w", t, maxCgroups, ErrBadKernel)
+	return "", fmt.Errorf("%v: cgroups nested more than %d deep: %w", t, maxCgroups, ErrBadKernel)
 }
 
 func le64(b []byte) uint64 { return binary.LittleEndian.Uint64(b) }

@@ -8,15 +8,16 @@ import (
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
-// Text is kernel text: its symbols, and how it is read.
-type Text struct {
-	Symbols *sysmap.Map
-	// Read reads len(b) bytes at addr, or only the first n and says why. Breakpoints
-	// that aren't the guest's must not show in them.
-	Read func(addr uint64, b []byte) (n int, err error)
+// kernelText is the text of the kernel, or of it and its modules: its symbols, and how
+// it is read.
+type kernelText struct {
+	syms *sysmap.Map
+	// read reads len(b) bytes at addr, or only the first n and says why. Breakpoints
+	// of the caller's own don't show in them where instructions are decoded.
+	read func(addr uint64, b []byte) (n int, err error)
 }
 
-// A function is the code of the function that an address is in.
+// A function is the code of one function.
 type function struct {
 	name  string
 	start uint64
@@ -28,32 +29,30 @@ type function struct {
 const maxFunction = 1 << 20
 
 // functionAt reads the function that addr is in, to its end.
-func (t Text) functionAt(addr uint64) (f function, err error) {
-	sym, off, ok := t.Symbols.Find(addr)
+func (t kernelText) functionAt(addr uint64) (f function, err error) {
+	sym, off, ok := t.syms.Find(addr)
 	if !ok {
-		return f, fmt.Errorf("%#x: %w: in no function that has a name", addr, ErrNotProbeable)
+		return f, fmt.Errorf("%#x: %w: no symbol covers it", addr, ErrUnknownPlaces)
 	}
 	if off > maxFunction {
-		return f, fmt.Errorf("%#x: %w: %#x bytes behind %q, the nearest symbol", addr, ErrNotProbeable, off, sym.Name)
+		return f, fmt.Errorf("%#x: %w: %#x bytes after %q, the nearest symbol", addr, ErrUnknownPlaces, off, sym.Name)
 	}
-	end, ok := t.Symbols.FuncEnd(addr)
+	end, ok := t.syms.FuncEnd(addr)
 	if !ok || end <= addr {
 		end = addr + 1
 	}
 	f = function{sym.Name, sym.Addr, make([]byte, min(end-sym.Addr, maxFunction+x86.MaxLen))}
-	n, err := t.Read(f.start, f.code)
+	n, err := t.read(f.start, f.code)
 	if uint64(n) <= off {
-		return f, fmt.Errorf("%#x: %w: the code of %q can't be read: %w", addr, ErrNotProbeable, f.name, err)
+		return f, fmt.Errorf("%#x: %w: the code of %q can't be read: %w", addr, ErrUnknownPlaces, f.name, err)
 	}
 	f.code = f.code[:n]
 	return f, nil
 }
 
-// Boundary returns nil if addr is the start of an instruction, by decoding its
-// function from the beginning, as the kernel's can_probe does. Else the error wraps
-// ErrNotProbeable, and x86's ErrNotBoundary where addr is inside an instruction.
-func (t Text) Boundary(addr uint64) error {
-	if sym, off, ok := t.Symbols.Find(addr); ok && off == 0 && sym.Addr == addr {
+// boundary returns nil if addr is the start of an instruction: see [Kernel.Boundary].
+func (t kernelText) boundary(addr uint64) error {
+	if sym, off, ok := t.syms.Find(addr); ok && off == 0 && sym.Addr == addr {
 		return nil
 	}
 	f, err := t.functionAt(addr)
@@ -67,8 +66,8 @@ func (f *function) boundary(addr uint64) error {
 	if err := x86.FindBoundary(f.code, f.start, addr); err != nil {
 		return fmt.Errorf("%w: %q: %w", ErrNotProbeable, f.name, err)
 	}
-	// An int3 on the way that isn't padding stands for the first byte of something
-	// longer: a probe of the guest's own, or text that is being rewritten.
+	// An int3 on the way that isn't padding hides the first byte of an instruction: it
+	// is a probe of the guest's own, or the kernel is rewriting the text.
 	padding := false
 	for at := f.start; at < addr; {
 		in, err := x86.Decode(f.code[at-f.start:])
@@ -84,13 +83,13 @@ func (f *function) boundary(addr uint64) error {
 	return nil
 }
 
-// prefixes are those that a branch may have without being another one: CS, DS,
-// operand size, REPNE and REP (SDM 2A, 2.1.1).
+// prefixes are those that leave a branch the same branch: CS, DS, operand size, REPNE
+// and REP (SDM 2A, 2.1.1).
 var prefixes = []byte{0x2e, 0x3e, 0x66, 0xf2, 0xf3}
 
-// leaves reports whether no execution goes on behind an instruction, so that int3
-// there stop speculation, or fill (SDM 2A and 2B: RET, IRET, JMP, HLT, UD0 to UD2,
-// SYSRET, SYSEXIT).
+// leaves reports whether the processor never goes on past an instruction,
+// so that int3 there stop speculation or are padding (SDM 2A and 2B: RET, IRET, JMP,
+// HLT, UD0 to UD2, SYSRET, SYSEXIT).
 func leaves(b []byte) bool {
 	for len(b) > 1 && (slices.Contains(prefixes, b[0]) || b[0]&0xf0 == 0x40) {
 		b = b[1:]
@@ -106,7 +105,7 @@ func leaves(b []byte) bool {
 	return false
 }
 
-// target returns where a direct branch leads that is at addr (SDM 2A: Jcc, JMP,
+// target returns where the direct branch at addr leads, if b is one (SDM 2A: Jcc, JMP,
 // CALL, LOOP, JCXZ).
 func target(addr uint64, b []byte) (uint64, bool) {
 	next := addr + uint64(len(b))

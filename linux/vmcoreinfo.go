@@ -28,7 +28,7 @@ type Scanner interface {
 // page of lines, the first of which is OSRELEASE=.
 type vmcoreinfo map[string]string
 
-// vmcoreMagic begins the page: in all of a guest's memory nothing else is so.
+// vmcoreMagic begins the page, and hardly any other page of a guest.
 const vmcoreMagic = "OSRELEASE="
 
 // Bounds. Anybody in the guest can write such pages: those that lead to no kernel
@@ -40,7 +40,8 @@ const (
 	maxVMCoreLines = 1 << 9 // 6.12 has 150 or so
 )
 
-// findVMCoreInfo searches memory for page tables, where no register tells them.
+// findVMCoreInfo finds page tables where there are no registers, by searching memory
+// for crash dump information.
 func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 	var images []image
 	var errs error
@@ -104,9 +105,9 @@ func parseVMCoreInfo(page []byte) vmcoreinfo {
 	return v
 }
 
-// image follows the page tables that the information names. It has the address of
-// swapper_pg_dir in the kernel's mapping of itself, and where that is in physical
-// memory (phys_base, arch/x86/kernel/head64.c), which may be below zero.
+// image follows the page tables that the information names: it has the virtual address
+// of swapper_pg_dir, and by how much the kernel's mapping of itself is moved in physical
+// memory (phys_base, arch/x86/kernel/head64.c), which may be negative.
 func (v vmcoreinfo) image(m Machine) (image, error) {
 	pgd, err := strconv.ParseUint(v["SYMBOL(swapper_pg_dir)"], 16, 64)
 	if err != nil {

@@ -6,12 +6,14 @@ import (
 	"io/fs"
 	"strconv"
 	"strings"
+
+	"github.com/vmprobes/vmprobes/internal/sentinel"
 )
 
 var (
 	// ErrNotFound means that the map has no such symbol. It matches
 	// fs.ErrNotExist.
-	ErrNotFound = fmt.Errorf("symbol not found: %w", fs.ErrNotExist)
+	ErrNotFound = sentinel.New("symbol not found", fs.ErrNotExist)
 
 	// ErrAmbiguous means that a name stands for several addresses. The error
 	// returned is an *AmbiguousError, which lists them.

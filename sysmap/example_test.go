@@ -30,7 +30,7 @@ func Example() {
 		fmt.Printf("%s+%#x\n", sym.Name, off)
 	}
 	// Output:
-	// "sys_open": symbol not found: file does not exist
+	// "sys_open": symbol not found
 	// try: __x64_sys_open, do_sys_openat2
 	// do_sys_openat2+0x4
 }

@@ -29,7 +29,7 @@
 //	xa_access_user_va, _va_range        Guest.User(pid), then .Page, .Read, .Write
 //	xa_access_pa                        Guest.Physical().Page, .Read, .Write
 //	xa_access_ma                        Guest.Machine().Page, .Read, .Write
-//	xa_translate_kv2p                   Guest.Translate
+//	xa_translate_kv2p                   Guest.Kernel().Translate
 //	xa_symbol_to_address                Guest.Symbol
 //	xa_read_long_sym, _long_long_sym    Guest.Symbol, then Kernel().Uint32, .Uint64
 //	xa_read_long_virt, _long_long_virt  Kernel() or User(pid), then .Uint32, .Uint64

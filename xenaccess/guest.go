@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -78,7 +79,8 @@ func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 }
 
 // New is Open for a guest that has been found already: it takes t over, and
-// succeeds always, as if Lax were set.
+// succeeds always, as if Lax were set. It is there for package vmprobes, which attaches
+// to the guest as well: t is of an internal package, and New may change at any time.
 func New(ctx context.Context, t target.Guest, opts *Options) *Guest {
 	if opts == nil {
 		opts = new(Options)
@@ -120,7 +122,7 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 	}
 	lo.Offsets = conf.Offsets
 	if types != "" {
-		if lo.Types, err = ktype.ParseFile(types); err != nil {
+		if lo.Types, err = parse(ctx, types, ktype.ParseFile); err != nil {
 			return nil, err
 		}
 	}
@@ -133,7 +135,7 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		}
 		return k, err
 	}
-	if lo.Symbols, err = sysmap.ParseFile(symbols); err != nil {
+	if lo.Symbols, err = parse(ctx, symbols, sysmap.ParseFile); err != nil {
 		return nil, fmt.Errorf("%w: %w", linux.ErrNoSymbols, err)
 	}
 	k, err := linux.Discover(ctx, t, lo)
@@ -141,6 +143,26 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		return nil, fmt.Errorf("%s: %w", symbols, err)
 	}
 	return k, nil
+}
+
+// parse reads a file, which takes seconds for one with debug information, or is given up
+// when ctx is done. Then what has begun goes on to its end, seen by nobody.
+func parse[T any](ctx context.Context, path string, f func(path string) (*T, error)) (*T, error) {
+	type result struct {
+		t   *T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		t, err := f(path)
+		done <- result{t, err}
+	}()
+	select {
+	case r := <-done:
+		return r.t, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s: %w", path, context.Cause(ctx))
+	}
 }
 
 // symbolPlaces is where distributions put the files of a kernel, by its release:
@@ -207,13 +229,28 @@ func (g *Guest) Err() error { return g.err }
 // Linux returns the guest's kernel, or nil if none was found: see Err.
 func (g *Guest) Linux() *linux.Kernel { return g.kernel }
 
-// Symbol returns the address of a symbol of the guest's kernel.
+// Symbol returns the address of a symbol of the guest's kernel, or of one of its
+// modules: "name", "module:name", or "name@2" for the second of several. If there is
+// none, the error suggests others.
 func (g *Guest) Symbol(name string) (uint64, error) {
 	if g.kernel == nil {
 		return 0, g.err
 	}
-	s, err := g.kernel.Symbols().Lookup(name)
-	return s.Addr, err
+	syms := g.kernel.Symbols()
+	s, err := syms.Lookup(name)
+	if !errors.Is(err, sysmap.ErrNotFound) {
+		return s.Addr, err
+	}
+	if all, aerr := g.kernel.AllSymbols(); aerr == nil {
+		syms = all
+		if s, err = all.Lookup(name); !errors.Is(err, sysmap.ErrNotFound) {
+			return s.Addr, err
+		}
+	}
+	if near := syms.Suggest(name); len(near) > 0 {
+		err = fmt.Errorf("%w; this kernel has %s", err, strings.Join(near, ", "))
+	}
+	return 0, err
 }
 
 // PhysicalSize returns where the guest's physical memory ends, in bytes. There may
@@ -225,13 +262,4 @@ func (g *Guest) PhysicalSize() (uint64, error) {
 	}
 	n, err := s.PhysicalPages()
 	return n * paging.PageSize, err
-}
-
-// Translate returns the physical address behind a kernel virtual one; for a PV
-// guest it is a machine address.
-func (g *Guest) Translate(addr uint64) (paging.Translation, error) {
-	if g.kernel == nil {
-		return paging.Translation{}, g.err
-	}
-	return g.kernel.Memory().Translate(g.kernel.Root(), paging.VAddr(addr))
 }

@@ -39,7 +39,7 @@ func TestSpaces(t *testing.T) {
 	require.ErrorIs(t, err, sysmap.ErrNotFound)
 
 	// One place by all the ways there are.
-	tr, err := g.Translate(banner)
+	tr, err := g.Kernel().Translate(banner)
 	require.NoError(t, err)
 	phys := uint64(tr.Phys())
 	want := k.RAM[phys:]
@@ -52,12 +52,15 @@ func TestSpaces(t *testing.T) {
 		"machine":  {g.Machine(), phys},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, err := c.s.String(c.addr, 4096)
+			s, err := c.s.ReadString(c.addr, 4096)
 			require.NoError(t, err)
 			assert.Equal(t, strings.TrimSpace(k.Symbols.Banner()), strings.TrimSpace(s))
-			short, err := c.s.String(c.addr, 5)
-			require.NoError(t, err)
+			short, err := c.s.ReadString(c.addr, 5)
+			require.ErrorIs(t, err, xenaccess.ErrNoTerminator)
 			assert.Equal(t, "Linux", short)
+			at, err := c.s.Translate(c.addr)
+			require.NoError(t, err)
+			assert.Equal(t, tr.Phys(), at.Phys())
 			b := make([]byte, 3*paging.PageSize)
 			n, err := c.s.Read(c.addr, b)
 			require.NoError(t, err)
@@ -126,7 +129,7 @@ func TestProcess(t *testing.T) {
 	assert.Equal(t, kerneltest.SyntheticBanner, g.Linux().Banner())
 	user, err := g.User(1)
 	require.NoError(t, err)
-	arg, err := user.String(kerneltest.SyntheticUser+0x100, 64)
+	arg, err := user.ReadString(kerneltest.SyntheticUser+0x100, 64)
 	require.NoError(t, err)
 	assert.Equal(t, kerneltest.SyntheticArgs[0], arg)
 	_, err = user.Uint8(kerneltest.SyntheticUser + paging.PageSize)
@@ -164,7 +167,7 @@ func TestLax(t *testing.T) {
 	require.ErrorIs(t, err, linux.ErrNoKernel)
 	_, err = g.User(1)
 	require.ErrorIs(t, err, linux.ErrNoKernel)
-	_, err = g.Translate(0)
+	_, err = g.Kernel().Translate(0)
 	require.ErrorIs(t, err, linux.ErrNoKernel)
 }
 

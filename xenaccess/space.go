@@ -1,14 +1,17 @@
 package xenaccess
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/paging"
 )
+
+// ErrNoTerminator: a string is longer than the limit.
+var ErrNoTerminator = cstring.ErrNoTerminator
 
 // ErrNoPhysical: the guest is a PV one, and where its physical memory is isn't
 // known.
@@ -74,8 +77,8 @@ func (g *Guest) Physical() Space {
 	return Space{frames: g.target, mem: g.raw, phys: g.kernel.PhysToMachine}
 }
 
-// Read fills b from addr on. n < len(b) if and only if err is not nil: what is
-// before the first page that can't be read is in b.
+// Read fills b from addr on. n < len(b) if and only if err is not nil: n bytes are
+// before the first page that can't be read.
 func (s Space) Read(addr uint64, b []byte) (n int, err error) {
 	if s.err != nil {
 		return 0, s.err
@@ -86,7 +89,7 @@ func (s Space) Read(addr uint64, b []byte) (n int, err error) {
 	return s.byPage(addr, b, s.mem.ReadPhys)
 }
 
-// Write stores b at addr, whatever the guest's page protection says.
+// Write stores b at addr, whatever the guest's page protection says. n is as in Read.
 func (s Space) Write(addr uint64, b []byte) (n int, err error) {
 	if s.err != nil {
 		return 0, s.err
@@ -145,23 +148,33 @@ func (s Space) Uint64(addr uint64) (uint64, error) {
 	return binary.LittleEndian.Uint64(b[:]), err
 }
 
-// String reads a NUL-terminated string of at most limit bytes. What could be read
-// is returned with an error, too.
-func (s Space) String(addr uint64, limit int) (string, error) {
-	var out []byte
-	var chunk [128]byte
-	for len(out) < limit {
-		at := addr + uint64(len(out))
-		b := chunk[:min(len(chunk), limit-len(out), int(paging.PageSize-at%paging.PageSize))]
-		n, err := s.Read(at, b)
-		if i := bytes.IndexByte(b[:n], 0); i >= 0 {
-			return string(append(out, b[:i]...)), nil
-		}
-		if out = append(out, b[:n]...); err != nil {
-			return string(out), err
-		}
+// ReadString reads a NUL-terminated string. If none of the first limit bytes is a NUL,
+// it returns these and an error that wraps ErrNoTerminator; if not all of it can be
+// read, what is before that, and why. The bytes are the guest's: quote them before they
+// go to a terminal.
+func (s Space) ReadString(addr uint64, limit int) (string, error) {
+	str, err := cstring.Read(s.Read, addr, limit)
+	if errors.Is(err, ErrNoTerminator) {
+		err = fmt.Errorf("xenaccess: string at %#x: %w", addr, err)
 	}
-	return string(out), nil
+	return str, err
+}
+
+// Translate returns the frame behind an address, which is machine memory of a PV guest
+// and physical memory of others, and for virtual addresses what the page tables allow
+// there.
+func (s Space) Translate(addr uint64) (paging.Translation, error) {
+	if s.err != nil {
+		return paging.Translation{}, s.err
+	}
+	if s.phys == nil {
+		return s.mem.Translate(s.root, paging.VAddr(addr))
+	}
+	f, err := s.phys(addr / paging.PageSize)
+	if err != nil {
+		return paging.Translation{}, err
+	}
+	return paging.Translation{Frame: f, Offset: addr % paging.PageSize, Size: paging.PageSize}, nil
 }
 
 // Decode reads a value of fixed size, or a slice of such, as [binary.Read] does:
@@ -184,20 +197,10 @@ func (s Space) Decode(addr uint64, v any) error {
 // valid, and follow the guest's memory where it can be mapped, until release is
 // called, which must be done once.
 func (s Space) Page(addr uint64) (page []byte, offset int, release func(), err error) {
-	if s.err != nil {
-		return nil, 0, nil, s.err
-	}
-	var f paging.Frame
-	if s.phys != nil {
-		f, err = s.phys(addr / paging.PageSize)
-	} else {
-		var t paging.Translation
-		t, err = s.mem.Translate(s.root, paging.VAddr(addr))
-		f = t.Frame
-	}
+	t, err := s.Translate(addr)
 	if err != nil {
 		return nil, 0, nil, err
 	}
-	page, release, err = s.frames.Page(f, false)
+	page, release, err = s.frames.Page(t.Frame, false)
 	return page, int(addr % paging.PageSize), release, err
 }

@@ -164,7 +164,7 @@ func (f *fakeLib) monitorEnable(DomID) (unsafe.Pointer, uint32, error) {
 }
 
 func (f *fakeLib) monitorSet(_ DomID, what monitorEvent, on, sync bool) error {
-	name := []string{"swbp", "step", "debug", "emul"}[what]
+	name := []string{"swbp", "step", "debug"}[what]
 	if on {
 		return f.call(name + " on")
 	}

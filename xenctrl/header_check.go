@@ -117,6 +117,7 @@ typedef struct vm_event_sring sring;
 typedef struct hvm_hw_cpu hvm;
 typedef vcpu_guest_context_t ctx;
 typedef struct cpu_user_regs user;
+typedef struct xen_domctl_getdomaininfo info;
 
 static const struct vmp_value vmp_values[] = {
 	V(DOMID_FIRST_RESERVED) V(DOMID_INVALID) V(VIRQ_DEBUGGER)
@@ -124,6 +125,8 @@ static const struct vmp_value vmp_values[] = {
 	V(XEN_DOMINF_dying) V(XEN_DOMINF_hvm_guest) V(XEN_DOMINF_shutdown) V(XEN_DOMINF_paused)
 	V(XEN_DOMINF_blocked) V(XEN_DOMINF_running) V(XEN_DOMINF_debugged)
 	V(XEN_DOMINF_shutdownshift) V(XEN_DOMINF_shutdownmask)
+	V(XEN_DOMCTL_pausedomain) V(XEN_DOMCTL_unpausedomain) V(XEN_DOMCTL_getdomaininfo)
+	V(XEN_DOMCTL_setvcpucontext) V(XEN_DOMCTL_getvcpucontext) V(XEN_DOMCTL_getvcpuextstate)
 	V(XEN_DOMCTL_setvcpuextstate) V(XEN_DOMCTL_gdbsx_guestmemio) V(XEN_DOMCTL_gdbsx_pausevcpu)
 	V(XEN_DOMCTL_gdbsx_unpausevcpu) V(XEN_DOMCTL_gdbsx_domstatus)
 	V(XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF) V(XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_ON)
@@ -133,10 +136,17 @@ static const struct vmp_value vmp_values[] = {
 	SZ(xen_extraversion_t) SZ(xen_capabilities_info_t)
 	V(HVM_SAVE_CODE(CPU))
 	{ "IOCTL_EVTCHN_NOTIFY", (unsigned)IOCTL_EVTCHN_NOTIFY }, { "IOCTL_PRIVCMD_HYPERCALL", (unsigned)IOCTL_PRIVCMD_HYPERCALL },
-	SZ(struct privcmd_hypercall) V(__HYPERVISOR_sched_op) V(SCHEDOP_yield)
+	SZ(struct privcmd_hypercall) V(__HYPERVISOR_sched_op) V(SCHEDOP_yield) V(__HYPERVISOR_domctl)
+	V(XEN_DOMCTL_INTERFACE_VERSION >= 0x12 && XEN_DOMCTL_INTERFACE_VERSION <= 0x18)
 	V(XENSTORE_PAYLOAD_MAX) V(XENSTORE_ABS_PATH_MAX)
 	V(XEN_DMOP_EVENT_hw_exc) V(XEN_DMOP_EVENT_pri_sw_exc) V(XEN_DMOP_EVENT_sw_exc)
 	{ "sizeof(xen_domctl.u)", sizeof(((struct xen_domctl *)0)->u) },
+	OFF(struct xen_domctl, cmd) OFF(struct xen_domctl, interface_version) OFF(struct xen_domctl, domain) OFF(struct xen_domctl, u)
+	OFF(info, domain) OFF(info, flags) OFF(info, tot_pages) OFF(info, max_pages) OFF(info, shared_info_frame) OFF(info, cpu_time)
+	OFF(info, nr_online_vcpus) OFF(info, max_vcpu_id) OFF(info, handle)
+	SZ(struct xen_domctl_vcpucontext) OFF(struct xen_domctl_vcpucontext, vcpu) OFF(struct xen_domctl_vcpucontext, ctxt)
+	SZ(struct xen_domctl_vcpuextstate) OFF(struct xen_domctl_vcpuextstate, vcpu) OFF(struct xen_domctl_vcpuextstate, xfeature_mask)
+	OFF(struct xen_domctl_vcpuextstate, size) OFF(struct xen_domctl_vcpuextstate, buffer)
 	OFF(struct xen_domctl_gdbsx_pauseunp_vcpu, vcpu)
 	OFF(struct xen_domctl_gdbsx_domstatus, paused)
 	OFF(struct xen_domctl_gdbsx_domstatus, vcpu_id)
@@ -146,7 +156,7 @@ static const struct vmp_value vmp_values[] = {
 	V(VM_EVENT_FLAG_VCPU_PAUSED) V(VM_EVENT_FLAG_EMULATE) V(VM_EVENT_FLAG_TOGGLE_SINGLESTEP)
 	V(VM_EVENT_FLAG_ALTERNATE_P2M) V(VM_EVENT_FLAG_SET_REGISTERS) V(VM_EVENT_FLAG_SET_EMUL_INSN_DATA)
 	V(VM_EVENT_REASON_UNKNOWN) V(VM_EVENT_REASON_SOFTWARE_BREAKPOINT) V(VM_EVENT_REASON_SINGLESTEP)
-	V(VM_EVENT_REASON_DEBUG_EXCEPTION) V(VM_EVENT_REASON_EMUL_UNIMPLEMENTED)
+	V(VM_EVENT_REASON_DEBUG_EXCEPTION)
 
 	OFF(sring, req_prod) OFF(sring, req_event) OFF(sring, rsp_prod) OFF(sring, rsp_event)
 	OFF(sring, pvt) OFF(sring, ring)

@@ -3,6 +3,7 @@
 package xenctrl
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"unsafe"
@@ -23,6 +24,8 @@ func TestHeaderValues(t *testing.T) {
 	var u UserRegs
 	var ti TrapInfo
 	var r hvmHWCPU
+	var d xenDomctl
+	var i xenDomainInfo
 	want := map[string]uint64{
 		"DOMID_FIRST_RESERVED": uint64(DomIDFirstReserved),
 		"DOMID_INVALID":        uint64(domNone),
@@ -39,6 +42,12 @@ func TestHeaderValues(t *testing.T) {
 		"XEN_DOMINF_shutdownshift": 16,  // DomainFlags.ShutdownReason
 		"XEN_DOMINF_shutdownmask":  255, // idem
 
+		"XEN_DOMCTL_pausedomain":                            domctlPauseDomain,
+		"XEN_DOMCTL_unpausedomain":                          domctlUnpauseDomain,
+		"XEN_DOMCTL_getdomaininfo":                          domctlGetDomainInfo,
+		"XEN_DOMCTL_setvcpucontext":                         domctlSetVCPUContext,
+		"XEN_DOMCTL_getvcpucontext":                         domctlGetVCPUContext,
+		"XEN_DOMCTL_getvcpuextstate":                        domctlGetVCPUExtState,
 		"XEN_DOMCTL_setvcpuextstate":                        domctlSetVCPUExtState,
 		"XEN_DOMCTL_gdbsx_guestmemio":                       domctlGdbsxGuestMemIO,
 		"XEN_DOMCTL_gdbsx_pausevcpu":                        domctlGdbsxPauseVCPU,
@@ -61,17 +70,36 @@ func TestHeaderValues(t *testing.T) {
 		"sizeof(struct privcmd_hypercall)":                  uint64(unsafe.Sizeof(privcmdHypercall{})),
 		"__HYPERVISOR_sched_op":                             hypervisorSchedOp,
 		"SCHEDOP_yield":                                     schedopYield,
-		"XENSTORE_PAYLOAD_MAX":                              maxStoreValue,
-		"XENSTORE_ABS_PATH_MAX":                             maxStorePath,
-		"XEN_DMOP_EVENT_hw_exc":                             EventTypeHardwareException,
-		"XEN_DMOP_EVENT_pri_sw_exc":                         EventTypePrivSoftwareException,
-		"XEN_DMOP_EVENT_sw_exc":                             EventTypeSoftwareException,
-		"TI_GET_IF":                                         TrapDisablesEvents,
-		"sizeof(xen_domctl.u)":                              uint64(len(domctlArgs{})),
-		"struct xen_domctl_gdbsx_pauseunp_vcpu.vcpu":        gdbsxPauseVCPUOff,
-		"struct xen_domctl_gdbsx_domstatus.paused":          gdbsxStatusPausedOff,
-		"struct xen_domctl_gdbsx_domstatus.vcpu_id":         gdbsxStatusVCPUIDOff,
-		"struct xen_domctl_gdbsx_domstatus.vcpu_ev":         gdbsxStatusVCPUEvOff,
+		"__HYPERVISOR_domctl":                               hypervisorDomctl,
+		fmt.Sprintf("XEN_DOMCTL_INTERFACE_VERSION >= %#x && XEN_DOMCTL_INTERFACE_VERSION <= %#x", domctlOldest, domctlNewest): 1,
+		"struct xen_domctl.cmd":               uint64(unsafe.Offsetof(d.cmd)),
+		"struct xen_domctl.interface_version": uint64(unsafe.Offsetof(d.face)),
+		"struct xen_domctl.domain":            uint64(unsafe.Offsetof(d.domain)),
+		"struct xen_domctl.u":                 uint64(unsafe.Offsetof(d.u)),
+		"info.domain":                         uint64(unsafe.Offsetof(i.domain)), "info.flags": uint64(unsafe.Offsetof(i.flags)),
+		"info.tot_pages": uint64(unsafe.Offsetof(i.totPages)), "info.max_pages": uint64(unsafe.Offsetof(i.maxPages)),
+		"info.shared_info_frame": uint64(unsafe.Offsetof(i.sharedInfoFrame)), "info.cpu_time": uint64(unsafe.Offsetof(i.cpuTime)),
+		"info.nr_online_vcpus": uint64(unsafe.Offsetof(i.nrOnlineVCPUs)), "info.max_vcpu_id": uint64(unsafe.Offsetof(i.maxVCPUID)),
+		"info.handle":                                  uint64(unsafe.Offsetof(i.handle)),
+		"sizeof(struct xen_domctl_vcpucontext)":        domctlContextHandleOff + 8,
+		"struct xen_domctl_vcpucontext.vcpu":           domctlVCPUOff,
+		"struct xen_domctl_vcpucontext.ctxt":           domctlContextHandleOff,
+		"sizeof(struct xen_domctl_vcpuextstate)":       domctlExtHandleOff + 8,
+		"struct xen_domctl_vcpuextstate.vcpu":          domctlVCPUOff,
+		"struct xen_domctl_vcpuextstate.xfeature_mask": domctlExtMaskOff,
+		"struct xen_domctl_vcpuextstate.size":          domctlExtSizeOff,
+		"struct xen_domctl_vcpuextstate.buffer":        domctlExtHandleOff,
+		"XENSTORE_PAYLOAD_MAX":                         maxStoreValue,
+		"XENSTORE_ABS_PATH_MAX":                        maxStorePath,
+		"XEN_DMOP_EVENT_hw_exc":                        EventTypeHardwareException,
+		"XEN_DMOP_EVENT_pri_sw_exc":                    EventTypePrivSoftwareException,
+		"XEN_DMOP_EVENT_sw_exc":                        EventTypeSoftwareException,
+		"TI_GET_IF":                                    TrapDisablesEvents,
+		"sizeof(xen_domctl.u)":                         uint64(len(domctlArgs{})),
+		"struct xen_domctl_gdbsx_pauseunp_vcpu.vcpu":   gdbsxPauseVCPUOff,
+		"struct xen_domctl_gdbsx_domstatus.paused":     gdbsxStatusPausedOff,
+		"struct xen_domctl_gdbsx_domstatus.vcpu_id":    gdbsxStatusVCPUIDOff,
+		"struct xen_domctl_gdbsx_domstatus.vcpu_ev":    gdbsxStatusVCPUEvOff,
 
 		"VM_EVENT_INTERFACE_VERSION":          vmEventVersion,
 		"VM_EVENT_FLAG_VCPU_PAUSED":           uint64(EventVCPUPaused),
@@ -84,7 +112,6 @@ func TestHeaderValues(t *testing.T) {
 		"VM_EVENT_REASON_SOFTWARE_BREAKPOINT": uint64(ReasonSoftwareBreakpoint),
 		"VM_EVENT_REASON_SINGLESTEP":          uint64(ReasonSingleStep),
 		"VM_EVENT_REASON_DEBUG_EXCEPTION":     uint64(ReasonDebugException),
-		"VM_EVENT_REASON_EMUL_UNIMPLEMENTED":  uint64(ReasonEmulUnimplemented),
 
 		"sring.req_prod": ringReqProdOff, "sring.req_event": ringReqEventOff,
 		"sring.rsp_prod": ringRspProdOff, "sring.rsp_event": ringRspEventOff,

@@ -19,7 +19,7 @@ import (
 // TestLab runs the calls against a hypervisor, in a dom0 as root, if
 // VMPROBES_LAB is set. The guest that it looks at is the first domain other
 // than 0, or if there is none one that it starts; it pauses it for moments,
-// and what it writes is what it read.
+// and what it leaves is what it found.
 func TestLab(t *testing.T) {
 	if os.Getenv("VMPROBES_LAB") == "" {
 		t.Skip("VMPROBES_LAB is not set: this test is for a Xen dom0")
@@ -128,6 +128,9 @@ func TestLab(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.Sleep(20 * time.Second)
+	if d, err = h.Domain(id); err != nil {
+		t.Fatal(err)
+	}
 	t.Run("guest", func(t *testing.T) { labGuest(t, h, d) })
 	before, err1 := h.Domain(id)
 	time.Sleep(2 * time.Second)
@@ -337,6 +340,8 @@ func labGuest(t *testing.T, h *Handle, d DomainInfo) {
 			t.Errorf("SetVCPUExtState: %v", err)
 		}
 	}
+
+	labDirect(t, h, d)
 
 	if w, err := h.GuestWidth(id); d.Flags&DomainHVM != 0 {
 		if !errors.Is(err, ErrNotSupported) {

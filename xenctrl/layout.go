@@ -6,7 +6,13 @@ package xenctrl
 
 // Domctl numbers, from xen/include/public/domctl.h.
 const (
+	domctlPauseDomain       = 3    // XEN_DOMCTL_pausedomain
+	domctlUnpauseDomain     = 4    // XEN_DOMCTL_unpausedomain
+	domctlGetDomainInfo     = 5    // XEN_DOMCTL_getdomaininfo
+	domctlSetVCPUContext    = 12   // XEN_DOMCTL_setvcpucontext
+	domctlGetVCPUContext    = 13   // XEN_DOMCTL_getvcpucontext
 	domctlSetVCPUExtState   = 62   // XEN_DOMCTL_setvcpuextstate
+	domctlGetVCPUExtState   = 63   // XEN_DOMCTL_getvcpuextstate
 	domctlGdbsxGuestMemIO   = 1000 // XEN_DOMCTL_gdbsx_guestmemio
 	domctlGdbsxPauseVCPU    = 1001 // XEN_DOMCTL_gdbsx_pausevcpu
 	domctlGdbsxUnpauseVCPU  = 1002 // XEN_DOMCTL_gdbsx_unpausevcpu
@@ -20,6 +26,61 @@ const (
 	versionExtraSize        = 16   // sizeof(xen_extraversion_t)
 	versionCapabilitiesSize = 1024 // sizeof(xen_capabilities_info_t)
 )
+
+// Hypercalls (__HYPERVISOR_sched_op, __HYPERVISOR_domctl, xen/include/public/xen.h;
+// SCHEDOP_yield, xen/include/public/sched.h).
+const (
+	hypervisorSchedOp = 29
+	hypervisorDomctl  = 36
+	schedopYield      = 0
+)
+
+// The versions of the domctl interface (XEN_DOMCTL_INTERFACE_VERSION,
+// xen/include/public/domctl.h) of Xen 4.13 and of Xen 4.22. What is used of them
+// here is the same in all between.
+const (
+	domctlOldest = 0x12
+	domctlNewest = 0x18
+)
+
+// Offsets in struct xen_domctl_vcpucontext and struct xen_domctl_vcpuextstate
+// (xen/include/public/domctl.h); the vCPU's number comes first in both.
+const (
+	domctlVCPUOff          = 0
+	domctlContextHandleOff = 8
+	domctlExtMaskOff       = 8
+	domctlExtSizeOff       = 16
+	domctlExtHandleOff     = 24
+)
+
+// xenDomainInfo is the beginning of struct xen_domctl_getdomaininfo
+// (xen/include/public/domctl.h). What follows depends on the release.
+type xenDomainInfo struct {
+	domain                   uint16
+	_                        uint16
+	flags                    uint32
+	totPages, maxPages       uint64
+	_                        [3]uint64 // outstanding_pages, shr_pages, paged_pages
+	sharedInfoFrame, cpuTime uint64
+	nrOnlineVCPUs, maxVCPUID uint32
+	_                        uint32 // ssidref
+	handle                   [16]byte
+}
+
+// info returns what is exported of i.
+func (i *xenDomainInfo) info() DomainInfo {
+	return DomainInfo{
+		ID:              DomID(i.domain),
+		Flags:           DomainFlags(i.flags),
+		TotalPages:      i.totPages,
+		MaxPages:        i.maxPages,
+		SharedInfoFrame: i.sharedInfoFrame,
+		CPUTime:         i.cpuTime,
+		OnlineVCPUs:     int(i.nrOnlineVCPUs),
+		MaxVCPUID:       int(i.maxVCPUID),
+		Handle:          i.handle,
+	}
+}
 
 // VIRQDebugger (VIRQ_DEBUGGER, xen/include/public/xen.h) is the virtual
 // interrupt by which Xen says that some domain was paused for its debugger. It

@@ -1,6 +1,9 @@
 package xenctrl
 
-import "unsafe"
+import (
+	"syscall"
+	"unsafe"
+)
 
 // lib is the seam below a Handle: one method for each call of the C libraries,
 // in Go types only and without any policy. Its errors are syscall.Errno.
@@ -54,6 +57,49 @@ type lib interface {
 	openStore() (storeLib, error)
 }
 
+// extStates is what vcpuExtState takes: how much the state can be, and the mask that
+// Xen wants to see with it; and the state in buf, with its size, which
+// setVCPUExtState wants to have again. It is EAGAIN or EINVAL if buf is too small.
+type extStates interface {
+	extRoom(id DomID, vcpu int) (mask, room uint64, err error)
+	extState(id DomID, vcpu int, mask uint64, buf []byte) (size int, err error)
+}
+
+// readExtState is lib.vcpuExtState.
+func readExtState(l extStates, id DomID, vcpu int, s *ExtState) error {
+	var err error
+	// The state grows when the guest first uses an extension: since s was filled,
+	// or between the two calls, if it is not paused.
+	for range 3 {
+		if cap(s.Data) == 0 {
+			mask, room, err := l.extRoom(id, vcpu)
+			if err != nil {
+				return err
+			}
+			if room > extStateMax {
+				return syscall.E2BIG
+			}
+			s.Mask = mask
+			if room == 0 {
+				return nil
+			}
+			s.Data = make([]byte, room)
+		}
+		buf := s.Data[:cap(s.Data)]
+		var size int
+		size, err = l.extState(id, vcpu, s.Mask, buf)
+		if err == nil {
+			s.Data = buf[:size]
+			return nil
+		}
+		if err != syscall.EAGAIN && err != syscall.EINVAL {
+			break
+		}
+		s.Data = nil
+	}
+	return err
+}
+
 // monitorEvent selects an xc_monitor_* call.
 type monitorEvent int
 
@@ -61,7 +107,7 @@ const (
 	monitorSoftwareBreakpoint monitorEvent = iota
 	monitorSingleStep
 	monitorDebugExceptions
-	monitorEmulUnimplemented
+	monitorEvents // how many
 )
 
 // eventLib is the seam below EventChannels and Monitor (libxenevtchn).

@@ -399,7 +399,6 @@ static int vmp_monitor_disable(struct vmp *v, uint32_t dom) { return VMP_TRY(v->
 static int vmp_monitor_swbp(struct vmp *v, uint32_t dom, int on) { return VMP_TRY(v->xc.xc_monitor_software_breakpoint(v->xch, dom, on)); }
 static int vmp_monitor_step(struct vmp *v, uint32_t dom, int on) { return VMP_TRY(v->xc.xc_monitor_singlestep(v->xch, dom, on)); }
 static int vmp_monitor_debug(struct vmp *v, uint32_t dom, int on, int sync) { return VMP_TRY(v->xc.xc_monitor_debug_exceptions(v->xch, dom, on, sync)); }
-static int vmp_monitor_emul(struct vmp *v, uint32_t dom, int on) { return VMP_TRY(v->xc.xc_monitor_emul_unimplemented(v->xch, dom, on)); }
 
 // struct vmp_events is what EventChannels has.
 struct vmp_events {
@@ -502,7 +501,7 @@ import (
 // Files that say what this system is; variables for the tests.
 var (
 	fileCapabilities = "/proc/xen/capabilities"
-	filePrivcmd      = "/dev/xen/privcmd"
+	filePrivcmd      = filePrivcmdDevice
 	dirHypervisor    = "/sys/hypervisor"
 )
 
@@ -720,20 +719,7 @@ func (l *dlLib) firstDomain(first DomID) (DomainInfo, bool, error) {
 	if rc <= 0 {
 		return DomainInfo{}, false, errno(rc)
 	}
-	info := DomainInfo{
-		ID:              DomID(c.domain),
-		Flags:           DomainFlags(c.flags),
-		TotalPages:      uint64(c.tot_pages),
-		MaxPages:        uint64(c.max_pages),
-		SharedInfoFrame: uint64(c.shared_info_frame),
-		CPUTime:         uint64(c.cpu_time),
-		OnlineVCPUs:     int(c.nr_online_vcpus),
-		MaxVCPUID:       int(c.max_vcpu_id),
-	}
-	for i, b := range c.handle {
-		info.Handle[i] = byte(b)
-	}
-	return info, true, nil
+	return (*xenDomainInfo)(unsafe.Pointer(&c)).info(), true, nil
 }
 
 func (l *dlLib) pause(id DomID) error   { return errno(C.vmp_pause(l.v, C.uint32_t(id))) }
@@ -781,38 +767,21 @@ func (l *dlLib) setVCPUContext(id DomID, vcpu int, c *VCPUContext) error {
 	return errno(C.vmp_set_context(l.v, C.uint32_t(id), C.uint32_t(vcpu), unsafe.Pointer(own)))
 }
 
-func (l *dlLib) vcpuExtState(id DomID, vcpu int, s *ExtState) (err error) {
-	// The state grows when the guest first uses an extension: since s was filled,
-	// or between the two calls, if it is not paused.
-	for range 3 {
-		if cap(s.Data) == 0 {
-			var mask, room C.uint64_t
-			if err := errno(C.vmp_ext_room(l.v, C.uint32_t(id), C.uint32_t(vcpu), &mask, &room)); err != nil {
-				return err
-			}
-			if room > extStateMax {
-				return syscall.E2BIG
-			}
-			s.Mask = uint64(mask)
-			if room == 0 {
-				return nil
-			}
-			s.Data = make([]byte, room)
-		}
-		buf := s.Data[:cap(s.Data)]
-		var size C.uint64_t
-		err = errno(C.vmp_get_extstate(l.v, C.uint32_t(id), C.uint32_t(vcpu), C.uint64_t(s.Mask),
-			unsafe.Pointer(unsafe.SliceData(buf)), C.uint64_t(len(buf)), &size))
-		if err == nil {
-			s.Data = buf[:size]
-			return nil
-		}
-		if err != syscall.EAGAIN && err != syscall.EINVAL {
-			break
-		}
-		s.Data = nil
-	}
-	return err
+func (l *dlLib) vcpuExtState(id DomID, vcpu int, s *ExtState) error {
+	return readExtState(l, id, vcpu, s)
+}
+
+func (l *dlLib) extRoom(id DomID, vcpu int) (uint64, uint64, error) {
+	var mask, room C.uint64_t
+	err := errno(C.vmp_ext_room(l.v, C.uint32_t(id), C.uint32_t(vcpu), &mask, &room))
+	return uint64(mask), uint64(room), err
+}
+
+func (l *dlLib) extState(id DomID, vcpu int, mask uint64, buf []byte) (int, error) {
+	var size C.uint64_t
+	err := errno(C.vmp_get_extstate(l.v, C.uint32_t(id), C.uint32_t(vcpu), C.uint64_t(mask),
+		unsafe.Pointer(unsafe.SliceData(buf)), C.uint64_t(len(buf)), &size))
+	return int(size), err
 }
 
 func (l *dlLib) setVCPUExtState(id DomID, vcpu int, mask uint64, data []byte) error {
@@ -906,8 +875,6 @@ func (l *dlLib) monitorSet(id DomID, what monitorEvent, on, sync bool) error {
 		return errno(C.vmp_monitor_step(l.v, dom, enable))
 	case monitorDebugExceptions:
 		return errno(C.vmp_monitor_debug(l.v, dom, enable, cBool(sync)))
-	case monitorEmulUnimplemented:
-		return errno(C.vmp_monitor_emul(l.v, dom, enable))
 	}
 	return syscall.EINVAL
 }

@@ -165,8 +165,8 @@ func TestSizes(t *testing.T) {
 	// TestHeaderValues compares, the sizes of the fields are right too.
 	for _, v := range []any{VCPUContext{}, UserRegs{}, TrapInfo{}, hvmHWCPU{}} {
 		typ, end := reflect.TypeOf(v), uintptr(0)
-		for f := range typ.Fields() {
-			f := f
+		for i := range typ.NumField() {
+			f := typ.Field(i)
 			if f.Offset != end {
 				t.Errorf("%s: padding before %s", typ, f.Name)
 			}

@@ -23,8 +23,10 @@ type Monitor struct {
 	page  unsafe.Pointer
 	mu    sync.Mutex // ring, on, closed
 	ring  ring
-	on    [monitorEmulUnimplemented + 1]bool
+	on    [monitorEvents]bool
 	close bool
+
+	looking sync.Mutex // held during look
 
 	// Of the goroutine in Wait.
 	near   bool // the next request may come soon
@@ -117,12 +119,6 @@ func (m *Monitor) SetDebugExceptions(on, sync bool) error {
 	return m.set("monitor debug exceptions", monitorDebugExceptions, on, sync)
 }
 
-// SetEmulUnimplemented turns events for instructions that Xen's emulator does
-// not know on or off.
-func (m *Monitor) SetEmulUnimplemented(on bool) error {
-	return m.set("monitor unimplemented emulation", monitorEmulUnimplemented, on, true)
-}
-
 // Wait returns when a request is on the ring, or with the error of ctx.
 func (m *Monitor) Wait(ctx context.Context) error {
 	if n, err := m.waiting(); n > 0 || err != nil {
@@ -178,19 +174,19 @@ const spinFor = time.Millisecond
 // look waits for a request without the event, which stays masked meanwhile. The
 // guest's vCPU may be on this very processor, and gets it.
 func (m *Monitor) look(ctx context.Context) (bool, error) {
+	m.looking.Lock()
+	defer m.looking.Unlock()
 	m.holder.Begin()
 	defer m.holder.End()
 	for begin := spin.Clock(); ; {
-		if !m.h.turns() {
-			return false, nil
-		}
+		// First of all: after Close there is no turn to give away.
 		if n, err := m.waiting(); n > 0 || err != nil {
 			return true, err
 		}
 		if err := ctx.Err(); err != nil {
 			return false, err
 		}
-		if spin.Clock()-begin > spinFor {
+		if spin.Clock()-begin > spinFor || !m.h.turns() {
 			return false, nil
 		}
 	}
@@ -229,10 +225,22 @@ func (m *Monitor) Notify() error { return m.ev.Notify(m.port) }
 // vCPUs stay paused; breakpoints must have been removed, or they reach the
 // guest. Calling it again does nothing.
 func (m *Monitor) Close() error {
+	first, err := m.detach()
+	if first {
+		// Wait may be about to give away a turn, which ends with the Handle.
+		m.looking.Lock()
+		defer m.looking.Unlock()
+		m.h.unref()
+	}
+	return err
+}
+
+// detach is Close but for what Wait may use.
+func (m *Monitor) detach() (first bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.close {
-		return nil
+		return false, nil
 	}
 	m.close = true
 	l := m.h.l
@@ -256,8 +264,7 @@ func (m *Monitor) Close() error {
 	keep("unmap event ring", l.monitorUnmap(m.page))
 	m.page, m.ring.page = nil, nil
 	keep("close event channels", m.ev.Close())
-	m.h.unref()
-	return errors.Join(errs...)
+	return true, errors.Join(errs...)
 }
 
 // drain answers requests that were not taken with "go on".

@@ -184,7 +184,7 @@ func stubLibrary(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(mon.SetSoftwareBreakpoint(true), mon.SetDebugExceptions(true, true), mon.SetEmulUnimplemented(true)); err != nil {
+	if err := errors.Join(mon.SetSoftwareBreakpoint(true), mon.SetDebugExceptions(true, true)); err != nil {
 		t.Error(err)
 	}
 	if err := mon.SetSingleStep(true); !errors.Is(err, ErrNotSupported) {

@@ -191,13 +191,12 @@ const (
 type EventReason uint32
 
 // Event reasons that this project uses (VM_EVENT_REASON_UNKNOWN,
-// _SOFTWARE_BREAKPOINT, _SINGLESTEP, _DEBUG_EXCEPTION, _EMUL_UNIMPLEMENTED).
+// _SOFTWARE_BREAKPOINT, _SINGLESTEP, _DEBUG_EXCEPTION).
 const (
 	ReasonUnknown            EventReason = 0
 	ReasonSoftwareBreakpoint EventReason = 6
 	ReasonSingleStep         EventReason = 7
 	ReasonDebugException     EventReason = 9
-	ReasonEmulUnimplemented  EventReason = 14
 )
 
 // EventFlags are VM_EVENT_FLAG_* (xen/include/public/vm_event.h).

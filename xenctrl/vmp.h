@@ -66,8 +66,7 @@ struct vmp_logger {
 	X(int, xc_monitor_disable, (VMP_XC *, uint32_t)) \
 	X(int, xc_monitor_software_breakpoint, (VMP_XC *, uint32_t, bool)) \
 	X(int, xc_monitor_singlestep, (VMP_XC *, uint32_t, bool)) \
-	X(int, xc_monitor_debug_exceptions, (VMP_XC *, uint32_t, bool, bool)) \
-	X(int, xc_monitor_emul_unimplemented, (VMP_XC *, uint32_t, bool))
+	X(int, xc_monitor_debug_exceptions, (VMP_XC *, uint32_t, bool, bool))
 
 #define VMP_XENCALL(X) /* xencall.h */ \
 	X(VMP_CALL *, xencall_open, (VMP_LOGGER *, unsigned)) \

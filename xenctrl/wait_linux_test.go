@@ -298,6 +298,72 @@ func TestMonitorSpinIsBounded(t *testing.T) {
 	}
 }
 
+// slowTurn is a turn that others take for as long as they like.
+type slowTurn struct {
+	given, back chan struct{}
+	closed      atomic.Bool
+	after       atomic.Int64 // turns that were given away when it was closed
+}
+
+func (s *slowTurn) yield() bool {
+	s.given <- struct{}{}
+	<-s.back
+	if s.closed.Load() {
+		s.after.Add(1)
+	}
+	return true
+}
+
+func (s *slowTurn) close() { s.closed.Store(true) }
+
+// TestMonitorCloseWhileLooking: what gives away a turn stays open as long as somebody
+// uses it. The number of a closed descriptor is soon another file's.
+func TestMonitorCloseWhileLooking(t *testing.T) {
+	f := newFakeLib()
+	h := newHandle(f)
+	turn := &slowTurn{given: make(chan struct{}), back: make(chan struct{})}
+	h.turn = turn
+	m, err := h.OpenMonitor(5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.near = true
+	waited := make(chan error)
+	go func() { waited <- m.Wait(context.Background()) }()
+	<-turn.given
+	closed := make(chan error)
+	go func() { closed <- errors.Join(h.Close(), m.Close()) }()
+	select {
+	case err := <-closed:
+		close(turn.back)
+		t.Fatalf("closed, though a turn was given away: %v", err)
+	case <-time.After(30 * time.Millisecond):
+	}
+	close(turn.back)
+	if err := <-waited; !errors.Is(err, ErrClosed) {
+		t.Errorf("Wait: %v, want ErrClosed", err)
+	}
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Close doesn't return")
+	}
+	if turn.after.Load() > 0 {
+		t.Errorf("%d turns were given away after the end", turn.after.Load())
+	}
+	if !turn.closed.Load() {
+		t.Error("the turn is not closed")
+	}
+	// And none is from then on.
+	m.near = true
+	if err := m.Wait(context.Background()); !errors.Is(err, ErrClosed) {
+		t.Errorf("Wait: %v, want ErrClosed", err)
+	}
+}
+
 // TestMonitorAllocates: a request and its answer make nothing for the garbage
 // collector.
 func TestMonitorAllocates(t *testing.T) {

@@ -10,6 +10,10 @@
 // [ErrUnsupportedPlatform], [ErrNotBuilt], [ErrNotControlDomain],
 // [ErrPermission] or [ErrLibraryNotFound].
 //
+// Of the calls, those that a hit in a PV guest takes are made without the libraries
+// where Linux and the hypervisor are known to be able to: they would cost several
+// times as much through cgo.
+//
 // Numbers and layouts are those of Xen's public headers; the source is named
 // at each. "go test -tags xenheaders" compares all of them, and the prototype
 // of every library function, with the installed headers.
@@ -57,7 +61,7 @@ func Open() (*Handle, error) {
 		return nil, err
 	}
 	h := newHandle(l)
-	h.turn = openTurn()
+	h.goDirect()
 	return h, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/vmprobes/vmprobes/examples/internal/guest"
@@ -16,31 +17,31 @@ import (
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
-func main() {
-	guest.Main([]string{"file"}, true, func(ctx context.Context, g *xenaccess.Guest, args []string) error {
-		size, err := g.PhysicalSize()
-		if err != nil {
-			return err
-		}
-		// All of the guest's secrets are in there.
-		f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-		if err != nil {
-			return err
-		}
-		absent, err := dump(ctx, f, g.Physical(), size)
-		if err = errors.Join(err, f.Close()); err != nil {
-			return err
-		}
-		fmt.Fprintf(os.Stderr, "%d pages, %d of them not there\n", size/paging.PageSize, absent)
-		return nil
-	})
+func main() { guest.Main(guest.Command{Params: "file", Lax: true, Run: save}) }
+
+func save(ctx context.Context, _ io.Writer, g *xenaccess.Guest, args []string) error {
+	size, err := g.PhysicalSize()
+	if err != nil {
+		return err
+	}
+	// All of the guest's secrets are in there.
+	f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	absent, err := dump(ctx, f, g.Physical(), size)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(os.Stderr, "%d pages, %d of them not there\n", size/paging.PageSize, absent)
+	return err
 }
 
 func dump(ctx context.Context, f *os.File, s xenaccess.Space, size uint64) (absent int, err error) {
 	w := bufio.NewWriterSize(f, 1<<20)
 	page := make([]byte, paging.PageSize)
 	for addr := uint64(0); addr < size; addr += paging.PageSize {
-		if addr%(64<<20) == 0 && ctx.Err() != nil {
+		if addr%(1<<20) == 0 && ctx.Err() != nil {
 			return absent, context.Cause(ctx)
 		}
 		if _, err := s.Read(addr, page); err != nil {

@@ -5,7 +5,8 @@ package main
 
 import (
 	"context"
-	"os"
+	"fmt"
+	"io"
 	"strconv"
 	"strings"
 
@@ -13,12 +14,12 @@ import (
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
-func main() {
-	guest.Main([]string{"address"}, false, func(_ context.Context, g *xenaccess.Guest, args []string) error {
-		addr, err := strconv.ParseUint(strings.TrimPrefix(args[0], "0x"), 16, 64)
-		if err != nil {
-			return err
-		}
-		return guest.MapPage(os.Stdout, g, addr)
-	})
+func main() { guest.Main(guest.Command{Params: "address", Run: mapAddr}) }
+
+func mapAddr(_ context.Context, out io.Writer, g *xenaccess.Guest, args []string) error {
+	addr, err := strconv.ParseUint(strings.TrimPrefix(args[0], "0x"), 16, 64)
+	if err != nil {
+		return fmt.Errorf("address %q: want a hexadecimal number of at most 16 digits", args[0])
+	}
+	return guest.MapPage(out, g, addr)
 }

@@ -1,96 +1,99 @@
-// Opens shows which files a guest opens, and which of them it couldn't: a
-// Session with two probes, one at the start of do_sys_openat2 and one at
-// do_filp_open, read as events, each with the task that hit.
+// Opens shows which files a guest opens, and which names its kernel looks up for
+// that: a Session with two probes, one at the start of do_sys_openat2 and one at
+// do_filp_open, read as hits, each with the task that hit.
 //
-//	opens [-for duration] [-symbols file] domain
+//	opens [-for duration] [-json] [-symbols file] guest
 package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"log"
+	"io"
 	"log/slog"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/examples/internal/cli"
+)
+
+var (
+	duration = flag.Duration("for", 0, "end after this time, 0: at Ctrl+C")
+	asJSON   = flag.Bool("json", false, "print each hit as a JSON object")
+	symbols  = flag.String("symbols", "", "the guest's vmlinux, vmlinuz, System.map or saved kallsyms")
+	verbose  = flag.Bool("v", false, "say what happens")
 )
 
 func main() {
-	log.SetFlags(0)
-	duration := flag.Duration("for", 0, "end after this time, 0: at Ctrl+C")
-	symbols := flag.String("symbols", "", "the guest's vmlinux, vmlinuz, System.map or saved kallsyms")
-	verbose := flag.Bool("v", false, "say what happens")
-	flag.Parse()
-	if flag.NArg() != 1 {
-		log.Fatal("usage: opens [flags] domain")
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer stop()
-	// A reader of our output that goes away must not kill us with probes armed.
-	signal.Ignore(syscall.SIGPIPE)
-	if *duration > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, *duration)
-		defer cancel()
-	}
-	if err := run(ctx, flag.Arg(0), *symbols, *verbose); err != nil {
-		log.Fatal(err)
-	}
+	cli.Main("guest", cli.Guests, func(ctx context.Context, out io.Writer, args []string) error {
+		opts := &vmprobes.Options{Symbols: *symbols}
+		if *verbose {
+			opts.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+		}
+		return vmprobes.RunFunc(ctx, args[0], opts, func(ctx context.Context, s *vmprobes.Session) error {
+			if *duration == 0 {
+				return watch(ctx, s, out)
+			}
+			timed, cancel := context.WithTimeout(ctx, *duration)
+			defer cancel()
+			err := watch(timed, s, out)
+			if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+				return nil
+			}
+			return err
+		})
+	})
 }
 
-func run(ctx context.Context, domain, symbols string, verbose bool) (err error) {
-	opts := &vmprobes.Options{Symbols: symbols}
-	if verbose {
-		opts.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	}
-	s, err := vmprobes.Open(ctx, domain, opts)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
-
-	open := &vmprobes.Probe{Symbol: "do_sys_openat2"}
-	lookup := &vmprobes.Probe{Symbol: "do_filp_open"}
+// watch prints hits until ctx is done.
+func watch(ctx context.Context, s *vmprobes.Session, out io.Writer) error {
+	open := &vmprobes.Probe{Symbol: "do_sys_openat2", Name: "open"}
+	lookup := &vmprobes.Probe{Symbol: "do_filp_open", Name: "look up"}
 	if err := s.Register(open, lookup); err != nil {
 		return err
 	}
-	d := s.Domain()
-	fmt.Printf("watching %s (domain %d, %v, %d vCPUs)\n", d.Name, d.ID, d.Kind, d.VCPUs)
+	if !*asJSON {
+		fmt.Fprintf(out, "watching %v\n", s.Domain())
+	}
 	began := time.Now()
-	for hit, err := range s.Events(ctx) {
-		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	var err error
+	for hit, herr := range s.Hits(ctx) {
+		if err = herr; err != nil {
 			break
 		}
-		if err != nil {
-			return err
+		who := "?"
+		if t, err := hit.Regs.Task(); err == nil {
+			who = t.String()
 		}
-		if hit.Probe == open {
-			name, err := open.ReadString(vmprobes.Addr(hit.Regs.Arg(1)), 4096)
-			if err != nil {
-				name = err.Error()
-			}
-			fmt.Printf("%10.6f cpu%d %s open %q\n", time.Since(began).Seconds(), hit.VCPU, who(hit), name)
+		name := path(hit.Probe, hit.Regs.Arg(1))
+		if *asJSON {
+			err = json.NewEncoder(out).Encode(map[string]any{"hit": hit, "task": who, "path": name})
 		} else {
-			// do_filp_open(int dfd, struct filename *pathname, …): the name comes first.
-			p, _ := lookup.ReadUint64(vmprobes.Addr(hit.Regs.Arg(1)))
-			name, _ := lookup.ReadString(vmprobes.Addr(p), 4096)
-			fmt.Printf("%10.6f cpu%d %s look up %q\n", time.Since(began).Seconds(), hit.VCPU, who(hit), name)
+			_, err = fmt.Fprintf(out, "%10.6f cpu%d %s %s %q\n", hit.Time.Sub(began).Seconds(), hit.VCPU, who, hit.Probe.Name, name)
+		}
+		if err != nil {
+			break
 		}
 	}
-	fmt.Printf("%d opened, %d looked up; %+v\n", open.Stats().Hits, lookup.Stats().Hits, s.Stats())
-	return nil
+	if !*asJSON {
+		fmt.Fprintf(out, "%d opened, %d looked up; %+v\n", open.Stats().Hits, lookup.Stats().Hits, s.Stats())
+	}
+	return err
 }
 
-// who returns the task that hit.
-func who(hit *vmprobes.Hit) string {
-	t, err := hit.Regs.Task()
-	if err != nil {
-		return "?"
+// path returns the name that a hit is about: do_sys_openat2(int dfd, const char
+// *filename, …), do_filp_open(int dfd, struct filename *pathname, …), in which the
+// pointer to the name comes first.
+func path(p *vmprobes.Probe, arg uint64) string {
+	if p.Symbol == "do_filp_open" {
+		arg, _ = p.ReadUint64(arg)
 	}
-	return fmt.Sprintf("%q[%d]", t.Comm, t.PID)
+	name, err := p.ReadString(arg, 4096)
+	if err != nil {
+		return err.Error() // not in memory yet, mostly
+	}
+	return name
 }

@@ -4,16 +4,6 @@
 //	process-list [-file] guest
 package main
 
-import (
-	"context"
-	"os"
+import "github.com/vmprobes/vmprobes/examples/internal/guest"
 
-	"github.com/vmprobes/vmprobes/examples/internal/guest"
-	"github.com/vmprobes/vmprobes/xenaccess"
-)
-
-func main() {
-	guest.Main(nil, false, func(_ context.Context, g *xenaccess.Guest, _ []string) error {
-		return guest.ListProcesses(os.Stdout, g)
-	})
-}
+func main() { guest.Main(guest.Command{Run: guest.ListProcesses}) }

@@ -29,9 +29,9 @@ func TestChurn(t *testing.T) {
 				m.Start()
 				defer m.Stop()
 				quiesce(t, m)
-				drv, err := attach(m, cfg)
+				drv, err := m.Attach(nil)
 				require.NoError(t, err)
-				e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never, Method: method})
+				e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: method})
 				addrs := []uint64{outOfLine(t, m), m.Symbol("nop5"), find(t, m, 0xe8)}
 				var probes []*breakpoint.Probe
 				for _, a := range addrs {
@@ -65,7 +65,7 @@ func TestChurn(t *testing.T) {
 							default:
 							}
 							if withFailures && rand.IntN(20) == 0 {
-								failing(m, rand.New(rand.NewPCG(rand.Uint64(), 1)))
+								failSome(m, rand.New(rand.NewPCG(rand.Uint64(), 1)))
 							}
 							p := probes[rand.IntN(len(probes))]
 							_ = e.Unregister(p)

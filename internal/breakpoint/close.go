@@ -44,7 +44,7 @@ func (e *Engine) Close() error {
 	} else if err != nil {
 		return errors.Join(told, fmt.Errorf("%w, or a byte not restored; still attached, close again: %w", ErrUnanswered, err))
 	}
-	if err := e.again(e.drv.Close); err != nil && !errors.Is(err, ErrGone) {
+	if err := e.retry(e.drv.Close); err != nil && !errors.Is(err, ErrGone) {
 		return errors.Join(told, fmt.Errorf("%w: %w", ErrUnanswered, err), e.thaw())
 	}
 	e.closed = true
@@ -70,8 +70,8 @@ func (e *Engine) left(told error) error {
 	return told
 }
 
-// takeOut removes all breakpoints. What it tells is no obstacle to leaving the
-// guest: that it has changed its code at a breakpoint, say.
+// takeOut removes all breakpoints. What it returns in told doesn't keep Close from
+// leaving the guest, such as that the guest has changed its code at a breakpoint.
 func (e *Engine) takeOut() (told, err error) {
 	end := time.Now().Add(failWait)
 	for wait := time.Millisecond; ; wait *= 2 {
@@ -102,7 +102,7 @@ func (e *Engine) takeOut() (told, err error) {
 // freezeServing is freeze for Close, during which nobody else serves.
 func (e *Engine) freezeServing() error {
 	for try := 0; ; try++ {
-		if err := e.again(e.drv.Freeze); err != nil {
+		if err := e.retry(e.drv.Freeze); err != nil {
 			return fmt.Errorf("pause the guest: %w", err)
 		}
 		if try == rewritingTries || e.cfg.Rewriting == nil || !e.cfg.Rewriting() {
@@ -194,14 +194,14 @@ func (e *Engine) pollAll() error {
 	return nil
 }
 
-// endSlots makes the slots harmless in which vCPUs still are, if nothing else keeps
-// Close from leaving the guest: they may come back yet. It returns what it has left,
-// now or before.
+// endSlots makes slots that vCPUs are still in harmless, if nothing else keeps Close
+// from leaving the guest: those vCPUs may come back later. It returns what was left in
+// the guest, now or before.
 func (e *Engine) endSlots() error {
 	if len(e.active) == 0 || e.owing.Load() || len(e.sites) > 0 {
 		return e.ended
 	}
-	if err := e.again(e.drv.Freeze); err != nil {
+	if err := e.retry(e.drv.Freeze); err != nil {
 		return err
 	}
 	var errs error
@@ -217,7 +217,7 @@ func (e *Engine) endSlots() error {
 // guest frozen if nothing of ours is left in it. Otherwise it fails, and the guest
 // isn't frozen.
 func (e *Engine) standStill() error {
-	if err := e.again(e.drv.Freeze); err != nil {
+	if err := e.retry(e.drv.Freeze); err != nil {
 		return fmt.Errorf("pause the guest: %w", err)
 	}
 	errs := e.pollAll()

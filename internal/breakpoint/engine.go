@@ -338,7 +338,7 @@ const rewritingTries = 50
 // e.mu is released while it waits for one.
 func (e *Engine) freeze() error {
 	for try := 0; ; try++ {
-		if err := e.again(e.drv.Freeze); err != nil {
+		if err := e.retry(e.drv.Freeze); err != nil {
 			return fmt.Errorf("pause the guest: %w", err)
 		}
 		if try == rewritingTries || e.cfg.Rewriting == nil || !e.cfg.Rewriting() {
@@ -358,7 +358,7 @@ func (e *Engine) freeze() error {
 
 // thaw undoes a freeze. If that fails it is tried again, whoever serves or doesn't.
 func (e *Engine) thaw() error {
-	err := e.again(e.drv.Thaw)
+	err := e.retry(e.drv.Thaw)
 	if err == nil || errors.Is(err, ErrGone) {
 		return err
 	}
@@ -428,8 +428,8 @@ func (s *site) shifted() int {
 	return n
 }
 
-// drop removes a probe. If the breakpoint can't be removed with it, the probe
-// stays registered, or with force the breakpoint alone stays.
+// drop removes a probe, and with the last one at its address the breakpoint. If that
+// fails the probe stays registered; with force only the breakpoint stays.
 func (e *Engine) drop(p *Probe, force bool) error {
 	s := p.site
 	if s == nil {
@@ -460,7 +460,7 @@ func (e *Engine) removeSite(s *site) error {
 		delete(e.sites, s.addr)
 		return nil
 	}
-	err := e.again(func() error { return e.drv.RemoveBreak(s.addr) })
+	err := e.retry(func() error { return e.drv.RemoveBreak(s.addr) })
 	e.log.Debug("breakpoint removed", "addr", hex(s.addr), "err", err)
 	if err != nil {
 		err = fmt.Errorf("remove breakpoint at %#x: %w", s.addr, err)
@@ -474,11 +474,11 @@ func (e *Engine) removeSite(s *site) error {
 	return err
 }
 
-// tries is how often a call is made that must not fail.
+// tries bounds the attempts that retry makes.
 const tries = 3
 
-// again makes an attempt at something that must not fail, a few times.
-func (e *Engine) again(f func() error) (err error) {
+// retry calls f until it succeeds, a few times at most. It is for what must not fail.
+func (e *Engine) retry(f func() error) (err error) {
 	for try := range tries {
 		if try > 0 {
 			time.Sleep(time.Millisecond)
@@ -541,9 +541,9 @@ func (e *Engine) newSite(addr uint64) (*site, error) {
 	return nil, fmt.Errorf("%#x (%s): %w: out of line: %v; in place: %v", addr, in.String(), ErrNoWayPast, slotErr, stepErr)
 }
 
-// errMayFault: a copy, or a step with other vCPUs held, would turn a fault that
-// the guest expects into another one, or into a standstill.
-var errMayFault = errors.New("without symbols, who knows whether it may fault")
+// errMayFault: a fault that the guest's kernel expects would come from another address
+// in a copy, and could not be handled while the other vCPUs are held for a step.
+var errMayFault = errors.New("without symbols there is no telling whether it may fault")
 
 // canStepNow says why an instruction can't be stepped in place now.
 func (e *Engine) canStepNow(in *x86.Insn) error {
@@ -563,16 +563,9 @@ func (e *Engine) canStepNow(in *x86.Insn) error {
 // be the guest patching itself, which takes it microseconds.
 func (e *Engine) readInsn(addr uint64) (x86.Insn, error) {
 	var b [x86.MaxLen]byte
-	n := len(b)
-	if err := e.drv.Read(0, addr, b[:]); err != nil {
-		// The instruction may end before the page does.
-		n = min(n, int(4096-addr%4096))
-		if n == len(b) {
-			return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
-		}
-		if err := e.drv.Read(0, addr, b[:n]); err != nil {
-			return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
-		}
+	n, err := e.drv.Read(0, addr, b[:]) // the instruction may end where what is mapped does
+	if err != nil && n == 0 {
+		return x86.Insn{}, fmt.Errorf("read %#x: %w", addr, err)
 	}
 	e.overlay(addr, b[:n])
 	in, err := x86.Decode(b[:n])

@@ -1,112 +1,14 @@
 package breakpoint_test
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"slices"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
 )
-
-// host is a simulated Xen and how to attach to its guest.
-type host struct {
-	name string
-	cfg  xentest.Config
-}
-
-func hosts() []host {
-	return []host{
-		{"pv", xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true}},
-		{"hvm-tf", xentest.Config{Kind: xentest.HVM, AVX: true}},
-		{"hvm-mtf", xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true}},
-	}
-}
-
-// each runs f on every host, with one and several vCPUs.
-func each(t *testing.T, f func(t *testing.T, cfg xentest.Config)) {
-	for _, h := range hosts() {
-		for _, n := range []int{1, 2, 4} {
-			t.Run(fmt.Sprintf("%s/%d", h.name, n), func(t *testing.T) {
-				cfg := h.cfg
-				cfg.VCPUs = n
-				cfg.Seed = uint64(n)
-				f(t, cfg)
-			})
-		}
-	}
-}
-
-func attach(m *xentest.Machine, cfg xentest.Config) (breakpoint.Driver, error) {
-	return attachTo(m.Hypervisor(), m, cfg)
-}
-
-func attachTo(hv xen.Hypervisor, m *xentest.Machine, cfg xentest.Config) (breakpoint.Driver, error) {
-	if cfg.Kind == xentest.PV {
-		d, err := xen.OpenDebugger(hv)
-		if err != nil {
-			return nil, err
-		}
-		d.SetVCPUInfo(m.VCPUInfo())
-		return d, nil
-	}
-	d, err := xen.OpenMonitor(hv)
-	if err != nil {
-		return nil, err
-	}
-	return d, nil
-}
-
-// scratch proposes the machine's dead code.
-func scratch(m *xentest.Machine) func(uint64, func(addr, size uint64) bool) {
-	return func(_ uint64, try func(addr, size uint64) bool) {
-		for _, g := range m.Gaps() {
-			if try(g.VA+16, g.Size-16) {
-				return
-			}
-		}
-	}
-}
-
-func never(uint64) bool { return false }
-
-// served runs f while the engine serves, and returns Serve's result.
-func served(t *testing.T, e *breakpoint.Engine, f func()) error {
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() {
-		_, err := e.Serve(ctx, true)
-		done <- err
-	}()
-	f()
-	cancel()
-	err := <-done
-	if errors.Is(err, context.Canceled) {
-		return nil
-	}
-	return err
-}
-
-func quiesce(t *testing.T, m *xentest.Machine) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	if err := m.Quiesce(ctx); err != nil {
-		calls := slices.DeleteFunc(m.CallLog(), func(c xentest.Call) bool { return c.Op == "gdbsx domstatus" || c.Op == "info" })
-		require.NoError(t, err, "%s\nlast calls: %v", m.State(), calls[max(0, len(calls)-30):])
-	}
-}
-
-// isOwn reports whether va is one of the guest's own breakpoints.
-func isOwn(m *xentest.Machine, va uint64) bool {
-	return slices.Contains(m.OwnBreakpoints(), va)
-}
 
 // TestEveryInstruction probes each instruction of the guest in turn, in each way
 // of executing it, and compares the hits with the guest's own count.
@@ -129,9 +31,9 @@ func TestEveryInstruction(t *testing.T) {
 					continue
 				}
 				quiesce(t, m)
-				drv, err := attach(m, cfg)
+				drv, err := m.Attach(nil)
 				require.NoError(t, err)
-				e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never, Method: method})
+				e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: method})
 				var pre, post uint64
 				p := &breakpoint.Probe{
 					Addr: in.VA,

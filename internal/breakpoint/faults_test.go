@@ -1,13 +1,10 @@
 package breakpoint_test
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,62 +17,6 @@ import (
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
-// find returns the guest's first instruction that begins with these bytes.
-func find(t *testing.T, m *xentest.Machine, prefix ...byte) uint64 {
-	t.Helper()
-	for _, in := range m.Insns() {
-		if bytes.HasPrefix(in.Bytes, prefix) {
-			return in.VA
-		}
-	}
-	t.Fatalf("the guest has no % x", prefix)
-	return 0
-}
-
-// outOfLine is an instruction (imul) that is executed out of line.
-func outOfLine(t *testing.T, m *xentest.Machine) uint64 { return find(t, m, 0x48, 0x69, 0xc0) }
-
-// engine attaches to a guest that is parked, and must be unharmed at the end.
-func engine(t *testing.T, cfg xentest.Config, c breakpoint.Config) (*xentest.Machine, *breakpoint.Engine) {
-	t.Helper()
-	m := xentest.New(cfg)
-	before := m.Text()
-	m.Start()
-	quiesce(t, m)
-	drv, err := attach(m, cfg)
-	require.NoError(t, err)
-	c.Scratch = scratch(m)
-	e := breakpoint.New(drv, c)
-	t.Cleanup(func() {
-		assert.NoError(t, e.Close())
-		m.Release()
-		xentest.Verify(t, m, before)
-		m.Stop()
-		assert.Zero(t, m.Mappings())
-		assert.Zero(t, m.Pauses())
-	})
-	return m, e
-}
-
-// serveFor serves for a while, again after each failure, and returns the failures.
-func serveFor(t *testing.T, e *breakpoint.Engine, d time.Duration) (errs []error) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
-	defer cancel()
-	for ctx.Err() == nil {
-		if _, err := e.Serve(ctx, true); err != nil && !errors.Is(err, context.DeadlineExceeded) {
-			errs = append(errs, err)
-		}
-	}
-	return errs
-}
-
-func failNext(m *xentest.Machine, n int) {
-	for i := range n {
-		m.FailCall(1+i, fmt.Errorf("injected: %w", syscall.ENOMEM))
-	}
-}
-
 // TestAnswerFails has the calls fail with which a hit is answered, more often than
 // they are made again at once: the vCPU is answered all the same, later.
 func TestAnswerFails(t *testing.T) {
@@ -83,7 +24,7 @@ func TestAnswerFails(t *testing.T) {
 		for _, failures := range []int{3, 9, 12} {
 			t.Run(fmt.Sprintf("%s/%d", kind, failures), func(t *testing.T) {
 				each(t, func(t *testing.T, cfg xentest.Config) {
-					m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+					m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 					p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 					if kind == "out of line" {
 						p.Addr = outOfLine(t, m)
@@ -120,26 +61,22 @@ func TestAnswerFails(t *testing.T) {
 // TestCloseOwes closes while a vCPU can't be answered, and again when it can.
 func TestCloseOwes(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
-		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+		t.Parallel()
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
-			failNext(m, 1<<14)
+			m.FailAll(errInjected)
 			return 1
 		}}
 		require.NoError(t, e.Register(p))
 		m.Release()
 		_, err := e.Serve(t.Context(), true)
-		require.ErrorContains(t, err, "injected")
+		require.ErrorIs(t, err, errInjected)
 		require.ErrorIs(t, e.Close(), breakpoint.ErrUnanswered)
 		require.False(t, e.Left())
 		assert.Empty(t, m.Oops())
 		require.ErrorIs(t, e.Register(&breakpoint.Probe{Addr: p.Addr}), breakpoint.ErrClosed)
-		// The failures have not been used up; a call that doesn't fail comes after them.
-		for range 20 {
-			if err = e.Close(); e.Left() {
-				break
-			}
-		}
-		require.NoError(t, err)
+		m.FailAll(nil)
+		require.NoError(t, e.Close())
 		require.True(t, e.Left())
 	})
 }
@@ -148,21 +85,14 @@ func TestCloseOwes(t *testing.T) {
 // counts, until it can.
 func TestUnregisterFails(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
-		m := xentest.New(cfg)
-		before := m.Text()
-		m.Start()
-		defer m.Stop()
-		quiesce(t, m)
-		drv, err := attach(m, cfg)
-		require.NoError(t, err)
-		d := &stuck{Driver: drv}
-		e := breakpoint.New(d, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+		t.Parallel()
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		require.NoError(t, e.Register(p))
 		base := m.Executed(p.Addr)
-		d.failing = true
+		d.remove = func() error { return errInjected }
 		for range 2 {
-			require.ErrorContains(t, e.Unregister(p), "stuck")
+			require.ErrorIs(t, e.Unregister(p), errInjected)
 			require.True(t, e.Registered(p))
 			require.True(t, p.Armed())
 		}
@@ -175,24 +105,9 @@ func TestUnregisterFails(t *testing.T) {
 		}))
 		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
 		require.ErrorIs(t, e.Close(), breakpoint.ErrUnanswered)
-		d.failing = false
+		d.remove = nil
 		require.NoError(t, e.Close())
-		m.Release()
-		xentest.Verify(t, m, before)
 	})
-}
-
-// stuck is a driver that can't remove breakpoints.
-type stuck struct {
-	breakpoint.Driver
-	failing bool
-}
-
-func (d *stuck) RemoveBreak(addr uint64) error {
-	if d.failing {
-		return errors.New("stuck")
-	}
-	return d.Driver.RemoveBreak(addr)
 }
 
 // TestBadRegisters has a handler leave registers that no vCPU can have.
@@ -207,7 +122,7 @@ func TestBadRegisters(t *testing.T) {
 		for _, post := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/post=%v", name, post), func(t *testing.T) {
 				each(t, func(t *testing.T, cfg xentest.Config) {
-					m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+					m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 					n := 0
 					handler := func(c *breakpoint.Context) breakpoint.Verdict {
 						if n++; n == 3 {
@@ -241,9 +156,9 @@ func TestRewritten(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			each(t, func(t *testing.T, cfg xentest.Config) {
 				m := xentest.New(cfg)
-				drv, err := attach(m, cfg)
+				drv, err := m.Attach(nil)
 				require.NoError(t, err)
-				e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+				e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 				p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 				require.NoError(t, e.Register(p))
 				want := []byte{0xcc, 0x10, 0, 0, 0}
@@ -269,7 +184,7 @@ func TestRewritten(t *testing.T) {
 func TestWaitsForRewriting(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
 		asked := 0
-		m, e := engine(t, cfg, breakpoint.Config{MayFault: never, Rewriting: func() bool {
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults, Rewriting: func() bool {
 			asked++
 			return asked%4 != 0
 		}})
@@ -291,9 +206,9 @@ func TestExpectedFault(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
 		m := xentest.New(cfg)
 		va := m.Gaps()[0].VA + 0x100
-		drv, err := attach(m, cfg)
+		drv, err := m.Attach(nil)
 		require.NoError(t, err)
-		e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: func(a uint64) bool { return a == va }})
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: func(a uint64) bool { return a == va }})
 		for _, code := range [][]byte{
 			{0x8e, 0xd8},       // mov %eax,%ds
 			{0x9b},             // fwait
@@ -315,9 +230,9 @@ func TestNoExceptionTable(t *testing.T) {
 	va := m.Gaps()[0].VA + 0x100
 	m.Load(va, []byte{0x48, 0x8b, 0x18, 0xeb, 0xfe}) // mov (%rax),%rbx; jmp .
 	hv := m.Hypervisor()
-	drv, err := attach(m, cfg)
+	drv, err := m.Attach(nil)
 	require.NoError(t, err)
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m)})
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch})
 	require.NoError(t, e.Register(&breakpoint.Probe{Addr: va}))
 	require.NoError(t, hv.Pause())
 	var c xenctrl.VCPUContext
@@ -341,19 +256,11 @@ func TestNoExceptionTable(t *testing.T) {
 // probe stays, and counts.
 func TestUnmappable(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
-		m := xentest.New(cfg)
-		before := m.Text()
-		m.Start()
-		defer m.Stop()
-		quiesce(t, m)
-		drv, err := attach(m, cfg)
-		require.NoError(t, err)
-		d := &unstorable{Driver: drv}
-		e := breakpoint.New(d, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: find(t, m, 0xe8)}
 		p.Pre = func(*breakpoint.Context) breakpoint.Verdict {
 			if p.Hits() == 3 {
-				d.failures = 8
+				d.store = failing(8)
 			}
 			return breakpoint.Continue
 		}
@@ -362,7 +269,7 @@ func TestUnmappable(t *testing.T) {
 		m.Release()
 		for range 100 {
 			for _, err := range serveFor(t, e, 20*time.Millisecond) {
-				require.ErrorContains(t, err, "no frame for the moment")
+				require.ErrorIs(t, err, errInjected)
 			}
 			if p.Hits() > 10 {
 				break
@@ -371,24 +278,7 @@ func TestUnmappable(t *testing.T) {
 		require.True(t, e.Registered(p))
 		require.NoError(t, served(t, e, func() { quiesce(t, m) }))
 		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
-		require.NoError(t, e.Close())
-		m.Release()
-		xentest.Verify(t, m, before)
 	})
-}
-
-// unstorable is a driver whose stores fail for a while.
-type unstorable struct {
-	breakpoint.Driver
-	failures int
-}
-
-func (d *unstorable) Store(cr3, addr uint64, b []byte) error {
-	if d.failures > 0 {
-		d.failures--
-		return errors.New("no frame for the moment")
-	}
-	return d.Driver.Store(cr3, addr, b)
 }
 
 // TestStepInterrupted steps in place while interrupts come, in whose handler is
@@ -400,9 +290,9 @@ func TestStepInterrupted(t *testing.T) {
 			before := m.Text()
 			m.Start()
 			defer m.Stop()
-			drv, err := xen.OpenDebugger(m.Hypervisor())
+			drv, err := xen.OpenDebugger(m.Hypervisor(), xentest.Frames(t, m.Hypervisor()))
 			require.NoError(t, err)
-			e := breakpoint.New(drv, breakpoint.Config{MayFault: never}) // no dead code: it is stepped in place
+			e := breakpoint.New(drv, breakpoint.Config{MayFault: xentest.NoFaults}) // no dead code: it is stepped in place
 			stepped := &breakpoint.Probe{Addr: outOfLine(t, m)}
 			inHandler := &breakpoint.Probe{}
 			for _, in := range m.Insns() {
@@ -432,10 +322,10 @@ func TestOnlinedMeanwhile(t *testing.T) {
 	m.Start()
 	defer m.Stop()
 	hv := &onlining{Hypervisor: m.Hypervisor()}
-	drv, err := attachTo(hv, m, cfg)
+	drv, err := m.Attach(hv)
 	require.NoError(t, err)
 	hv.one = true
-	e := breakpoint.New(drv, breakpoint.Config{MayFault: never, Method: breakpoint.InPlace})
+	e := breakpoint.New(drv, breakpoint.Config{MayFault: xentest.NoFaults, Method: breakpoint.InPlace})
 	p := &breakpoint.Probe{Addr: outOfLine(t, m)}
 	require.NoError(t, e.Register(p))
 	hv.one = false
@@ -481,7 +371,7 @@ func TestExactWhileOthersChange(t *testing.T) {
 }
 
 func exactWhileOthersChange(t *testing.T, cfg xentest.Config) {
-	m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+	m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 	insns := m.Insns()
 	pick := func() uint64 {
 		for {
@@ -546,7 +436,7 @@ func exactWhileOthersChange(t *testing.T, cfg xentest.Config) {
 // hits, with another probe at its place.
 func TestShifted(t *testing.T) {
 	each(t, func(t *testing.T, cfg xentest.Config) {
-		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		addr := m.Symbol("nop5")
 		var order []string
 		handler := func(name string, ip uint64) func(*breakpoint.Context) breakpoint.Verdict {

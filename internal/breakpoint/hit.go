@@ -129,12 +129,12 @@ func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
 	return Continue, e.foreign(s)
 }
 
-// foreign answers a breakpoint that is none of ours. If the byte is no longer an
-// int3, it was: it has been removed since, and the instruction is executed. As
-// long as that can't be told the guest is given nothing.
+// foreign answers a breakpoint exception at an address where no breakpoint of ours
+// is. If the byte there isn't an int3 either, ours has been removed since, and the
+// instruction is executed. Until the byte can be read, nothing is injected.
 func (e *Engine) foreign(s *Stop) error {
 	b := e.buf[:1]
-	err := e.again(func() error { return e.drv.Read(s.Regs.CR3, s.Regs.IP, b) })
+	err := e.retry(func() error { _, err := e.drv.Read(s.Regs.CR3, s.Regs.IP, b); return err })
 	switch {
 	case err == nil:
 	case transient(err):
@@ -166,9 +166,9 @@ func (e *Engine) take(st *site, s *Stop) *inflight {
 	return f
 }
 
-// maxActive bounds the hits that are on their way. A guest has one for each of its
-// vCPUs and each task that was preempted in a slot; one that wants to use up this
-// process' memory could leave any number behind.
+// maxActive bounds the hits whose instruction is being executed: one for each vCPU and
+// each task that was preempted in a slot. Without a bound, a hostile guest could
+// abandon any number of them and exhaust this process' memory.
 const maxActive = 1 << 14
 
 func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
@@ -192,9 +192,9 @@ func (e *Engine) arrive(f *inflight) {
 	}
 }
 
-// find returns the hit that the vCPU of s ends in slot sl (nil: in place). The
-// guest may have run interrupt handlers, which hit as well, or even moved the
-// task to another vCPU, but the task's stack is its own.
+// find returns the hit that ends with s, in slot sl (nil: in place). Interrupt
+// handlers with probes of their own may have run meanwhile, and the task may have
+// moved to another vCPU, so hits are told apart by the stack pointer.
 func (e *Engine) find(s *Stop, sl *slot) *inflight {
 	var best *inflight
 	score := 0
@@ -240,7 +240,7 @@ func (e *Engine) hit(st *site, s *Stop, m mode) (v Verdict, err error) {
 		f.miss(f.owners)
 		return e.execute(f, s, m)
 	}
-	// If a handler panics the hit is still seen to its end.
+	// If a handler panics the hit is still completed.
 	finished := false
 	defer func() {
 		if !finished {
@@ -447,8 +447,8 @@ func onlyIP(a, b *x86.Regs) bool {
 	return c == *b
 }
 
-// transient reports whether a failure may go away by itself: it is neither the
-// guest's doing nor one that stays.
+// transient reports whether a failure may go away by itself: it isn't permanent, and
+// the guest didn't cause it.
 func transient(err error) bool {
 	return err != nil && !final(err) && !errors.Is(err, ErrFault) && !errors.Is(err, ErrNotMapped) &&
 		!errors.Is(err, x86.ErrNotEmulated)
@@ -512,7 +512,7 @@ func (e *Engine) finish(f *inflight, s *Stop, m mode) (v Verdict, err error) {
 func (e *Engine) leaveSlot(sl *slot, s *Stop, m mode) (Verdict, error) {
 	f := e.find(s, sl)
 	if f == nil {
-		// Nobody was sent there, yet the int3 is ours, and no other.
+		// No vCPU is known to be there, but only our own int3 can be.
 		e.log.Error("vCPU at the end of a slot that it wasn't sent to", "vcpu", s.VCPU, "addr", hex(s.Regs.IP))
 		s.Regs.IP = sl.site.addr + uint64(sl.site.insn.Len)
 		return Continue, e.resume(s)
@@ -542,7 +542,7 @@ func (e *Engine) complete(f *inflight, s *Stop, at uint64, m mode) (Verdict, err
 func (e *Engine) finishStep(f *inflight, s *Stop, at uint64) error {
 	st := f.site
 	e.mem = memory{e.drv, s.Regs.CR3}
-	err := e.again(func() error { return st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before) })
+	err := e.retry(func() error { return st.insn.FinishStep(&s.Regs, st.addr, at, &e.mem, &f.before) })
 	if err != nil {
 		return fmt.Errorf("%#x: %w", st.addr, err)
 	}
@@ -571,8 +571,8 @@ func (e *Engine) stepped(s *Stop, m mode) (Verdict, error) {
 		e.give(f)
 		return Continue, e.resume(s)
 	}
-	// It faulted, which newSite rules out as far as that can be known: the vCPU
-	// is in the guest's fault handler. What was set for the step must not stay.
+	// It faulted, though newSite refuses instructions that are known to: the vCPU is in
+	// the guest's fault handler. The flags that were set for the step must not stay.
 	unstep(f, s)
 	e.give(f)
 	return Continue, errors.Join(err, e.resume(s))
@@ -592,5 +592,9 @@ type memory struct {
 	cr3 uint64
 }
 
-func (m *memory) ReadVirt(addr uint64, b []byte) error  { return m.drv.Read(m.cr3, addr, b) }
+func (m *memory) ReadVirt(addr uint64, b []byte) error {
+	_, err := m.drv.Read(m.cr3, addr, b)
+	return err
+}
+
 func (m *memory) WriteVirt(addr uint64, b []byte) error { return m.drv.Store(m.cr3, addr, b) }

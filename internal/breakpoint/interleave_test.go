@@ -92,8 +92,8 @@ func logger(t *testing.T) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// failing makes up to a dozen of the next calls fail, in a row or not.
-func failing(m *xentest.Machine, r *rand.Rand) {
+// failSome makes up to a dozen of the next calls fail, in a row or not.
+func failSome(m *xentest.Machine, r *rand.Rand) {
 	first := 1 + r.IntN(60)
 	for i := range 1 + r.IntN(9) {
 		m.FailCall(first+i*(1+r.IntN(2)), fmt.Errorf("injected: %w", syscall.EAGAIN))
@@ -106,7 +106,7 @@ func interleave(t *testing.T, m *xentest.Machine, cfg xentest.Config, r *rand.Ra
 	if withFailures && r.IntN(2) == 0 {
 		m.FailCall(1+r.IntN(60), fmt.Errorf("injected: %w", syscall.ENOMEM))
 	}
-	drv, err := attach(m, cfg)
+	drv, err := m.Attach(nil)
 	if err != nil {
 		require.ErrorContains(t, err, "injected")
 		return
@@ -116,7 +116,7 @@ func interleave(t *testing.T, m *xentest.Machine, cfg xentest.Config, r *rand.Ra
 		method = breakpoint.Method(r.IntN(3))
 	}
 	e := breakpoint.New(drv, breakpoint.Config{
-		Scratch:  scratch(m),
+		Scratch:  m.Scratch,
 		MayFault: func(a uint64) bool { return a%5 == 0 },
 		Method:   method,
 		Logger:   logger(t),
@@ -225,7 +225,7 @@ func interleave(t *testing.T, m *xentest.Machine, cfg xentest.Config, r *rand.Ra
 			time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
 		case 4:
 			if withFailures && r.IntN(4) == 0 {
-				failing(m, r)
+				failSome(m, r)
 			}
 		}
 	}

@@ -22,18 +22,20 @@ type duty uint8
 const (
 	dutyResume duty = iota
 	dutyReinject
-	dutyForeign  // find out whose breakpoint it is
-	dutyExecute  // have the instruction of the hit executed
-	dutyStepOn   // … by the driver
-	dutyComplete // correct what executing it has left
-	dutyGiveUp   // take the breakpoint out, and let the vCPU go on
+	dutyForeign // find out whose breakpoint it is
+	dutyExecute // have the instruction of the hit executed
+	dutyStepOn  // … by the driver
+	// dutyComplete corrects what executing it has left. It has no time limit: a vCPU
+	// that went on with the return address of a copy would bring the guest down.
+	dutyComplete
+	dutyGiveUp // take the breakpoint out, and let the vCPU go on
 )
 
-// executeFor is how long it is tried to execute an instruction whose memory can't
-// be had, before its breakpoint is given up so that the guest can go on.
+// executeFor bounds the attempts to execute an instruction whose memory can't be
+// reached. After that its breakpoint is removed, so that the guest can go on.
 const executeFor = 2 * time.Second
 
-// owe keeps d to be done later, and returns why as an error.
+// owe keeps d for later, and returns an error that says why.
 func (e *Engine) owe(d debt, why error) error {
 	d.since = time.Now()
 	if r := e.retried; r != nil {
@@ -46,7 +48,7 @@ func (e *Engine) owe(d debt, why error) error {
 
 // resume answers s. A vCPU is not left behind because a call failed.
 func (e *Engine) resume(s *Stop) error {
-	err := e.again(func() error { return e.drv.Resume(s) })
+	err := e.retry(func() error { return e.drv.Resume(s) })
 	if err == nil || errors.Is(err, ErrGone) {
 		return err
 	}
@@ -54,7 +56,7 @@ func (e *Engine) resume(s *Stop) error {
 }
 
 func (e *Engine) reinject(s *Stop) error {
-	err := e.again(func() error { return e.drv.Reinject(s) })
+	err := e.retry(func() error { return e.drv.Reinject(s) })
 	if err == nil || errors.Is(err, ErrGone) {
 		return err
 	}
@@ -63,7 +65,7 @@ func (e *Engine) reinject(s *Stop) error {
 
 // stepOn has the driver execute the instruction of a hit.
 func (e *Engine) stepOn(f *inflight, s *Stop) error {
-	err := e.again(func() error { return e.drv.StepOn(s, &f.site.insn) })
+	err := e.retry(func() error { return e.drv.StepOn(s, &f.site.insn) })
 	switch {
 	case err == nil:
 		e.stats.InPlace++
@@ -78,7 +80,7 @@ func (e *Engine) stepOn(f *inflight, s *Stop) error {
 // stepOver begins a step in place, of a hit that has departed.
 func (e *Engine) stepOver(f *inflight, s *Stop) error {
 	st := f.site
-	err := e.again(func() error { return e.drv.StepOver(s, st.addr) })
+	err := e.retry(func() error { return e.drv.StepOver(s, st.addr) })
 	if err == nil {
 		return nil
 	}
@@ -93,7 +95,7 @@ func (e *Engine) stepOver(f *inflight, s *Stop) error {
 	return e.giveUp(f, s, err)
 }
 
-// pay does what a debt is about. If it fails there is a new debt.
+// pay does what is owed. If it fails there is a new debt.
 func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	s := &d.stop
 	switch d.duty {
@@ -105,7 +107,7 @@ func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 		return e.handle(s, m) // it may be ours by now
 	case dutyExecute:
 		if st := d.f.site; st.armed && time.Since(d.since) > executeFor {
-			return Continue, e.giveUp(d.f, s, fmt.Errorf("%#x (%s): %w: its memory can't be had", st.addr, st.insn.String(), ErrNoWayPast))
+			return Continue, e.giveUp(d.f, s, fmt.Errorf("%#x (%s): %w: its memory can't be reached", st.addr, st.insn.String(), ErrNoWayPast))
 		}
 		return e.execute(d.f, s, m)
 	case dutyStepOn:
@@ -122,8 +124,8 @@ func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	return Continue, e.giveUp(d.f, s, nil)
 }
 
-// settle tries once to do all that is owed. It returns what is new: a debt that
-// stays one was told of when it was made.
+// settle tries once to pay every debt. It returns only what is new: a debt that
+// remains was reported when it was made.
 func (e *Engine) settle(m mode) (v Verdict, errs error) {
 	owed, next := e.owed, 0
 	e.owed = nil
@@ -160,7 +162,7 @@ func (e *Engine) settle(m mode) (v Verdict, errs error) {
 // owedPause is how long stops are waited for between two attempts at what is owed.
 const owedPause = 5 * time.Millisecond
 
-// serveOwing is a turn of serve while something is owed.
+// serveOwing is one iteration of serve while something is owed.
 func (e *Engine) serveOwing(ctx context.Context, m mode) (Verdict, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

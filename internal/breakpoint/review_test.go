@@ -2,7 +2,6 @@ package breakpoint_test
 
 import (
 	"context"
-	"errors"
 	"testing"
 	"time"
 
@@ -13,35 +12,11 @@ import (
 	"github.com/vmprobes/vmprobes/internal/xentest"
 )
 
-// one runs f on every host with two vCPUs.
-func one(t *testing.T, f func(t *testing.T, cfg xentest.Config)) {
-	for _, h := range hosts() {
-		t.Run(h.name, func(t *testing.T) {
-			cfg := h.cfg
-			cfg.VCPUs, cfg.Seed = 2, 2
-			f(t, cfg)
-		})
-	}
-}
-
-// serveUntil serves until done, for two seconds at the most, and returns what
-// Serve told.
-func serveUntil(t *testing.T, e *breakpoint.Engine, done func() bool) (told []error) {
-	t.Helper()
-	for range 200 {
-		if done() {
-			return told
-		}
-		told = append(told, serveFor(t, e, 10*time.Millisecond)...)
-	}
-	return told
-}
-
 // TestPanicCounts: a handler that panics ends the hit for the probes after it, which
 // count it as missed.
 func TestPanicCounts(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		a := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		a.Pre = func(*breakpoint.Context) breakpoint.Verdict {
 			if a.Hits() == 3 {
@@ -65,7 +40,7 @@ func TestPanicCounts(t *testing.T) {
 // breakpoint stands: the other probe there sees it.
 func TestShiftedGoesOn(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		addr := m.Symbol("nop5")
 		shifted := &breakpoint.Probe{Addr: addr, At: addr + 5, Pre: func(c *breakpoint.Context) breakpoint.Verdict {
 			c.Regs.IP = addr + 5
@@ -93,7 +68,7 @@ func TestReplacedInHandler(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			one(t, func(t *testing.T, cfg xentest.Config) {
 				cfg.VCPUs = 1 // another one could slip past in between
-				m, e := engine(t, cfg, breakpoint.Config{MayFault: never})
+				m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 				p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 				if kind == "out of line" {
 					p.Addr = outOfLine(t, m)
@@ -120,91 +95,11 @@ func TestReplacedInHandler(t *testing.T) {
 	}
 }
 
-// hooked is a driver with some calls of the test's.
-type hooked struct {
-	breakpoint.Driver
-	read   func(addr uint64) error
-	store  func() error
-	resume func(*breakpoint.Stop) error
-	thaw   func() error
-	remove func() error
-}
-
-func (d *hooked) RemoveBreak(addr uint64) error {
-	if d.remove != nil {
-		if err := d.remove(); err != nil {
-			return err
-		}
-	}
-	return d.Driver.RemoveBreak(addr)
-}
-
-func (d *hooked) Read(cr3, addr uint64, b []byte) error {
-	if d.read != nil {
-		if err := d.read(addr); err != nil {
-			return err
-		}
-	}
-	return d.Driver.Read(cr3, addr, b)
-}
-
-func (d *hooked) Store(cr3, addr uint64, b []byte) error {
-	if d.store != nil {
-		if err := d.store(); err != nil {
-			return err
-		}
-	}
-	return d.Driver.Store(cr3, addr, b)
-}
-
-func (d *hooked) Resume(s *breakpoint.Stop) error {
-	if d.resume != nil {
-		if err := d.resume(s); err != nil {
-			return err
-		}
-	}
-	return d.Driver.Resume(s)
-}
-
-func (d *hooked) Thaw() error {
-	if d.thaw != nil {
-		if err := d.thaw(); err != nil {
-			return err
-		}
-	}
-	return d.Driver.Thaw()
-}
-
-// engineOn is engine with a driver that the test can hook.
-func engineOn(t *testing.T, cfg xentest.Config, c breakpoint.Config) (*xentest.Machine, *hooked, *breakpoint.Engine) {
-	t.Helper()
-	m := xentest.New(cfg)
-	before := m.Text()
-	m.Start()
-	quiesce(t, m)
-	drv, err := attach(m, cfg)
-	require.NoError(t, err)
-	d := &hooked{Driver: drv}
-	c.Scratch = scratch(m)
-	e := breakpoint.New(d, c)
-	t.Cleanup(func() {
-		assert.NoError(t, e.Close())
-		m.Release()
-		xentest.Verify(t, m, before)
-		m.Stop()
-		assert.Zero(t, m.Mappings())
-		assert.Zero(t, m.Pauses())
-	})
-	return m, d, e
-}
-
-var errInjected = errors.New("injected")
-
 // TestPanicOwes has a Post handler panic while more than one vCPU is owed its answer:
 // the others are answered all the same.
 func TestPanicOwes(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		failing, seen := false, map[int]bool{}
 		d.store = func() error {
 			if failing {
@@ -239,7 +134,7 @@ func TestPanicOwes(t *testing.T) {
 // ends Serve, even if the answer fails once more.
 func TestOwedVerdict(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		failing, resumes := true, 0
 		d.store = func() error {
 			if failing {
@@ -247,7 +142,7 @@ func TestOwedVerdict(t *testing.T) {
 			}
 			return nil
 		}
-		d.resume = func(*breakpoint.Stop) error {
+		d.resume = func() error {
 			if resumes > 0 {
 				resumes--
 				return errInjected
@@ -284,9 +179,9 @@ func TestGoneWhileStopped(t *testing.T) {
 		m := xentest.New(cfg)
 		m.Start()
 		defer m.Stop()
-		drv, err := attach(m, cfg)
+		drv, err := m.Attach(nil)
 		require.NoError(t, err)
-		e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
 			m.Kill()
 			return breakpoint.Continue
@@ -304,15 +199,8 @@ func TestGoneWhileStopped(t *testing.T) {
 // registered, or none.
 func TestRegisterThaws(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
-		n := 3
-		d.thaw = func() error {
-			if n > 0 {
-				n--
-				return errInjected
-			}
-			return nil
-		}
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
+		d.thaw = failing(3)
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		err := e.Register(p)
 		assert.Equal(t, err == nil, e.Registered(p), "%v", err)
@@ -324,7 +212,7 @@ func TestRegisterThaws(t *testing.T) {
 // put there: the guest isn't given what is ours.
 func TestForeignOwed(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		q := &breakpoint.Probe{Addr: p.Addr}
 		require.NoError(t, e.Register(p))
@@ -357,35 +245,20 @@ func TestForeignOwed(t *testing.T) {
 // again when it can: nothing stays, or Close says so.
 func TestCloseTwiceInSlot(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
-		m := xentest.New(cfg)
-		before := m.Text()
-		m.Start()
-		defer m.Stop()
-		drv, err := attach(m, cfg)
-		require.NoError(t, err)
-		d := &hooked{Driver: drv}
-		e := breakpoint.New(d, breakpoint.Config{Scratch: scratch(m), MayFault: never})
-		failing := false
-		d.resume = func(*breakpoint.Stop) error {
-			if failing {
-				return errInjected
-			}
-			return nil
-		}
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: outOfLine(t, m), Pre: func(*breakpoint.Context) breakpoint.Verdict {
-			failing = true
+			d.resume = func() error { return errInjected }
 			return breakpoint.Continue
 		}}
 		require.NoError(t, e.Register(p))
-		_, err = e.Serve(t.Context(), true)
+		m.Release()
+		_, err := e.Serve(t.Context(), true)
 		require.ErrorIs(t, err, errInjected)
 		require.ErrorIs(t, e.Close(), breakpoint.ErrUnanswered)
-		failing = false
+		d.resume = nil
 		begin := time.Now()
-		err = e.Close()
-		if err == nil {
+		if e.Close() == nil {
 			assert.Less(t, time.Since(begin), time.Second)
-			xentest.Verify(t, m, before)
 		}
 	})
 }
@@ -395,9 +268,9 @@ func TestCloseTwiceInSlot(t *testing.T) {
 func TestGiveUpOwed(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
 		if cfg.Kind == xentest.PV {
-			t.Skip("it is stepped in place")
+			return // it is stepped in place, and not given up
 		}
-		m, d, e := engineOn(t, cfg, breakpoint.Config{MayFault: never})
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: find(t, m, 0xe8)}
 		require.NoError(t, e.Register(p))
 		base := m.Executed(p.Addr)
@@ -419,61 +292,32 @@ func TestGiveUpOwed(t *testing.T) {
 	})
 }
 
-// stepping is a driver that tells when a step has begun.
-type stepping struct {
-	breakpoint.Driver
-	begun func()
-}
-
-func (d *stepping) StepOver(s *breakpoint.Stop, addr uint64) error {
-	err := d.Driver.StepOver(s, addr)
-	if err == nil && d.begun != nil {
-		d.begun()
-		d.begun = nil
-	}
-	return err
-}
-
 // TestReplacedInStep has a probe be unregistered and registered again while a vCPU
 // executes its instruction in place.
 func TestReplacedInStep(t *testing.T) {
-	for _, h := range hosts() {
-		t.Run(h.name, func(t *testing.T) {
-			cfg := h.cfg
-			cfg.VCPUs, cfg.IRQEvery = 1, -1
-			m := xentest.New(cfg)
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			quiesce(t, m)
-			drv, err := attach(m, cfg)
-			require.NoError(t, err)
-			d := &stepping{Driver: drv}
-			e := breakpoint.New(d, breakpoint.Config{MayFault: never, Method: breakpoint.InPlace})
-			p := &breakpoint.Probe{Addr: outOfLine(t, m)}
+	with(t, 1, func(t *testing.T, cfg xentest.Config) {
+		cfg.IRQEvery = -1
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults, Method: breakpoint.InPlace})
+		p := &breakpoint.Probe{Addr: outOfLine(t, m)}
+		require.NoError(t, e.Register(p))
+		base := m.Executed(p.Addr)
+		hv := m.Hypervisor()
+		ctx, cancel := context.WithCancel(t.Context())
+		d.stepped = func() { d.stepped = nil; assert.NoError(t, hv.Pause()); cancel() } // so that the step takes long
+		m.Release()
+		_, err := e.Serve(ctx, true)
+		require.ErrorIs(t, err, context.Canceled)
+		if e.Stats().InPlace > 0 && p.Hits() == 1 {
+			require.NoError(t, e.Unregister(p))
 			require.NoError(t, e.Register(p))
-			base := m.Executed(p.Addr)
-			hv := m.Hypervisor()
-			ctx, cancel := context.WithCancel(t.Context())
-			d.begun = func() { assert.NoError(t, hv.Pause()); cancel() } // so that the step takes long
-			m.Release()
-			_, err = e.Serve(ctx, true)
-			require.ErrorIs(t, err, context.Canceled)
-			if e.Stats().InPlace > 0 && p.Hits() == 1 {
-				require.NoError(t, e.Unregister(p))
-				require.NoError(t, e.Register(p))
-			}
-			require.NoError(t, hv.Unpause())
-			require.NoError(t, served(t, e, func() {
-				time.Sleep(10 * time.Millisecond)
-				quiesce(t, m)
-			}))
-			assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
-			require.NoError(t, e.Close())
-			m.Release()
-			xentest.Verify(t, m, before)
-		})
-	}
+		}
+		require.NoError(t, hv.Unpause())
+		require.NoError(t, served(t, e, func() {
+			time.Sleep(10 * time.Millisecond)
+			quiesce(t, m)
+		}))
+		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
+	})
 }
 
 // TestCloseInStep closes while somebody has paused the domain in the middle of a step:
@@ -482,43 +326,30 @@ func TestCloseInStep(t *testing.T) {
 	if testing.Short() {
 		t.Skip("Close waits for ten seconds")
 	}
-	for _, h := range hosts() {
-		t.Run(h.name, func(t *testing.T) {
-			t.Parallel()
-			cfg := h.cfg
-			cfg.VCPUs, cfg.IRQEvery = 1, -1
-			m := xentest.New(cfg)
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			quiesce(t, m)
-			drv, err := attach(m, cfg)
-			require.NoError(t, err)
-			d := &stepping{Driver: drv}
-			e := breakpoint.New(d, breakpoint.Config{MayFault: never, Method: breakpoint.InPlace})
-			hv := m.Hypervisor()
-			ctx, cancel := context.WithCancel(t.Context())
-			d.begun = cancel
-			paused := false
-			p := &breakpoint.Probe{Addr: outOfLine(t, m), Pre: func(*breakpoint.Context) breakpoint.Verdict {
-				if !paused {
-					paused = true
-					assert.NoError(t, hv.Pause())
-				}
-				return breakpoint.Continue
-			}}
-			require.NoError(t, e.Register(p))
-			m.Release()
-			_, err = e.Serve(ctx, true)
-			require.ErrorIs(t, err, context.Canceled)
-			err = e.Close()
-			require.NoError(t, hv.Unpause())
-			if err != nil {
-				require.ErrorIs(t, err, breakpoint.ErrUnanswered)
-				require.NoError(t, e.Close())
+	with(t, 1, func(t *testing.T, cfg xentest.Config) {
+		t.Parallel()
+		cfg.IRQEvery = -1
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults, Method: breakpoint.InPlace})
+		hv := m.Hypervisor()
+		ctx, cancel := context.WithCancel(t.Context())
+		d.stepped = cancel
+		paused := false
+		p := &breakpoint.Probe{Addr: outOfLine(t, m), Pre: func(*breakpoint.Context) breakpoint.Verdict {
+			if !paused {
+				paused = true
+				assert.NoError(t, hv.Pause())
 			}
-			m.Release()
-			xentest.Verify(t, m, before)
-		})
-	}
+			return breakpoint.Continue
+		}}
+		require.NoError(t, e.Register(p))
+		m.Release()
+		_, err := e.Serve(ctx, true)
+		require.ErrorIs(t, err, context.Canceled)
+		err = e.Close()
+		require.NoError(t, hv.Unpause())
+		if err != nil {
+			require.ErrorIs(t, err, breakpoint.ErrUnanswered)
+			require.NoError(t, e.Close())
+		}
+	})
 }

@@ -52,7 +52,7 @@ func (e *Engine) newSlot(s *site) (*slot, error) {
 	}
 	copy(sl.code[:], filled)
 	copy(sl.code[:], code)
-	if err := e.again(func() error { return e.drv.Patch(sl.addr, sl.code[:]) }); err != nil {
+	if err := e.retry(func() error { return e.drv.Patch(sl.addr, sl.code[:]) }); err != nil {
 		e.clean(sl) // part of it may have been written
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func (e *Engine) takeSlot(s *site) *slot {
 			}
 		}
 		buf := make([]byte, size)
-		if err := e.drv.Read(0, addr, buf); err != nil {
+		if _, err := e.drv.Read(0, addr, buf); err != nil {
 			return false
 		}
 		for _, c := range buf {
@@ -128,7 +128,7 @@ func (e *Engine) freeSlot(s *site) {
 // clean makes a slot dead code again. If that fails Close tries it again.
 func (e *Engine) clean(sl *slot) {
 	sl.site = nil
-	if err := e.again(func() error { return e.drv.Patch(sl.addr, filled) }); err != nil {
+	if err := e.retry(func() error { return e.drv.Patch(sl.addr, filled) }); err != nil {
 		e.log.Error("dead code not restored", "addr", hex(sl.addr), "err", err)
 		e.dirty = append(e.dirty, sl)
 		return
@@ -140,7 +140,7 @@ func (e *Engine) clean(sl *slot) {
 func (e *Engine) cleanDirty() error {
 	var errs error
 	e.dirty = slices.DeleteFunc(e.dirty, func(sl *slot) bool {
-		err := e.again(func() error { return e.drv.Patch(sl.addr, filled) })
+		err := e.retry(func() error { return e.drv.Patch(sl.addr, filled) })
 		if err != nil && !errors.Is(err, ErrGone) {
 			errs = errors.Join(errs, fmt.Errorf("restore %d bytes of dead code at %#x: %w", slotSize, sl.addr, err))
 			return false
@@ -167,7 +167,7 @@ func (e *Engine) endWithJump(sl *slot) error {
 	to := sl.site.addr + uint64(sl.site.insn.Len)
 	rel := uint32(to - (sl.end + 5))
 	b := []byte{0xe9, byte(rel), byte(rel >> 8), byte(rel >> 16), byte(rel >> 24)}
-	if err := e.again(func() error { return e.drv.Patch(sl.end, b) }); err != nil {
+	if err := e.retry(func() error { return e.drv.Patch(sl.end, b) }); err != nil {
 		return fmt.Errorf("end slot at %#x: %w", sl.addr, err)
 	}
 	delete(e.slotEnd, sl.end)

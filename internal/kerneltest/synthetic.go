@@ -328,6 +328,13 @@ func (s *Synthetic) btf() []byte {
 		}
 		all = append(all, st)
 	}
+	// fn_0700(const char *name, const char *buf, int n, int, int, int, int)
+	text := &btf.Pointer{Target: &btf.Const{Type: base["char"]}}
+	proto := &btf.FuncProto{Return: base["int"], Params: []btf.FuncParam{{Name: "name", Type: text}, {Name: "buf", Type: text}, {Name: "n", Type: base["int"]}}}
+	for range 4 {
+		proto.Params = append(proto.Params, btf.FuncParam{Type: base["int"]})
+	}
+	all = append(all, &btf.Func{Name: "fn_0700", Type: proto, Linkage: btf.StaticFunc})
 	b, err := btf.NewBuilder(all, nil)
 	if err != nil {
 		panic(err)
@@ -376,6 +383,9 @@ func (s *Synthetic) places() {
 		return asm
 	}
 	for _, name := range []string{"register_kprobe", "arch_jump_label_transform", "ftrace_location", "alternatives_enable_smp"} {
+		asmSym(name)
+	}
+	for _, name := range []string{"__x64_sys_openat", "__x64_sys_getpid", "__x64_sys_undescribed"} {
 		asmSym(name)
 	}
 	if !s.layout.NoStaticCalls {

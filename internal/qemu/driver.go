@@ -134,7 +134,7 @@ func (d *Driver) SetIdentity(addr uint64, b []byte) error {
 		b = b[:maxIdentity]
 	}
 	cur := make([]byte, len(b))
-	if err := d.Read(0, addr, cur); err != nil {
+	if _, err := d.Read(0, addr, cur); err != nil {
 		return fmt.Errorf("the kernel's identity at %#x: %w", addr, err)
 	}
 	if !bytes.Equal(cur, b) {
@@ -211,16 +211,20 @@ func (d *Driver) Translate(addr uint64) (t paging.Translation, err error) {
 }
 
 // Read implements breakpoint.Driver.
-func (d *Driver) Read(cr3, addr uint64, b []byte) error {
+func (d *Driver) Read(cr3, addr uint64, b []byte) (n int, err error) {
 	if d.vm.direct == nil {
-		if ok, err := d.readAsVCPU(cr3, addr, b); ok || err != nil {
-			return err
+		switch ok, err := d.readAsVCPU(cr3, addr, b); {
+		case err != nil:
+			return 0, err
+		case ok:
+			return len(b), nil
 		}
 	}
-	return d.walk(cr3, func(m *paging.Memory, r paging.Root) error {
-		_, err := m.Read(r, paging.VAddr(addr), b)
+	err = d.walk(cr3, func(m *paging.Memory, r paging.Root) (err error) {
+		n, err = m.Read(r, paging.VAddr(addr), b)
 		return err
 	})
+	return n, err
 }
 
 // readAsVCPU reads through the stub with the page tables of the vCPU that stopped,
@@ -248,11 +252,12 @@ func (d *Driver) readAsVCPU(cr3, addr uint64, b []byte) (ok bool, err error) {
 
 // Write writes in spite of the guest's page protection. It is for data: under
 // TCG code that has been executed doesn't notice a write to shared RAM.
-func (d *Driver) Write(cr3, addr uint64, b []byte) error {
-	return d.walk(cr3, func(m *paging.Memory, r paging.Root) error {
-		_, err := m.Write(r, paging.VAddr(addr), b)
+func (d *Driver) Write(cr3, addr uint64, b []byte) (n int, err error) {
+	err = d.walk(cr3, func(m *paging.Memory, r paging.Root) (err error) {
+		n, err = m.Write(r, paging.VAddr(addr), b)
 		return err
 	})
+	return n, err
 }
 
 // Store implements breakpoint.Driver.
@@ -325,7 +330,7 @@ func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
 	}
 	defer d.Thaw()
 	cur := make([]byte, in.Len)
-	if err := d.Read(0, addr, cur); err != nil {
+	if _, err := d.Read(0, addr, cur); err != nil {
 		return err
 	}
 	if !bytes.Equal(cur, in.Bytes()) {

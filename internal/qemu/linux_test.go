@@ -18,7 +18,7 @@ import (
 // fileName reads the string that the second argument of do_sys_openat2 points to.
 func fileName(d *qemu.Driver, c *breakpoint.Context) (string, error) {
 	var b [32]byte
-	if err := d.Read(c.Regs.CR3, c.Regs.SI, b[:]); err != nil {
+	if _, err := d.Read(c.Regs.CR3, c.Regs.SI, b[:]); err != nil {
 		return "", err
 	}
 	for i, ch := range b {
@@ -79,7 +79,8 @@ func TestLinux(t *testing.T) {
 			}
 			// The function's first instruction is the NOP of ftrace; a push follows.
 			code := make([]byte, 16)
-			require.NoError(t, d.Read(0, addr, code))
+			_, err = d.Read(0, addr, code)
+			require.NoError(t, err)
 			t.Logf("code: % x", code)
 			for _, at := range []uint64{addr, addr + 5} {
 				p := &breakpoint.Probe{Addr: at, Pre: pre}

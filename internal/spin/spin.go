@@ -13,8 +13,8 @@ import (
 // turns it lets other goroutines run, if there may be no processor for them.
 // Begin and End are called by one goroutine at a time.
 type Holder struct {
-	yielded time.Duration
-	procs   int32 // GOMAXPROCS then
+	looked time.Duration
+	procs  int32 // GOMAXPROCS then
 }
 
 // holders is how many goroutines are in a turn.
@@ -25,12 +25,15 @@ const Every = 2 * time.Millisecond
 
 // Begin begins a turn, which must be shorter than Every.
 func (h *Holder) Begin() {
-	if holders.Add(1) < h.procs {
+	n := holders.Add(1)
+	now := Clock()
+	if h.procs != 0 && now-h.looked < Every {
 		return
 	}
-	if now := Clock(); h.procs == 0 || now-h.yielded >= Every {
+	// It may have changed, with a container's limit for one.
+	h.looked, h.procs = now, int32(runtime.GOMAXPROCS(0))
+	if n >= h.procs {
 		runtime.Gosched()
-		h.yielded, h.procs = now, int32(runtime.GOMAXPROCS(0))
 	}
 }
 

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"path/filepath"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/image"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 )
@@ -28,8 +30,12 @@ func openFile(_ context.Context, name string) (Guest, error) {
 		return nil, err
 	}
 	m, err := image.Open(path, opts)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, sentinel.Say(sentinel.As(err, ErrNotFound), "there is no such file")
+	}
 	if err != nil {
-		return nil, err
+		// The caller has said the path.
+		return nil, known(path, err)
 	}
 	g := &fileGuest{Image: m, info: Info{Name: filepath.Base(path), Kind: HVM}}
 	if m.Kind() == image.PV {

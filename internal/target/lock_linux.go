@@ -11,10 +11,6 @@ import (
 	"github.com/vmprobes/vmprobes/internal/xen"
 )
 
-// lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
-// nothing of it survives the hypervisor.
-var lockDir = "/run/vmprobes"
-
 // lockDomain takes the lock of a domain, and returns what gives it back. It fails
 // with ErrBusy if another tool, or another Session of this one, has it: two that
 // attach to a PV guest at once would both succeed, and each take half of the events.
@@ -24,7 +20,8 @@ func lockDomain(id uint16) (release func() error, err error) {
 		return nil, fmt.Errorf("lock the domain: %w", err)
 	}
 	name := filepath.Join(lockDir, fmt.Sprintf("domain-%d.lock", id))
-	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	// To read is enough for a lock. Only who may enter the folder can do it.
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("lock the domain: open %s: %w", name, err)
 	}

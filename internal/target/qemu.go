@@ -2,12 +2,9 @@ package target
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 
 	"github.com/vmprobes/vmprobes/internal/qemu"
-	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 )
@@ -23,7 +20,7 @@ func openQEMU(ctx context.Context, name string) (Guest, error) {
 	// that. It takes a process on this machine, and the right to trace it.
 	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true, Fallback: true})
 	if err != nil {
-		return nil, qemuError(err)
+		return nil, err
 	}
 	i := vm.Info()
 	return &qemuGuest{VM: vm, info: Info{Name: qemuName(i), Given: i.Name, Kind: HVM, VCPUs: i.VCPUs}}, nil
@@ -41,38 +38,13 @@ func qemuName(i qemu.Info) string {
 	return fmt.Sprintf("%s (%s)", i.Name, i.Socket)
 }
 
-// qemuError gives an error of package qemu the sentinel that any hypervisor's has,
-// and leaves its text.
-func qemuError(err error) error {
-	for _, e := range []struct{ of, is error }{
-		{qemu.ErrBusy, xen.ErrBusy},
-		{qemu.ErrAttached, xen.ErrBusy},
-		{qemu.ErrNoStub, ErrNotFound},
-		{qemu.ErrPaused, ErrPaused},
-		{fs.ErrPermission, ErrNotRoot},
-	} {
-		if errors.Is(err, e.of) {
-			return &also{err, e.is}
-		}
-	}
-	return err
-}
-
-// also is an error that errors.Is takes for another one, too.
-type also struct {
-	error
-	is error
-}
-
-func (e *also) Unwrap() []error { return []error{e.error, e.is} }
-
 func (g *qemuGuest) Info() Info { return g.info }
 
 // Attach implements [Guest].
 func (g *qemuGuest) Attach(ctx context.Context) (Driver, error) {
 	d, err := g.VM.Attach(ctx)
 	if err != nil {
-		return nil, qemuError(err)
+		return nil, known("", err)
 	}
 	return d, nil
 }

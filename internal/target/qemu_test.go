@@ -2,7 +2,6 @@ package target
 
 import (
 	"errors"
-	"io/fs"
 	"net"
 	"path/filepath"
 	"syscall"
@@ -49,8 +48,8 @@ func TestQEMUErrors(t *testing.T) {
 		require.NotContains(t, err.Error(), "xl ", name)
 	}
 	denied := &net.OpError{Op: "dial", Err: syscall.EACCES}
-	err = qemuError(denied)
-	require.ErrorIs(t, err, fs.ErrPermission)
+	err = known("", denied)
+	require.ErrorIs(t, err, ErrPermission)
 	require.Equal(t, denied.Error(), err.Error())
 	var op *net.OpError
 	require.True(t, errors.As(err, &op))

@@ -8,21 +8,31 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/qemu"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
+	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // Errors of Open.
 var (
-	ErrNoName        = errors.New("the domain has no name")
-	ErrNotFound      = fmt.Errorf("no such domain: %w", fs.ErrNotExist)
+	ErrNoName  = errors.New("no guest is named")
+	ErrBadName = errors.New("not the name of a guest")
+	// ErrNotFound is matched by errors that say the same of other guests than domains.
+	ErrNotFound      = sentinel.New("no such domain", fs.ErrNotExist)
+	ErrBusy          = errors.New("another tool is attached to the guest")
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
 	ErrPaused        = errors.New("the domain is paused: if you have paused it, unpause it first (xl unpause); " +
 		"if a tool that had probes in it was killed, leave it so, as a PV guest would run on behind a breakpoint and die")
-	ErrNotRoot = fmt.Errorf("only root may look into a guest: %w", fs.ErrPermission)
+	ErrPermission = sentinel.New("this program may not look into the guest", fs.ErrPermission)
 )
 
 // Kind is how a guest is virtualized.
@@ -62,7 +72,7 @@ type Driver interface {
 	SetKernelRoot(paging.Root)
 	// Write writes in spite of the guest's page protection, with the page tables
 	// of cr3, or with the kernel's own if that is 0.
-	Write(cr3, addr uint64, b []byte) error
+	Write(cr3, addr uint64, b []byte) (n int, err error)
 }
 
 // A Freezer is a guest that does better if it stands still while much of its
@@ -100,8 +110,12 @@ var schemes = map[string]func(ctx context.Context, name string) (Guest, error){
 	"qemu+monitor": openQEMU,
 }
 
+// names says what Open takes.
+const names = "want the name or id of a Xen domain (xen:NAME if there is a colon in it), qemu:PATH or qemu:HOST:PORT " +
+	"(a gdbstub), qemu+monitor:PATH (a monitor), or file:PATH (a saved memory image)"
+
 // Open opens the guest that name stands for: "scheme:name", or just the name or
-// the numeric id of a Xen domain.
+// the numeric id of a Xen domain. Its errors don't begin with the name.
 func Open(ctx context.Context, name string) (Guest, error) {
 	if name == "" {
 		return nil, ErrNoName
@@ -112,10 +126,75 @@ func Open(ctx context.Context, name string) (Guest, error) {
 	scheme, rest, ok := strings.Cut(name, ":")
 	open := schemes[scheme]
 	switch {
-	case !ok || open == nil:
-		return openXen(ctx, name)
-	case rest == "":
+	case ok && open != nil && rest == "":
 		return nil, ErrNoName
+	case ok && open == nil, !ok && strings.Contains(name, "/"):
+		return nil, fmt.Errorf("%w: %s%s", ErrBadName, names, meant(name))
+	case !ok:
+		open = openXen
 	}
-	return open(ctx, name)
+	g, err := open(ctx, name)
+	if err != nil {
+		if !ok {
+			hint := meant(name)
+			if hint == "" && noXen(err) {
+				hint = "; guests without Xen are named qemu:PATH or file:PATH"
+			}
+			if hint != "" {
+				err = fmt.Errorf("%w%s", err, hint)
+			}
+		}
+		return nil, known(name, err)
+	}
+	return g, nil
+}
+
+// noXen reports whether an error says that there is no Xen here.
+func noXen(err error) bool {
+	for _, e := range []error{xenctrl.ErrNotBuilt, xenctrl.ErrUnsupportedPlatform, xenctrl.ErrLibraryNotFound, xenctrl.ErrNotControlDomain} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// meant returns what to say about a name if there is a file of that name here.
+func meant(name string) string {
+	st, err := os.Stat(name)
+	switch {
+	case err != nil:
+		return ""
+	case st.Mode().IsRegular():
+		return fmt.Sprintf("; the file of that name is file:%s", name)
+	case st.Mode()&fs.ModeSocket != 0:
+		return fmt.Sprintf("; the socket of that name is qemu:%[1]s or qemu+monitor:%[1]s", name)
+	}
+	return ""
+}
+
+// known makes the errors of all hypervisors alike for errors.Is, each with its own
+// text, and takes the guest's name off, which the caller says.
+func known(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, k := range []struct{ of, is error }{
+		{xen.ErrBusy, ErrBusy}, {qemu.ErrBusy, ErrBusy}, {qemu.ErrAttached, ErrBusy},
+		{qemu.ErrPaused, ErrPaused}, {qemu.ErrNoStub, ErrNotFound}, {qemu.ErrTarget, ErrBadName}, {fs.ErrPermission, ErrPermission},
+	} {
+		if errors.Is(err, k.of) && !errors.Is(err, k.is) {
+			err = sentinel.As(err, k.is)
+		}
+	}
+	if strings.HasPrefix(name, "qemu") && !errors.Is(err, ErrNotFound) &&
+		(errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)) { // a monitor's socket
+		err = sentinel.As(err, ErrNotFound)
+	}
+	for _, prefix := range []string{name + ": ", strconv.Quote(name) + ": "} {
+		if text, ok := strings.CutPrefix(err.Error(), prefix); ok && text != "" {
+			err = sentinel.Say(err, text)
+		}
+	}
+	return err
 }

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
@@ -30,16 +32,14 @@ type xenGuest struct {
 
 func openXen(_ context.Context, name string) (_ Guest, err error) {
 	name = strings.TrimPrefix(name, "xen:")
-	if euid := os.Geteuid(); euid > 0 {
-		return nil, fmt.Errorf("%w (this is user %d)", ErrNotRoot, euid)
-	}
 	h, err := xenctrl.Open()
 	if err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
 	defer func() {
 		if err != nil {
 			h.Close()
+			err = explain(err)
 		}
 	}()
 	store, err := xenctrl.OpenStore()
@@ -55,7 +55,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	dom, err := h.Domain(id)
 	if err != nil {
 		if errors.Is(err, xenctrl.ErrNoDomain) {
-			return nil, fmt.Errorf("%w (%w)", ErrNotFound, err)
+			return nil, sentinel.As(ErrNotFound, err)
 		}
 		return nil, err
 	}
@@ -96,6 +96,20 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	return g, nil
 }
 
+// lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
+// nothing of it survives the hypervisor.
+var lockDir = "/run/vmprobes"
+
+// explain says what a user other than root lacks, whose rights are those that the
+// files of Xen's devices give.
+func explain(err error) error {
+	if euid := os.Geteuid(); euid > 0 && errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w (this is user %d: to allow that without root, give the user the right to read and write "+
+			"/dev/xen/privcmd, /dev/xen/evtchn, /dev/xen/xenbus and the folder %s)", err, euid, lockDir)
+	}
+	return err
+}
+
 // Xen returns the guest behind hv. Close leaves hv alone.
 func Xen(hv xen.Hypervisor) (Guest, error) {
 	dom, err := hv.Info()
@@ -122,6 +136,7 @@ func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()
 
 // Attach opens the route that the guest and its hypervisor offer.
 func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
+	defer func() { err = known("", explain(err)) }()
 	if g.lock != nil {
 		release, err := g.lock()
 		if err != nil {
@@ -132,9 +147,9 @@ func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
 		g.close = func() error { return errors.Join(closeAll(), release()) }
 	}
 	if g.info.Kind == PV {
-		return xen.OpenDebugger(g.hv)
+		return xen.OpenDebugger(g.hv, g.Cache)
 	}
-	return xen.OpenMonitor(g.hv)
+	return xen.OpenMonitor(g.hv, g.Cache)
 }
 
 // PhysicalPages implements [Sized].

@@ -50,7 +50,7 @@ func (p *past) Bytes() []byte { return p.bytes }
 func TestBallooned(t *testing.T) {
 	m := xentest.New(xentest.Config{Kind: xentest.HVM, IRQEvery: -1})
 	hv := &ballooning{Hypervisor: m.Hypervisor()}
-	drv, err := xen.OpenMonitor(hv)
+	drv, err := xen.OpenMonitor(hv, xentest.Frames(t, hv))
 	require.NoError(t, err)
 	defer drv.Close()
 	at := uint64(xentest.DataBase + 0x800)
@@ -66,13 +66,16 @@ func TestBallooned(t *testing.T) {
 	}
 	wait(10 * time.Millisecond)
 	var b [1]byte
-	require.NoError(t, drv.Read(0, at, b[:]))
+	_, err = drv.Read(0, at, b[:])
+	require.NoError(t, err)
 	hv.done.Store(true)
 	m.Poke(at, []byte{b[0] + 1})
 	wait(150 * time.Millisecond)
 	was := b[0]
-	require.NoError(t, drv.Read(0, at, b[:]))
+	_, err = drv.Read(0, at, b[:])
+	require.NoError(t, err)
 	assert.Equal(t, was+1, b[0])
-	require.NoError(t, drv.Write(0, at, []byte{was + 2}))
+	_, err = drv.Write(0, at, []byte{was + 2})
+	require.NoError(t, err)
 	assert.Equal(t, was+2, m.Peek(at, 1)[0])
 }

@@ -99,45 +99,16 @@ type countedMonitor struct {
 
 func (m *countedMonitor) Notify() error { m.c.n++; return m.Monitor.Notify() }
 
-func attachTo(hv xen.Hypervisor, m *xentest.Machine, cfg xentest.Config) (breakpoint.Driver, error) {
-	if cfg.Kind == xentest.PV {
-		d, err := xen.OpenDebugger(hv)
-		if err != nil {
-			return nil, err
-		}
-		d.SetVCPUInfo(m.VCPUInfo())
-		return d, nil
-	}
-	d, err := xen.OpenMonitor(hv)
-	if err != nil {
-		return nil, err
-	}
-	return d, nil
-}
-
-// scratch proposes the machine's dead code.
-func scratch(m *xentest.Machine) func(uint64, func(addr, size uint64) bool) {
-	return func(_ uint64, try func(addr, size uint64) bool) {
-		for _, g := range m.Gaps() {
-			if try(g.VA+16, g.Size-16) {
-				return
-			}
-		}
-	}
-}
-
-func never(uint64) bool { return false }
-
 func benchmarkHit(b *testing.B, cfg xentest.Config, method breakpoint.Method, insn string) {
 	m := xentest.New(cfg)
 	m.Start()
 	defer m.Stop()
 	c := &counter{Hypervisor: m.Hypervisor()}
-	drv, err := attachTo(c, m, cfg)
+	drv, err := m.Attach(c)
 	if err != nil {
 		b.Fatal(err)
 	}
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never, Method: method})
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: method})
 	defer e.Close()
 
 	// The guest has breakpoints of its own in its loop; what one costs is known first.

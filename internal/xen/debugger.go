@@ -76,9 +76,10 @@ type step struct {
 	masked uint64 // address of an upcall mask that was 0 and has been set, or 0
 }
 
-// OpenDebugger attaches to a PV guest. It changes nothing in the guest unless
-// the hypervisor has what it takes.
-func OpenDebugger(hv Hypervisor) (*Debugger, error) {
+// OpenDebugger attaches to a PV guest, whose memory it reaches through frames; they
+// stay the caller's, who closes them after the Debugger. It changes nothing in the
+// guest unless the hypervisor has what it takes.
+func OpenDebugger(hv Hypervisor, frames *paging.Cache) (*Debugger, error) {
 	info, err := hv.Info()
 	if err != nil {
 		return nil, mapErr(err)
@@ -94,7 +95,7 @@ func OpenDebugger(hv Hypervisor) (*Debugger, error) {
 	if info.Flags&xenctrl.DomainDebugged != 0 {
 		return nil, ErrBusy
 	}
-	d := &Debugger{guest: newGuest(hv), nvcpu: info.MaxVCPUID + 1}
+	d := &Debugger{guest: newGuest(hv, frames), nvcpu: info.MaxVCPUID + 1}
 	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
@@ -148,7 +149,7 @@ func (d *Debugger) upcallMask(c *xenctrl.VCPUContext) (upcallMask, error) {
 	}
 	var b [2]byte
 	addr := c.GSBaseKernel + d.vcpuInfo
-	if err := d.Read(c.CtrlReg[3], addr, b[:]); err != nil {
+	if err := d.read(c.CtrlReg[3], addr, b[:]); err != nil {
 		return upcallMask{}, err
 	}
 	if b[0] > 1 || b[1] > 1 {
@@ -214,6 +215,7 @@ func (v *vcpu) keepExt() { v.ext.Data = slices.Clone(v.ext.Data) }
 // Wait implements breakpoint.Driver.
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	d.pace.start()
+	defer d.pace.end()
 	for now := d.pace.begin; ; now = spin.Clock() {
 		if now-d.alive > aliveEvery {
 			if err := d.checkAlive(); err != nil {
@@ -492,7 +494,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	// An interrupt between here and the step would run over the lifted byte.
 	m, err := d.upcallMask(&v.ctx)
 	if err == nil && m.known && m.value == 0 && st.masked == 0 {
-		if err = d.Write(v.ctx.CtrlReg[3], m.addr, []byte{1}); err == nil {
+		if err = d.write(v.ctx.CtrlReg[3], m.addr, []byte{1}); err == nil {
 			st.masked = m.addr
 		}
 	}
@@ -573,7 +575,7 @@ func (d *Debugger) endStep() error {
 		return err
 	}
 	if st.masked != 0 {
-		if err := attempts(func() error { return d.Write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
+		if err := attempts(func() error { return d.write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
 			return fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err)
 		}
 		st.masked = 0
@@ -685,11 +687,11 @@ func (d *Debugger) enter(v int, c *xenctrl.VCPUContext, vector int, rip uint64) 
 	for _, w := range frame {
 		buf = binary.LittleEndian.AppendUint64(buf, w)
 	}
-	if err := d.Write(c.CtrlReg[3], sp, buf); err != nil {
+	if err := d.write(c.CtrlReg[3], sp, buf); err != nil {
 		return fmt.Errorf("vCPU %d: exception frame: %w", v, err)
 	}
 	if s.mask.known && t.Flags&xenctrl.TrapDisablesEvents != 0 {
-		if err := d.Write(c.CtrlReg[3], s.mask.addr, []byte{1}); err != nil {
+		if err := d.write(c.CtrlReg[3], s.mask.addr, []byte{1}); err != nil {
 			return fmt.Errorf("vCPU %d: mask events: %w", v, err)
 		}
 	}
@@ -712,7 +714,6 @@ func (d *Debugger) Close() error {
 	}
 	d.closed = true
 	d.stopPins()
-	d.frames.Close()
 	return err
 }
 

@@ -45,9 +45,9 @@ func TestDebugException(t *testing.T) {
 		t.Run(fmt.Sprintf("served=%v", serve), func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv)
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
 			require.NoError(t, err)
-			e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			var c xenctrl.VCPUContext
 			require.NoError(t, hv.Pause())
 			require.NoError(t, hv.VCPUContext(0, &c))
@@ -89,7 +89,7 @@ func TestPausedByOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv)
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
 			require.NoError(t, err)
 			if c.symbols { // all of the text is what runs before DR6 is read
 				drv.UseSymbols(func(name string) (uint64, bool) {
@@ -97,7 +97,7 @@ func TestPausedByOthers(t *testing.T) {
 					return addr, ok
 				})
 			}
-			e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			m.Run(100)
 			hv.dr6, hv.dr7 = c.dr6, c.dr7
 			require.NoError(t, hv.Pause())
@@ -124,9 +124,9 @@ func TestUnpausedByOthers(t *testing.T) {
 			defer m.Stop()
 			require.NoError(t, m.Quiesce(t.Context()))
 			hv := m.Hypervisor()
-			drv, err := attachTo(hv, m, cfg)
+			drv, err := m.Attach(hv)
 			require.NoError(t, err)
-			e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			unpaused := 0
 			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
 				if unpaused < 5 {

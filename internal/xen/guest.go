@@ -57,8 +57,8 @@ type patch struct {
 	gone   bool // removed, if in the middle of a step
 }
 
-func newGuest(hv Hypervisor) *guest {
-	g := &guest{hv: hv, frames: NewFrames(hv), breaks: make(map[uint64]*patch)}
+func newGuest(hv Hypervisor, frames *paging.Cache) *guest {
+	g := &guest{hv: hv, frames: frames, breaks: make(map[uint64]*patch)}
 	g.mem = paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}) // a 64-bit PV guest's
 	return g
 }
@@ -129,18 +129,31 @@ func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
 	return mapErr(err)
 }
 
-func (g *guest) Read(cr3, addr uint64, b []byte) error {
-	return g.withRoot(cr3, func(r paging.Root) error {
-		_, err := g.mem.Read(r, paging.VAddr(addr), b)
+func (g *guest) Read(cr3, addr uint64, b []byte) (n int, err error) {
+	err = g.withRoot(cr3, func(r paging.Root) (err error) {
+		n, err = g.mem.Read(r, paging.VAddr(addr), b)
 		return err
 	})
+	return n, err
 }
 
-func (g *guest) Write(cr3, addr uint64, b []byte) error {
-	return g.withRoot(cr3, func(r paging.Root) error {
-		_, err := g.mem.Write(r, paging.VAddr(addr), b)
+func (g *guest) Write(cr3, addr uint64, b []byte) (n int, err error) {
+	err = g.withRoot(cr3, func(r paging.Root) (err error) {
+		n, err = g.mem.Write(r, paging.VAddr(addr), b)
 		return err
 	})
+	return n, err
+}
+
+// read and write are Read and Write for those who need all of b.
+func (g *guest) read(cr3, addr uint64, b []byte) error {
+	_, err := g.Read(cr3, addr, b)
+	return err
+}
+
+func (g *guest) write(cr3, addr uint64, b []byte) error {
+	_, err := g.Write(cr3, addr, b)
+	return err
 }
 
 func (g *guest) Store(cr3, addr uint64, b []byte) error {
@@ -150,7 +163,7 @@ func (g *guest) Store(cr3, addr uint64, b []byte) error {
 	})
 }
 
-func (g *guest) Patch(addr uint64, b []byte) error { return g.Write(0, addr, b) }
+func (g *guest) Patch(addr uint64, b []byte) error { return g.write(0, addr, b) }
 
 // int3 is the breakpoint instruction.
 const int3 = 0xcc
@@ -164,7 +177,7 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 		return fmt.Errorf("breakpoint at %#x is there already", addr)
 	}
 	cur := make([]byte, in.Len)
-	if err := g.Read(0, addr, cur); err != nil {
+	if err := g.read(0, addr, cur); err != nil {
 		return err
 	}
 	if !bytes.Equal(cur, in.Bytes()) {
@@ -242,16 +255,16 @@ func (g *guest) lift(p *patch) error {
 	var buf [x86.MaxLen]byte
 	orig := p.insn.Bytes()
 	cur := buf[:len(orig)]
-	if err := g.Read(0, p.addr, cur); err != nil {
+	if err := g.read(0, p.addr, cur); err != nil {
 		return err
 	}
 	if cur[0] != int3 || !bytes.Equal(cur[1:], orig[1:]) {
 		return fmt.Errorf("%w: %#x holds % x, not the breakpoint and the rest of % x", breakpoint.ErrTextChanged, p.addr, cur, orig)
 	}
-	return g.Write(0, p.addr, orig[:1])
+	return g.write(0, p.addr, orig[:1])
 }
 
-func (g *guest) drop(p *patch) error { return g.Write(0, p.addr, []byte{int3}) }
+func (g *guest) drop(p *patch) error { return g.write(0, p.addr, []byte{int3}) }
 
 func (g *guest) breakAt(addr uint64) *patch {
 	g.breaksMu.Lock()

@@ -49,7 +49,6 @@ type Monitor interface {
 	SetSoftwareBreakpoint(on bool) error
 	SetSingleStep(on bool) error
 	SetDebugExceptions(on, sync bool) error
-	SetEmulUnimplemented(on bool) error
 	// Wait returns when a request may be on the ring, or with ctx's error.
 	Wait(ctx context.Context) error
 	// Next takes one request off the ring.

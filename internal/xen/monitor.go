@@ -52,7 +52,7 @@ type monitored struct {
 }
 
 // OpenMonitor attaches to an HVM or PVH guest.
-func OpenMonitor(hv Hypervisor) (_ *MonitorRoute, err error) {
+func OpenMonitor(hv Hypervisor, frames *paging.Cache) (_ *MonitorRoute, err error) {
 	info, err := hv.Info()
 	if err != nil {
 		return nil, mapErr(err)
@@ -67,7 +67,7 @@ func OpenMonitor(hv Hypervisor) (_ *MonitorRoute, err error) {
 	if info.Flags&xenctrl.DomainDebugged != 0 {
 		return nil, ErrBusy // an attached debugger takes every int3 before vm_event does
 	}
-	m := &MonitorRoute{guest: newGuest(hv), caps: caps, nvcpu: info.MaxVCPUID + 1}
+	m := &MonitorRoute{guest: newGuest(hv, frames), caps: caps, nvcpu: info.MaxVCPUID + 1}
 	if m.nvcpu < 1 || m.nvcpu > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
@@ -453,7 +453,6 @@ func (m *MonitorRoute) Close() error {
 	if m.waitEnd != nil {
 		m.waitEnd()
 	}
-	m.frames.Close()
 	return err
 }
 

@@ -2,6 +2,8 @@ package xen_test
 
 import (
 	"context"
+	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,9 +24,9 @@ func TestNoFrame(t *testing.T) {
 	va := m.Gaps()[0].VA + 0x100
 	m.Load(va, []byte{0xcc})
 	hv := m.Hypervisor()
-	drv, err := attachTo(hv, m, cfg)
+	drv, err := m.Attach(hv)
 	require.NoError(t, err)
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 	require.NoError(t, hv.Pause())
 	var c xenctrl.VCPUContext
 	require.NoError(t, hv.VCPUContext(0, &c))
@@ -50,9 +52,9 @@ func TestNoDebugFrame(t *testing.T) {
 		va := m.Gaps()[0].VA + 0x100
 		m.Load(va, []byte{0x90, 0x90, 0x90, 0x90})
 		hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-		drv, err := xen.OpenDebugger(hv)
+		drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
 		require.NoError(t, err)
-		e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 		var c xenctrl.VCPUContext
 		require.NoError(t, hv.Pause())
 		require.NoError(t, hv.VCPUContext(0, &c))
@@ -70,5 +72,63 @@ func TestNoDebugFrame(t *testing.T) {
 		}
 		require.NoError(t, e.Close())
 		assert.Zero(t, m.Pauses())
+	}
+}
+
+// flaky is a Xen whose questions about the domain fail twice, and then succeed.
+type flaky struct {
+	xen.Hypervisor
+	on atomic.Bool
+	n  atomic.Int64
+}
+
+func (h *flaky) fails() error {
+	if h.on.Load() && h.n.Add(1)%3 != 0 {
+		return errors.New("not now")
+	}
+	return nil
+}
+
+func (h *flaky) Info() (xenctrl.DomainInfo, error) {
+	if err := h.fails(); err != nil {
+		return xenctrl.DomainInfo{}, err
+	}
+	return h.Hypervisor.Info()
+}
+
+func (h *flaky) GdbsxDomStatus() (xenctrl.DomStatus, error) {
+	if err := h.fails(); err != nil {
+		return xenctrl.DomStatus{}, err
+	}
+	return h.Hypervisor.GdbsxDomStatus()
+}
+
+// TestPassingFailure: a call that fails for a moment doesn't end Serve.
+func TestPassingFailure(t *testing.T) {
+	for name, cfg := range map[string]xentest.Config{
+		"pv":  {Kind: xentest.PV, GDBSX: true},
+		"hvm": {Kind: xentest.HVM},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := xentest.New(cfg)
+			before := m.Text()
+			m.Start()
+			defer m.Stop()
+			hv := &flaky{Hypervisor: m.Hypervisor()}
+			drv, err := m.Attach(hv)
+			require.NoError(t, err)
+			hv.on.Store(true)
+			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
+			p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
+			require.NoError(t, e.Register(p))
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			_, err = e.Serve(ctx, true)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			assert.Positive(t, p.Hits())
+			require.NoError(t, e.Close())
+			m.Release()
+			xentest.Verify(t, m, before)
+		})
 	}
 }

@@ -16,6 +16,7 @@ type pace struct {
 	near   bool // the last answer came within paceSpin
 	sleep  time.Duration
 	holder spin.Holder
+	held   bool // from start to end, but not in a sleep
 	timer  *time.Timer
 }
 
@@ -34,16 +35,35 @@ const (
 	paceIdle = time.Second
 )
 
-// start is called when a wait begins, and done when it has its answer.
-func (p *pace) start() { p.begin, p.sleep = spin.Clock(), paceMin }
-func (p *pace) done()  { p.near = spin.Clock()-p.begin < paceSpin }
+// start is called when a wait begins, done when it has its answer, and end when
+// there is no other.
+func (p *pace) start() {
+	p.begin, p.sleep = spin.Clock(), paceMin
+	p.hold()
+}
+func (p *pace) done() { p.near = spin.Clock()-p.begin < paceSpin }
+func (p *pace) end()  { p.free() }
+
+func (p *pace) hold() {
+	if !p.held {
+		p.held = true
+		p.holder.Begin()
+	}
+}
+
+func (p *pace) free() {
+	if p.held {
+		p.held = false
+		p.holder.End()
+	}
+}
 
 // rest returns when it is time to ask again, or ctx is done.
 func (p *pace) rest(ctx context.Context) {
+	p.free()
+	defer p.hold()
 	waited := spin.Clock() - p.begin
 	if waited < paceFirst || p.near && waited < paceSpin {
-		p.holder.Begin()
-		p.holder.End()
 		return
 	}
 	if p.timer == nil {

@@ -24,6 +24,7 @@ func asked(ctx context.Context, p *pace, d time.Duration) (n int) {
 func TestPace(t *testing.T) {
 	ctx := t.Context()
 	var p pace
+	defer p.end()
 	// What doesn't come is asked for a few hundred times a second, after a beginning
 	// without rest. (It would be a few million times.)
 	n := asked(ctx, &p, 300*time.Millisecond)
@@ -69,6 +70,37 @@ func TestPace(t *testing.T) {
 	}))
 }
 
+// asking is a PV domain that looks at who asks.
+type asking struct {
+	quiet
+	d    *Debugger
+	held int
+}
+
+func (a *asking) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
+	if a.d != nil && a.d.pace.held {
+		a.held++
+	}
+	return a.quiet.GdbsxDomStatus()
+}
+
+// TestDebuggerHoldsProcessor: a wait without rest counts as one that keeps its
+// processor for as long as it lasts, calls of the hypervisor included, so that two of
+// them on two processors let others run; and no longer.
+func TestDebuggerHoldsProcessor(t *testing.T) {
+	a := new(asking)
+	d, err := OpenDebugger(a, NewFrames(a))
+	require.NoError(t, err)
+	a.d, a.polls = d, 0
+	d.pace.near = true
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	require.ErrorIs(t, d.Wait(ctx, nil), context.DeadlineExceeded)
+	assert.Positive(t, a.held)
+	assert.Equal(t, a.polls, a.held)
+	assert.False(t, d.pace.held)
+}
+
 // quiet is a PV domain in which nothing happens.
 type quiet struct {
 	Hypervisor
@@ -88,7 +120,7 @@ func (q *quiet) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 // of the context ends it; and garbage is collected meanwhile.
 func TestDebuggerWaitsAsleep(t *testing.T) {
 	q := new(quiet)
-	d, err := OpenDebugger(q)
+	d, err := OpenDebugger(q, NewFrames(q))
 	require.NoError(t, err)
 	for _, procs := range []int{2, 1} {
 		old := runtime.GOMAXPROCS(procs)

@@ -60,9 +60,6 @@ type Config struct {
 	// Late is how many instructions a vCPU may still execute after another one
 	// has paused the domain by a breakpoint. 0: 24; negative: none.
 	Late int
-	// EmulateRetry: one of this many emulations by the hypervisor does
-	// nothing, and the breakpoint hits again. 0: none.
-	EmulateRetry int
 	// AnyMask: the guest does not mind if a tool that enters its int3 handler
 	// leaves the event mask as it is and puts a wrong one into the frame, as
 	// one must that does not know where struct vcpu_info is.
@@ -196,6 +193,7 @@ type Machine struct {
 	calls   int
 	log     []Call
 	failAt  map[int]error
+	failAll error
 	oops    string
 	counted []uint32 // executions by text offset, in calibration
 	mult    []uint32 // executions of an instruction per count of its function
@@ -1169,6 +1167,14 @@ func (m *Machine) FailCall(n int, err error) {
 	m.failAt[m.calls+n] = err
 }
 
+// FailAll has every call of the hypervisor fail with err, having done nothing, until
+// it is called with nil.
+func (m *Machine) FailAll(err error) {
+	m.lock()
+	defer m.mu.Unlock()
+	m.failAll = err
+}
+
 // Attached reports whether debugger_attached is set.
 func (m *Machine) Attached() bool {
 	m.lock()
@@ -1241,8 +1247,11 @@ func (m *Machine) begin(op string, vcpu int) error {
 		m.log = append(m.log[:0], m.log[callLogMax/2:]...)
 	}
 	var err error
-	if e, ok := m.failAt[m.calls]; ok {
+	if e, ok := m.failAt[m.calls]; ok || m.failAll != nil {
 		delete(m.failAt, m.calls)
+		if !ok {
+			e = m.failAll
+		}
 		err = m.wrap(op, vcpu, e)
 	} else if m.gone || m.dying && op != "info" {
 		err = m.wrap(op, vcpu, syscall.ESRCH)

@@ -431,7 +431,7 @@ func (d *tool) hvmLoop(mon xen.Monitor, until func() bool, f func(e *xenctrl.Eve
 
 func TestHVMTool(t *testing.T) {
 	for _, started := range []bool{false, true} {
-		for _, cfg := range []Config{{VCPUs: 1}, {VCPUs: 2, MTF: true}, {VCPUs: 3, EmulateRetry: 3}, {VCPUs: 10}} {
+		for _, cfg := range []Config{{VCPUs: 1}, {VCPUs: 2, MTF: true}, {VCPUs: 3}, {VCPUs: 10}} {
 			t.Run(fmt.Sprintf("started=%v/%d", started, cfg.VCPUs), func(t *testing.T) {
 				cfg.Kind, cfg.AVX, cfg.Seed, cfg.IRQEvery = HVM, true, 9, 100
 				m := New(cfg)
@@ -497,9 +497,7 @@ func TestHVMTool(t *testing.T) {
 						_ = res
 						e.Flags |= xenctrl.EventSetRegisters
 					case ring, emul:
-						if cfg.EmulateRetry == 0 {
-							d.hits[va]++
-						}
+						d.hits[va]++
 						copy(e.InsnData[:], d.orig[va-TextBase:])
 						e.Flags |= xenctrl.EventEmulate | xenctrl.EventSetEmulInsnData
 					case leaf:
@@ -522,7 +520,7 @@ func TestHVMTool(t *testing.T) {
 					t.Fatal(m.Oops())
 				}
 				for va, n := range start {
-					if cfg.EmulateRetry != 0 && (va == ring || va == emul) || va == leaf {
+					if va == leaf {
 						continue
 					}
 					if got, want := d.hits[va], int(m.Executed(va)-n); got != want {

@@ -18,7 +18,7 @@ type monitor struct {
 	ready     chan struct{}
 	closed    bool
 
-	breakpoint, singleStep, debug, debugSync, unimplemented bool
+	breakpoint, singleStep, debug, debugSync bool
 }
 
 // sendEvent puts a request of v on the ring; a sync one pauses the vCPU.
@@ -90,10 +90,6 @@ func (mon *monitor) SetDebugExceptions(on, sync bool) error {
 		mon.debugSync = sync
 		return nil
 	})
-}
-
-func (mon *monitor) SetEmulUnimplemented(on bool) error {
-	return mon.do("monitor emul unimplemented", func() error { return set(&mon.unimplemented, on) })
 }
 
 // Wait counts as a call of the hypervisor. It returns for nothing now and then.
@@ -236,11 +232,9 @@ func (m *Machine) hvmResume(v *vcpu) {
 	v.resume = false
 	if code := v.emulate; code != nil {
 		v.emulate = nil
-		if m.cfg.EmulateRetry == 0 || m.rng.IntN(m.cfg.EmulateRetry) != 0 {
-			m.emulated(v, code)
-			if v.halted {
-				return
-			}
+		m.emulated(v, code)
+		if v.halted {
+			return
 		}
 	}
 	if r := v.setRegs; r != nil {

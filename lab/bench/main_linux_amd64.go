@@ -18,6 +18,7 @@ import (
 
 	"github.com/vmprobes/vmprobes"
 	"github.com/vmprobes/vmprobes/lab/labguest"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // symbol is what the guest executes without rest; a NOP is there in its kernel.
@@ -234,6 +235,9 @@ func (b *bench) measureC(ctx context.Context, p pair) (s sample, err error) {
 		}
 	}()
 	r := bufio.NewReader(out)
+	// A guest that somebody left paused has no hits, and the loop would wait for ever.
+	slow := time.AfterFunc(3*time.Minute, func() { b.complain(ctx); _ = cmd.Process.Signal(os.Interrupt) })
+	defer slow.Stop()
 	var ns int64
 	if _, err := fmt.Fscanf(r, "timed %d %d %d\n", &s.hits, &ns, &s.tsc); err != nil {
 		return s, fmt.Errorf("what it timed: %w", err)
@@ -256,6 +260,24 @@ func (b *bench) measureC(ctx context.Context, p pair) (s sample, err error) {
 	s.syscalls, s.ioctls = c.read()
 	_, err = io.WriteString(in, "\n")
 	return s, err
+}
+
+// complain says what state a guest is in that has no hits.
+func (b *bench) complain(ctx context.Context) {
+	h, err := xenctrl.Open()
+	if err != nil {
+		log.Print(err)
+		return
+	}
+	defer func() { _ = h.Close() }()
+	id := xenctrl.DomID(b.guest.DomID())
+	was, err1 := h.Domain(id)
+	time.Sleep(time.Second)
+	is, err2 := h.Domain(id)
+	var c xenctrl.VCPUContext
+	err3 := h.VCPUContext(id, 0, &c)
+	log.Printf("no hits: the guest's flags are %#x, it ran %v in a second, and is at %#x (%v)",
+		uint32(is.Flags), time.Duration(is.CPUTime-was.CPUTime), c.User.RIP, errors.Join(err1, err2, err3))
 }
 
 // measureOurs does the same with a Session, in this process.

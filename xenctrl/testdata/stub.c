@@ -205,7 +205,6 @@ int xc_monitor_disable(VMP_XC *h, uint32_t d) { live--; return 0; }
 int xc_monitor_software_breakpoint(VMP_XC *h, uint32_t d, bool on) { DOMAIN(d); return 0; }
 int xc_monitor_singlestep(VMP_XC *h, uint32_t d, bool on) { FAIL(EOPNOTSUPP); }
 int xc_monitor_debug_exceptions(VMP_XC *h, uint32_t d, bool on, bool sync) { CHECK(!on || sync); return 0; }
-int xc_monitor_emul_unimplemented(VMP_XC *h, uint32_t d, bool on) { return 0; }
 
 void *xenforeignmemory_map(VMP_FM *h, uint32_t d, int prot, size_t n, const unsigned long *f, int *err)
 {

@@ -1,62 +1,65 @@
-// Package guest is what the introspection examples have in common: a command
-// line, the guest that it names, and the hex dump that XenAccess printed.
+// Package guest is what the introspection examples have in common: the guest that
+// their command line names, and the hex dump that XenAccess printed.
 package guest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 
+	"github.com/vmprobes/vmprobes/examples/internal/cli"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
-// Main parses the command line "[-file] guest args…", opens the guest and calls f
-// with it and the args, of which there must be as many as there are names. It
-// doesn't return.
-func Main(names []string, lax bool, f func(ctx context.Context, g *xenaccess.Guest, args []string) error) {
-	file := flag.Bool("file", false, "the guest is a file with a saved memory image")
-	symbols := flag.String("symbols", "", "file with the kernel's symbols, if not those in its memory")
-	types := flag.String("types", "", "file with the kernel's types, if not those in its memory")
-	flag.Usage = func() {
-		fmt.Fprintf(flag.CommandLine.Output(), "usage: %s [flags] guest %s\n\nguest is a domain's name or id, or another target such as file:PATH.\n\n",
-			os.Args[0], strings.Join(names, " "))
-		flag.PrintDefaults()
-	}
-	flag.Parse()
-	if flag.NArg() != len(names)+1 {
-		flag.Usage()
-		os.Exit(2)
-	}
-	name := flag.Arg(0)
-	if *file {
-		name = "file:" + name
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, name, &xenaccess.Options{Symbols: *symbols, Types: *types, Lax: lax}, flag.Args()[1:], f)
-	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	os.Exit(0)
+// A Command is a program that looks into a guest.
+type Command struct {
+	Params string // names of the arguments behind the guest's
+	About  string // them, for the usage
+	File   bool   // the guest is always a file
+	Lax    bool   // it may be one without a Linux kernel
+	Run    func(ctx context.Context, out io.Writer, g *xenaccess.Guest, args []string) error
 }
 
-func run(ctx context.Context, name string, opts *xenaccess.Options, args []string, f func(context.Context, *xenaccess.Guest, []string) error) error {
+// Main parses the command line "[flags] guest params…", runs c and exits.
+func Main(c Command) {
+	about := "guest is the path of a saved memory image\n"
+	file, first := &c.File, "file "
+	if !c.File {
+		about = cli.Guests + "  file:PATH                   a saved memory image: of xl dump-core, QEMU, LiME, or flat\n" +
+			"                              (file:PATH?raw is flat whatever it begins with, ?hole=pc or\n" +
+			"                              ?hole=q35 has the hole below 4 GiB of such a machine)\n"
+		file, first = flag.Bool("file", false, "the guest is the path of a saved memory image"), "guest "
+	}
+	symbols := flag.String("symbols", "", "file with the kernel's symbols, if not those in its memory")
+	types := flag.String("types", "", "file with the kernel's types, if not those in its memory")
+	cli.Main(first+c.Params, about+c.About, func(ctx context.Context, out io.Writer, args []string) error {
+		// Nothing is changed in a guest that is looked into, but a QEMU guest stands
+		// still at times.
+		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		defer stop()
+		name := args[0]
+		if *file {
+			name = "file:" + name
+		}
+		return run(ctx, out, name, &xenaccess.Options{Symbols: *symbols, Types: *types, Lax: c.Lax}, args[1:], c)
+	})
+}
+
+func run(ctx context.Context, out io.Writer, name string, opts *xenaccess.Options, args []string, c Command) (err error) {
 	g, err := xenaccess.Open(ctx, name, opts)
 	if err != nil {
 		return err
 	}
-	err = f(ctx, g, args)
-	if cerr := g.Close(); err == nil {
-		err = cerr
-	}
-	return err
+	defer func() { err = errors.Join(err, g.Close()) }()
+	w := bufio.NewWriter(out)
+	return errors.Join(c.Run(ctx, w, g, args), w.Flush())
 }
 
 // Dump prints b as XenAccess' print_hex did: 16 bytes a line, the offset before
@@ -109,20 +112,11 @@ func MapPage(w io.Writer, g *xenaccess.Guest, addr uint64) error {
 }
 
 // ListProcesses prints the id and the name of each process.
-func ListProcesses(w io.Writer, g *xenaccess.Guest) error {
+func ListProcesses(_ context.Context, w io.Writer, g *xenaccess.Guest, _ []string) error {
+	var tasks []linux.Task
 	tasks, err := g.Linux().Processes(true)
 	for _, t := range tasks {
-		fmt.Fprintf(w, "[%5d] %s\n", t.PID, Printable(t.Comm))
+		fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Comm))
 	}
 	return err
-}
-
-// Printable replaces what a guest could put into a name to harm a terminal.
-func Printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r > '~' {
-			return '?'
-		}
-		return r
-	}, s)
 }

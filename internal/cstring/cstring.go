@@ -1,0 +1,38 @@
+// Package cstring reads C's strings from a guest's memory.
+package cstring
+
+import (
+	"bytes"
+	"errors"
+
+	"github.com/vmprobes/vmprobes/paging"
+)
+
+// ErrNoTerminator says that a string goes on behind the bytes that may be read.
+var ErrNoTerminator = errors.New("the string has no terminator within the limit")
+
+// Read reads the string at addr, up to its NUL, which is one of the first limit bytes.
+// If none of them is one it returns these bytes and ErrNoTerminator; if not all can be
+// read, those before the first that can't, and read's error.
+//
+// read returns how many bytes it has read, and an error if these aren't all. It is
+// never asked for bytes of two pages, as the second one need not be there.
+func Read(read func(addr uint64, b []byte) (int, error), addr uint64, limit int) (string, error) {
+	var out []byte
+	var chunk [256]byte
+	for len(out) < limit {
+		at := addr + uint64(len(out))
+		if at < addr {
+			return string(out), paging.ErrNonCanonical
+		}
+		b := chunk[:min(len(chunk), limit-len(out), int(paging.PageSize-at%paging.PageSize))]
+		n, err := read(at, b)
+		if before, _, ok := bytes.Cut(b[:n], []byte{0}); ok {
+			return string(append(out, before...)), nil
+		}
+		if out = append(out, b[:n]...); err != nil {
+			return string(out), err
+		}
+	}
+	return string(out), ErrNoTerminator
+}

@@ -1,0 +1,128 @@
+package linux
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/sysmap"
+)
+
+// A Symbol is what [Kernel.Lookup] found: a symbol of the kernel, or of a module.
+type Symbol struct {
+	sysmap.Symbol
+	// Asked is the name that was looked up. It differs from Name if that is the
+	// wrapper of the system call, or if Asked says which of several is meant.
+	Asked string
+	// Syscall is the name of a system call, as in "openat", if the symbol is its
+	// wrapper (__x64_sys_openat), else "". The arguments of a wrapper are where
+	// [SyscallArgOffset] says.
+	Syscall string
+}
+
+// Note returns what a program should tell its user about the symbol, in a sentence
+// without a full stop, or "" if it is what was asked for.
+func (s Symbol) Note() string {
+	if s.Syscall == "" || strings.HasPrefix(s.Asked, wrapperPrefix) {
+		return ""
+	}
+	return fmt.Sprintf("this kernel has no %s; %s, the wrapper of the system call, is used: its one argument points to the caller's registers", s.Asked, s.Name)
+}
+
+// Lookup finds a symbol of the kernel or of its modules:
+//
+//   - by its name, as in "do_sys_openat2". The kernel's own come before those of
+//     modules.
+//   - "module:name", or "name [module]" as in /proc/kallsyms, is that of a module.
+//   - "name@2" is the second, by address, of several symbols of one name. Without
+//     the number they are an error that wraps [sysmap.ErrAmbiguous] and lists them.
+//   - "sys_openat" is the wrapper __x64_sys_openat in kernels since 4.17, which have
+//     no sys_openat: see [Symbol.Note].
+//
+// If there is no such symbol, the error wraps [sysmap.ErrNotFound] and suggests
+// others. Names of symbols are printable ASCII.
+func (k *Kernel) Lookup(name string) (Symbol, error) {
+	if k == nil {
+		return Symbol{}, ErrNoKernel
+	}
+	sym, err := k.syms.Lookup(name)
+	if err == nil || !errors.Is(err, sysmap.ErrNotFound) {
+		return found(sym, name), err
+	}
+	for _, prefix := range []string{"sys_", "SyS_"} {
+		call, ok := strings.CutPrefix(name, prefix)
+		if !ok {
+			continue
+		}
+		if sym, err := k.syms.Lookup(wrapperPrefix + call); err == nil {
+			return found(sym, name), nil
+		}
+	}
+	all, merr := k.AllSymbols()
+	if merr != nil {
+		all = k.syms
+	} else if sym, err = all.Lookup(name); err == nil || !errors.Is(err, sysmap.ErrNotFound) {
+		return found(sym, name), err
+	}
+	return Symbol{}, k.suggest(name, all, err, merr)
+}
+
+func found(sym sysmap.Symbol, asked string) Symbol {
+	s := Symbol{Symbol: sym, Asked: asked}
+	s.Syscall, _ = wrapped(sym.Name)
+	return s
+}
+
+// suggest adds to err, which says that all has no such name, names that it has.
+// merr is why all lacks the symbols of modules.
+func (k *Kernel) suggest(name string, all *sysmap.Map, err, merr error) error {
+	mod, plain := splitName(name)
+	if mod != "" && merr == nil {
+		if mods, err2 := k.Modules(); err2 == nil && !slices.ContainsFunc(mods, func(m Module) bool { return m.Name == mod }) {
+			return fmt.Errorf("%w; no module %q is loaded", err, mod)
+		}
+	}
+	near := all.Suggest(plain)
+	if len(near) > 0 {
+		err = fmt.Errorf("%w; this kernel has %s", err, strings.Join(near, ", "))
+	}
+	if merr != nil && (mod != "" || len(near) == 0) {
+		err = fmt.Errorf("%w; the symbols of modules are not known: %w", err, merr)
+	}
+	return err
+}
+
+// splitName splits a name as [sysmap.Map.Lookup] takes it.
+func splitName(name string) (mod, plain string) {
+	if i := strings.LastIndexByte(name, '@'); i > 0 {
+		if _, err := strconv.ParseUint(name[i+1:], 10, 32); err == nil {
+			name = name[:i]
+		}
+	}
+	if plain, mod, ok := strings.Cut(name, " ["); ok && strings.HasSuffix(mod, "]") {
+		return strings.TrimSuffix(mod, "]"), plain
+	}
+	if mod, plain, ok := strings.Cut(name, ":"); ok {
+		return mod, plain
+	}
+	return "", name
+}
+
+// Find returns the symbol of the kernel, or of a module, that holds addr, and the
+// offset of addr in it: see [sysmap.Map.Find].
+func (k *Kernel) Find(addr uint64) (sym sysmap.Symbol, offset uint64, ok bool) {
+	if k == nil {
+		return sym, 0, false
+	}
+	if sym, offset, ok = k.syms.Find(addr); ok {
+		return sym, offset, true
+	}
+	all, err := k.AllSymbols()
+	if err != nil {
+		k.log.Debug("symbols of modules", "err", err)
+		return sym, 0, false
+	}
+	return all.Find(addr)
+}
