@@ -70,6 +70,7 @@ func TestOpenOptions(t *testing.T) {
 	} {
 		_, err := vmprobes.Open(t.Context(), name+options, noFiles)
 		require.ErrorContains(t, err, want, options)
+		require.NotErrorIs(t, err, vmprobes.ErrDomainNotFound, options) // the VM is there
 		require.Equal(t, "running", guest.Status(), options)
 	}
 }
