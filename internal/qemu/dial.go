@@ -88,7 +88,7 @@ func dial(ctx context.Context, name string, given *Options) (_ *VM, err error) {
 		return nil, fmt.Errorf("%w (%w): start QEMU with -gdb unix:PATH,server=on,wait=off, or enter \"gdbserver unix:PATH,server=on,wait=off\" "+
 			"in its monitor, or use qemu+monitor:PATH with the monitor's socket", ErrNoStub, err)
 	case errors.Is(err, ErrBusy):
-		return nil, fmt.Errorf("%w: end it first (gdb, vmprobes)", err)
+		return nil, fmt.Errorf("%w: end that one first (gdb, vmprobes)", err)
 	default:
 		return nil, err
 	}
@@ -100,13 +100,13 @@ func dial(ctx context.Context, name string, given *Options) (_ *VM, err error) {
 }
 
 // connect connects to a socket that serves one client at a time. It fails with
-// ErrBusy if that has one, where it can be told.
+// ErrBusy if there is one already, as far as that can be told.
 func connect(ctx context.Context, t Target) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, defaultTimeout)
 	defer cancel()
 	// A connection that has to wait does harm: QEMU accepts it when the debugger
-	// before it leaves, and stops the VM then, even if nobody is there any more. One
-	// that was just closed needs a moment.
+	// before it leaves, and stops the VM then, even if nobody is there any more. QEMU
+	// needs a moment to see that one was closed.
 	for i := 0; t.Network == "unix" && connections(t.Address) > 0; i++ {
 		if i == 100 {
 			return nil, ErrBusy
@@ -189,7 +189,7 @@ func (v *VM) handshake() error {
 	}
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("no answer: %w: end it first (gdb, vmprobes)", ErrBusy)
+		return fmt.Errorf("no answer, probably because %w: end that one first (gdb, vmprobes)", ErrBusy)
 	case errors.Is(err, errProtocol), hungUp(err):
 		return fmt.Errorf("%w (%w)", ErrNotStub, err)
 	case err != nil:

@@ -39,7 +39,7 @@ func dialMonitor(ctx context.Context, t Target, timeout time.Duration) (*monitor
 	case absent(err):
 		return nil, fmt.Errorf("%w at %s: %w (%w): start QEMU with -monitor unix:PATH,server=on,wait=off", ErrMonitor, t.Address, ErrNoStub, err)
 	case errors.Is(err, ErrBusy):
-		return nil, fmt.Errorf("%w at %s: %w: end it first, unless it is libvirt: then %s", ErrMonitor, t.Address, err, libvirtHint)
+		return nil, fmt.Errorf("%w at %s: %w: end that one first, unless it is libvirt: then %s", ErrMonitor, t.Address, err, libvirtHint)
 	default:
 		return nil, fmt.Errorf("%w at %s can't be reached: %w", ErrMonitor, t.Address, err)
 	}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 
 	"github.com/vmprobes/vmprobes"
 	"github.com/vmprobes/vmprobes/internal/qemutest"
+	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
 // noFiles keeps Sessions from looking for symbols and configurations, which the
@@ -68,6 +70,7 @@ func TestOpenOptions(t *testing.T) {
 	} {
 		_, err := vmprobes.Open(t.Context(), name+options, noFiles)
 		require.ErrorContains(t, err, want, options)
+		require.NotErrorIs(t, err, vmprobes.ErrDomainNotFound, options) // the VM is there
 		require.Equal(t, "running", guest.Status(), options)
 	}
 }
@@ -94,7 +97,7 @@ func TestOpenErrors(t *testing.T) {
 	require.NoError(t, err)
 	_, err = vmprobes.Open(t.Context(), name, noFiles)
 	require.ErrorIs(t, err, vmprobes.ErrBusy)
-	require.ErrorContains(t, err, "end it first")
+	require.ErrorContains(t, err, "end that one first")
 	require.NotContains(t, err.Error(), "xl ")
 	require.NoError(t, s.Close())
 
@@ -145,4 +148,9 @@ func TestOpenNames(t *testing.T) {
 		require.NoError(t, s.Close())
 	}
 	assert.True(t, seen["qemutest ("+uuid+")"], seen)
+	// A configuration has the name that QEMU was given.
+	conf := filepath.Join(t.TempDir(), "libvmi.conf")
+	require.NoError(t, os.WriteFile(conf, []byte("qemutest {\n\tostype = \"Windows\";\n}\n"), 0o600))
+	_, err := xenaccess.Open(t.Context(), "qemu:"+guests[2].GDB, &xenaccess.Options{Config: conf, Cache: "-"})
+	require.ErrorContains(t, err, "only Linux guests")
 }

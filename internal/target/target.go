@@ -11,7 +11,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/qemu"
@@ -186,10 +185,6 @@ func known(name string, err error) error {
 		if errors.Is(err, k.of) && !errors.Is(err, k.is) {
 			err = sentinel.As(err, k.is)
 		}
-	}
-	if strings.HasPrefix(name, "qemu") && !errors.Is(err, ErrNotFound) &&
-		(errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)) { // a monitor's socket
-		err = sentinel.As(err, ErrNotFound)
 	}
 	for _, prefix := range []string{name + ": ", strconv.Quote(name) + ": "} {
 		if text, ok := strings.CutPrefix(err.Error(), prefix); ok && text != "" {
