@@ -144,7 +144,7 @@ func (x *fakeXen) hypercall(op, arg0 uint64) error {
 // TestDomctlVersions: every known version of the interface is found, by a call that
 // changes nothing, and no other is used.
 func TestDomctlVersions(t *testing.T) {
-	for face := uint32(0); face < 0x30; face++ {
+	for face := range uint32(0x30) {
 		x, d, _, err := newFakeXen(t, face)
 		if face < 0x12 || face > 0x18 {
 			if err != syscall.EACCES || len(x.calls) != 0 {
