@@ -26,6 +26,7 @@ help:
 	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
 	@echo 'make check       what needs no emulator (6 minutes)'
+	@echo 'make test-oracles  what needs debug kernels, pahole and bpftool (300 MB to fetch)'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
@@ -85,6 +86,15 @@ unit:
 	$(GO) test -race -short ./...
 	$(GO) test ./...
 
+# What compares with kernels' debug information, with pahole and bpftool, and with what a
+# guest says of itself beside its memory: 300 MB to fetch the first time.
+.PHONY: test-oracles
+test-oracles: deps-lab
+	@$(LAB) install demo
+	@tools/install binutils busybox-static pahole bpftool gcc-multilib xz-utils
+	@$(RUN_LAB) build guests
+	@tools/oracles "$(GO)"
+
 .PHONY: fuzz fuzz-beside bench
 fuzz:
 	@mkdir -p bin && rm -f bin/fuzz.failed
@@ -114,6 +124,7 @@ FORCE:
 
 # As the lab builds what it needs, so that the standard library is compiled once.
 $(LAB): deps-go FORCE
+	@[ -x $@ ] || echo "compiling bin/lab, and Go's standard library with it: half a minute the first time"
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./lab
 
 # Without debug information: the emulator has to load all of it.

@@ -78,12 +78,23 @@ func (m monitor) command(cmd string) string {
 	return m.execute("human-monitor-command", map[string]any{"command-line": cmd})
 }
 
+// qemu returns the path of QEMU, whose dumps and memory maps are compared with.
+func qemu(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath("qemu-system-x86_64")
+	switch {
+	case err == nil:
+	case os.Getenv("VMPROBES_REQUIRE_QEMU") == "1":
+		t.Fatal(err)
+	default:
+		t.Skip("qemu-system-x86_64 is not installed: nothing to compare with")
+	}
+	return path
+}
+
 // runQEMU runs the firmware until it halts.
 func runQEMU(t *testing.T, dir string, args ...string) monitor {
-	path, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("qemu-system-x86_64 is not installed: no real dump to compare with")
-	}
+	path := qemu(t)
 	rom := make([]byte, 64<<10)
 	code, err := hex.DecodeString(firmware)
 	require.NoError(t, err)
@@ -215,10 +226,7 @@ func TestQEMU(t *testing.T) {
 
 // The holes, against the memory map that QEMU shows.
 func TestQEMUHole(t *testing.T) {
-	path, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("qemu-system-x86_64 is not installed: no memory map to compare with")
-	}
+	path := qemu(t)
 	for _, tt := range []struct {
 		machine string
 		hole    Hole

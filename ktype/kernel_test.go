@@ -25,16 +25,14 @@ import (
 //	                       linux-image-…-dbg packages have in /usr/lib/debug/boot;
 //	                       their BTF is compared with their DWARF
 //
-// With VMPROBES_TEST_STRICT set a missing file is a failure.
+// "make test-oracles" gets all of them and runs these tests; with
+// VMPROBES_REQUIRE_ORACLES=1, as there, a missing file is a failure.
 
 func testFiles(t testing.TB, env string) []string {
 	t.Helper()
 	files := filepath.SplitList(os.Getenv(env))
 	if len(files) == 0 {
-		if os.Getenv("VMPROBES_TEST_STRICT") != "" {
-			t.Fatalf("%s is not set", env)
-		}
-		t.Skipf("%s is not set: no real kernel to test with", env)
+		lack(t, "%s is not set: no real kernel to test with", env)
 	}
 	return files
 }
@@ -377,6 +375,7 @@ func TestRealModules(t *testing.T) {
 	base := testFiles(t, "VMPROBES_TEST_VMLINUX")[0]
 	kernel, err := ParseFile(base)
 	require.NoError(t, err)
+	equal := 0
 	for _, file := range testFiles(t, "VMPROBES_TEST_MODULE") {
 		raw := rawBTF(t, file)
 		data, err := os.ReadFile(raw)
@@ -410,8 +409,9 @@ func TestRealModules(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, g, f)
 		t.Logf("%s: %d members equal", filepath.Base(file), n)
-		assert.Positive(t, n)
+		equal += n // a small module has no structs of its own
 	}
+	assert.Positive(t, equal)
 }
 
 func TestRealKernels(t *testing.T) {

@@ -42,12 +42,21 @@ func (m memory) Read(addr uint64, b []byte) error {
 	return fmt.Errorf("no memory at %#x, %d bytes", addr, len(b))
 }
 
+// lack ends a test whose oracle isn't here.
+func lack(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("VMPROBES_REQUIRE_ORACLES") == "1" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
 // tool returns the path of a program, or skips the test.
 func tool(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		t.Skipf("%s is not installed: no independent oracle", name)
+		lack(t, "%s is not installed: no independent oracle", name)
 	}
 	return path
 }
@@ -170,7 +179,7 @@ func variants(t *testing.T, f func(t *testing.T, types *Types)) {
 	gbtf := func(t *testing.T) *Types {
 		out := filepath.Join(t.TempDir(), "oracle.o")
 		if msg, err := exec.Command(tool(t, "gcc"), "-gbtf", "-c", "-o", out, "testdata/oracle.c").CombinedOutput(); err != nil {
-			t.Skipf("gcc makes no BTF: %s", msg)
+			lack(t, "gcc makes no BTF: %s", msg)
 		}
 		return parse(t, out, "BTF")
 	}
@@ -391,7 +400,7 @@ const unsigned answers[] __attribute__((section(".answers"), used)) = {
 	cmd := exec.Command(tool(t, "gcc"), "-m32", "-march=i686", "-ffreestanding", "-g", "-c", "-x", "c", "-o", obj, "-")
 	cmd.Stdin = strings.NewReader(source)
 	if msg, err := cmd.CombinedOutput(); err != nil {
-		t.Skipf("gcc makes no i386 code: %s", msg)
+		lack(t, "gcc makes no i386 code: %s", msg)
 	}
 	f, err := elf.Open(obj)
 	require.NoError(t, err)
