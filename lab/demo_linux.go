@@ -41,7 +41,7 @@ func (f *guestFlags) add(cmd *cobra.Command) {
 	flags.StringVar(&f.series, "kernel", "6.1", "the guest's kernel: 6.1 or 6.12")
 	flags.IntVar(&f.vcpus, "vcpus", 2, "the guest's vCPUs, 1 to 8")
 	flags.StringVar(&f.kvm, "kvm", kvmAuto, "auto (by trial), on or off")
-	flags.StringVar(&f.bin, "bin", "", "the vmprobebio to run (default: build it)")
+	flags.StringVar(&f.bin, "bin", "", "the vmprobebio to run (default: build it, and what else is offered)")
 }
 
 func (f *guestFlags) check() error {
@@ -116,11 +116,16 @@ func (f *guestFlags) withGuest(ctx context.Context, use func(ctx context.Context
 	}
 	var commands []string
 	if f.bin == "" {
-		commands = []string{"examples/vmprobebio"}
+		for _, name := range append([]string{"vmprobebio"}, others...) {
+			commands = append(commands, "examples/"+name)
+		}
 	} else if f.bin, err = filepath.Abs(f.bin); err != nil {
 		return err
 	} else if absent(f.bin) {
 		return &exitError{codeUsage, fmt.Errorf("--bin: no program %s", f.bin)}
+	}
+	if len(commands) > 0 {
+		progress("compile the programs, and get the guest's kernel: a minute the first time, seconds after that")
 	}
 	p, err := c.prepareGuest(ctx, f.series, commands...)
 	if err != nil {
@@ -156,18 +161,31 @@ func showOpens(ctx context.Context, g *guest, probe string) error {
 	if err := g.unharmed(ctx); err != nil {
 		return err
 	}
-	fmt.Printf(next, os.Args[0], probe)
+	fmt.Printf(next, os.Args[0], tries(probe, "qemu:…"))
 	return nil
+}
+
+// others are the examples that are offered to try beside vmprobebio.
+var others = []string{"opens", "process-list"}
+
+// tries returns the commands that look into a guest: programs that are there, since
+// the go command on PATH may be too old to run them from their source.
+func tries(probe, guest string) string {
+	var lines strings.Builder
+	fmt.Fprintf(&lines, "  %s -task %s\n", probe, guest)
+	for _, name := range others {
+		if path := filepath.Join(filepath.Dir(probe), name); !absent(path) {
+			fmt.Fprintf(&lines, "  %s %s\n", path, guest)
+		}
+	}
+	return lines.String()
 }
 
 const next = `
 Next: keep such a guest, and look into it from another terminal:
 
   %[1]s vm                       until Ctrl+C; it prints the guest's name, qemu:…
-  %[2]s -task qemu:…
-  go run ./examples/opens qemu:…
-  go run ./examples/process-list qemu:…
-
+%[2]s
 docs/qemu.md tells how to reach guests of libvirt, Proxmox and plain QEMU;
 make demo-xen does the same on a real Xen host.
 `
@@ -243,7 +261,7 @@ func (g *guest) unharmed(ctx context.Context) error {
 // keepGuest keeps a guest for programs in other terminals.
 func keepGuest(ctx context.Context, g *guest, probe string) error {
 	release, vcpus, _ := strings.Cut(g.ready, " ")
-	fmt.Printf(playground, release, g.accel, vcpus, g.gdb, probe)
+	fmt.Printf(playground, release, g.accel, vcpus, tries(probe, "qemu:"+g.gdb))
 	lines := make(chan string)
 	if inForeground() {
 		go readLines(os.Stdin, lines)
@@ -280,10 +298,7 @@ func keepGuest(ctx context.Context, g *guest, probe string) error {
 const playground = `A guest is up: Linux %[1]s under QEMU (%[2]s, vCPUs: %[3]s). It opens a file every second.
 From another terminal:
 
-  %[5]s -task qemu:%[4]s
-  go run ./examples/opens qemu:%[4]s
-  go run ./examples/process-list qemu:%[4]s
-
+%[4]s
 Lines typed here go to the guest's init: try ps, modules, or openpath /etc/passwd.
 Ctrl+C ends the guest.
 `

@@ -220,6 +220,23 @@ func TestShowOpens(t *testing.T) {
 	}
 }
 
+// TestTries checks that the demonstration offers programs that are there, by their
+// paths, whatever Go this machine has.
+func TestTries(t *testing.T) {
+	dir := t.TempDir()
+	probe := filepath.Join(dir, "vmprobebio")
+	for _, name := range []string{"vmprobebio", "opens"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), nil, 0o755))
+	}
+	assert.Equal(t, "  "+probe+" -task qemu:/g\n  "+filepath.Join(dir, "opens")+" qemu:/g\n", tries(probe, "qemu:/g"))
+	for _, text := range []string{next, playground} {
+		assert.NotContains(t, text, "go run")
+	}
+	for _, name := range others {
+		assert.DirExists(t, filepath.Join("..", "examples", name))
+	}
+}
+
 func TestGuestThatDoesNotStart(t *testing.T) {
 	for behaviour, want := range map[string]string{
 		"no such machine": "no such machine",
