@@ -20,14 +20,18 @@ import (
 // All functions of the kernel's fs/ stand from the first to before the second one.
 const fsFirst, fsBehind = "generic_file_open", "pstore_register"
 
-// inOpen are functions that an openat and a close call, in Linux 6.1 and 6.12, of
-// which a kernel inlines some.
+// inOpen are functions that an openat and a close run through, in Linux 6.1 and 6.12,
+// of which a kernel inlines some. None of them looks the path up: what does that, in
+// path_openat, is done a second time where the guest mounts something meanwhile
+// (do_filp_open, fs/namei.c), as it does when it is told to trace. So calls of those
+// are not to be told from rounds of the load: in 8,512 of them, with eight commands that
+// trace and no probe of ours, the guest's own kprobes counted 8,514 from path_openat to
+// terminate_walk, and 8,512 at each of these.
 var inOpen = []string{
-	"do_sys_openat2", "do_filp_open", "path_openat", "alloc_empty_file", "path_init", "link_path_walk.part.0.constprop.0",
-	"may_open", "vfs_open", "do_dentry_open", "fd_install", "terminate_walk", "putname", "security_file_open", "__d_lookup_rcu",
-	"file_ra_state_init", "inode_permission", "step_into", "complete_walk", "alloc_fd", "get_unused_fd_flags",
-	"__x64_sys_openat", "__x64_sys_close", "filp_close", "filp_flush", "close_fd", "file_close_fd", "locks_remove_posix",
-	"__fput", "locks_remove_file",
+	"do_sys_openat2", "do_filp_open", "may_open", "vfs_open", "do_dentry_open", "fd_install", "putname", "security_file_open",
+	"file_ra_state_init", "alloc_fd", "get_unused_fd_flags", "__x64_sys_openat", "__x64_sys_close", "filp_close", "filp_flush",
+	"close_fd", "file_close_fd", "locks_remove_posix", "__fput", "__fput_sync", "locks_remove_file", "getname",
+	"getname_flags.part.0", "dnotify_flush", "____fput", "security_file_post_open", "apparmor_file_open",
 }
 
 // sharedPlaces is how many functions are probed by both sides.
@@ -228,6 +232,12 @@ func testCoexist(t labTest) {
 	if testing.Short() {
 		rounds, debugged = 1, 20
 	}
+	// Under QEMU each hit of a PV guest takes milliseconds, and what the guest does
+	// beside the load waits for those of the load as well.
+	rest := 0
+	if labguest.Host() == "pv" {
+		rest = 3
+	}
 	began := time.Now()
 	lap := func(what string) {
 		t.Logf("%.1f s: %s", time.Since(began).Seconds(), what)
@@ -254,7 +264,7 @@ func testCoexist(t labTest) {
 	var total uint64
 	serve(t, s, func() {
 		before := number(t, t.ask("count"), "total")
-		t.ask("busy 0 all")
+		t.ask("busy 0 all %d", rest)
 		for i := range rounds {
 			t.rewriting(names, func() { t.debugging(debugged) })
 			lap(fmt.Sprintf("round %d with probes under load", i))

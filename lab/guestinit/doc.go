@@ -18,8 +18,11 @@
 //	                        DONE open total=T cpu0=A cpu1=B ymm=ok mem=ok
 //	                        (ymm=none without AVX, BAD:<count> if damaged)
 //	openpath PATH           one openat(2) of PATH: DONE openpath calls=1 opened|failed
-//	busy SECONDS [CPU|all]  the same calls in the background, for SECONDS or
-//	                        (0) until stop; answered when they have started
+//	busy SECONDS [CPU|all [REST]]
+//	                        the same calls in the background, for SECONDS or
+//	                        (0) until stop; answered when they have started.
+//	                        After each call its thread rests REST times as long
+//	                        as that took (0: it doesn't)
 //	count                   DONE count running=R total=T cpu0=A … ymm=… mem=…
 //	                        since start, by "open" and "busy" together
 //	stop                    end "busy"; answered like count

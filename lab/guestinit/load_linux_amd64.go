@@ -163,8 +163,9 @@ func (g *guest) checkMemory() {
 	}
 }
 
-// run makes up to n calls on the calling thread; n < 0 means until stopped.
-func (g *guest) run(w *worker, n int64, until time.Time) {
+// run makes up to n calls on the calling thread; n < 0 means until stopped. It rests
+// so many times as long as each call took.
+func (g *guest) run(w *worker, n int64, until time.Time, rest uint64) {
 	path := append([]byte(target), 0)
 	var p *[32]byte
 	if g.hasYMM {
@@ -172,10 +173,14 @@ func (g *guest) run(w *worker, n int64, until time.Time) {
 	}
 	for n != 0 && (n > 0 || !g.stopFlag.Load()) && (until.IsZero() || time.Now().Before(until)) {
 		count := int64(batch)
+		if rest > 0 {
+			count = 1
+		}
 		if n > 0 {
 			count = min(count, n)
 			n -= count
 		}
+		began := time.Now()
 		made, failed, bad := openLoop(&path[0], uint64(count), p)
 		w.made.Add(made)
 		if failed != 0 {
@@ -183,6 +188,9 @@ func (g *guest) run(w *worker, n int64, until time.Time) {
 		}
 		if bad != 0 {
 			g.openBad.Add(bad)
+		}
+		if rest > 0 {
+			time.Sleep(time.Duration(rest) * time.Since(began))
 		}
 	}
 }
@@ -230,7 +238,7 @@ func (g *guest) open(n uint64, which string) (string, error) {
 		wg.Add(1)
 		w.jobs <- func() {
 			defer wg.Done()
-			g.run(w, int64(n), time.Time{})
+			g.run(w, int64(n), time.Time{}, 0)
 		}
 	}
 	wg.Wait()
@@ -266,9 +274,16 @@ func mem(bad uint64) string {
 	return fmt.Sprintf("BAD:%d", bad)
 }
 
-func (g *guest) busy(d time.Duration, which string) (string, error) {
+func (g *guest) busy(d time.Duration, which, resting string) (string, error) {
 	if g.running.Load() != 0 {
 		return "", fmt.Errorf("busy: running already")
+	}
+	var rest uint64
+	if resting != "" {
+		var err error
+		if rest, err = strconv.ParseUint(resting, 10, 16); err != nil {
+			return "", fmt.Errorf("busy: how long to rest: %w", err)
+		}
 	}
 	workers, err := g.workers(which)
 	if err != nil {
@@ -285,7 +300,7 @@ func (g *guest) busy(d time.Duration, which string) (string, error) {
 		w.jobs <- func() {
 			defer g.busyJobs.Done()
 			defer g.running.Add(-1)
-			g.run(w, -1, until)
+			g.run(w, -1, until, rest)
 		}
 	}
 	return fmt.Sprintf("busy cpus=%d", len(workers)), nil

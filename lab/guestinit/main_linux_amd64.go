@@ -163,7 +163,7 @@ func (g *guest) command(words []string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return g.busy(time.Duration(n)*time.Second, arg(2))
+		return g.busy(time.Duration(n)*time.Second, arg(2), arg(3))
 	case "stop":
 		return g.stop()
 	case "count":
