@@ -22,7 +22,8 @@
 //
 // PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
 // with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
-// says what is missing before it touches anything.
+// says what is missing before it changes anything in a guest. A QEMU VM that is paused
+// is let run by it.
 package vmprobes
 
 import (

@@ -39,7 +39,7 @@ func File(tb testing.TB, series, name string) []byte {
 	tb.Helper()
 	b, err := file(series, name)
 	if err != nil {
-		Skip(tb, "no kernel %s: %v (make the lab fetch it: go run ./lab build pv)", series, err)
+		Skip(tb, "no kernel %s: %v (make the lab fetch it: bin/lab build guests)", series, err)
 	}
 	return b
 }
