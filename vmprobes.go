@@ -42,7 +42,11 @@ import (
 // spells; "xen:NAME" is a domain whatever is in its name. "qemu:/path/of/gdb.sock" and
 // "qemu:host:port" are the gdbstub of a QEMU guest,
 // "qemu+monitor:/path/of/monitor.sock" is a QEMU monitor through which that
-// is started. A nil opts means defaults.
+// is started. Behind a QEMU name may stand options, as in
+// "qemu:/run/vm.gdb?ram=/dev/shm/vm&debugregs": ram=FILE or pid=PID say where the
+// guest's memory is, debugregs takes the CPU's debug registers under KVM, timeout=30s
+// bounds QEMU's answers, gdb=SOCKET is where a monitor makes the stub's socket.
+// "file:PATH" is a saved image, which has no probes. A nil opts means defaults.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)
 	if err != nil {
