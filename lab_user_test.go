@@ -51,21 +51,11 @@ func testUser(t labTest) {
 		out, err := runAs(tt, "process-list", t.g.Name())
 		require.NoError(tt, err, "%s", out)
 		assert.Contains(tt, out, "[    1] init\n")
-		opened := make(chan struct{})
-		go func() {
-			defer close(opened)
-			for range 100 {
-				select {
-				case <-tt.Context().Done():
-					return
-				default:
-					_, _ = t.g.Command(t.Context(), "open 1 0")
-				}
-			}
-		}()
-		out, err = runAs(tt, "vmprobebio", "-n", "3", t.g.Name())
-		require.NoError(tt, err, "%s", out)
-		assert.Equal(tt, 3, strings.Count(out, "(/lab-probe-target)"), "%s", out)
-		<-opened
+		cmd := exec.Command(binary(tt, "vmprobebio"), "-n", "3", t.g.Name())
+		asUser(cmd, user)
+		probe := start(tt, cmd, "vmprobe registered\n")
+		t.ask("open 3 0")
+		require.NoError(tt, <-probe.done, "%s", probe)
+		assert.Equal(tt, 3, strings.Count(probe.String(), "(/lab-probe-target)"), "%s", probe)
 	})
 }
