@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -238,15 +239,19 @@ func (k *Kernel) Read(addr uint64, b []byte) error {
 // maxString bounds strings that are read from the guest.
 const maxString = 4096
 
-// ReadString reads a NUL-terminated string from kernel memory. A string longer than
-// limit, or than 4096 bytes, is truncated. The bytes are the guest's: quote them before
-// they go to a terminal.
+// ReadString reads a NUL-terminated string from kernel memory. If none of the first
+// limit bytes is a NUL, or of the first 4096, these bytes are returned with an error.
+// They are the guest's: quote them before they go to a terminal.
 func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
 	if k == nil {
 		return "", ErrNoKernel
 	}
-	return readString(k.Read, addr, limit)
+	return cstring.Read(func(addr uint64, b []byte) (int, error) {
+		return k.mem.Read(k.root, paging.VAddr(addr), b)
+	}, addr, min(limit, maxString))
 }
+
+// readString is for strings that may fill their array, without a NUL.
 
 func readString(read func(uint64, []byte) error, addr uint64, limit int) (string, error) {
 	limit = min(limit, maxString)

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -230,27 +229,15 @@ func (g *Guest) Err() error { return g.err }
 func (g *Guest) Linux() *linux.Kernel { return g.kernel }
 
 // Symbol returns the address of a symbol of the guest's kernel, or of one of its
-// modules: "name", "module:name", or "name@2" for the second of several. If there is
-// none, the error suggests others.
+// modules: "name", "module:name", or "name@2" for the second of several; "sys_openat"
+// may be that of the system call's wrapper, which [linux.Kernel.Lookup] tells. If there
+// is none, the error suggests others.
 func (g *Guest) Symbol(name string) (uint64, error) {
 	if g.kernel == nil {
 		return 0, g.err
 	}
-	syms := g.kernel.Symbols()
-	s, err := syms.Lookup(name)
-	if !errors.Is(err, sysmap.ErrNotFound) {
-		return s.Addr, err
-	}
-	if all, aerr := g.kernel.AllSymbols(); aerr == nil {
-		syms = all
-		if s, err = all.Lookup(name); !errors.Is(err, sysmap.ErrNotFound) {
-			return s.Addr, err
-		}
-	}
-	if near := syms.Suggest(name); len(near) > 0 {
-		err = fmt.Errorf("%w; this kernel has %s", err, strings.Join(near, ", "))
-	}
-	return 0, err
+	s, err := g.kernel.Lookup(name)
+	return s.Addr, err
 }
 
 // PhysicalSize returns where the guest's physical memory ends, in bytes. There may

@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/vmprobes/vmprobes/examples/internal/guest"
 	"github.com/vmprobes/vmprobes/xenaccess"
@@ -22,10 +23,16 @@ func main() {
 }
 
 func mapSymbol(_ context.Context, out io.Writer, g *xenaccess.Guest, args []string) error {
-	addr, err := g.Symbol(args[0])
+	if _, err := g.Symbol(args[0]); err != nil { // says why if there is no kernel
+		return err
+	}
+	s, err := g.Linux().Lookup(args[0])
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "%s = 0x%.16x\n", args[0], addr)
-	return guest.MapPage(out, g, addr)
+	if note := s.Note(); note != "" {
+		fmt.Fprintln(os.Stderr, note)
+	}
+	fmt.Fprintf(out, "%s = 0x%.16x\n", s.Name, s.Addr)
+	return guest.MapPage(out, g, s.Addr)
 }

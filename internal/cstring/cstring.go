@@ -4,12 +4,16 @@ package cstring
 import (
 	"bytes"
 	"errors"
-
-	"github.com/vmprobes/vmprobes/paging"
 )
 
-// ErrNoTerminator says that a string goes on behind the bytes that may be read.
-var ErrNoTerminator = errors.New("the string has no terminator within the limit")
+var (
+	// ErrNoTerminator says that a string goes on behind the bytes that may be read.
+	ErrNoTerminator = errors.New("the string has no terminator within the limit")
+	// ErrEnd says that it goes on behind the last address.
+	ErrEnd = errors.New("the string has no terminator before the end of the address space")
+)
+
+const pageSize = 4096
 
 // Read reads the string at addr, up to its NUL, which is one of the first limit bytes.
 // If none of them is one it returns these bytes and ErrNoTerminator; if not all can be
@@ -23,9 +27,9 @@ func Read(read func(addr uint64, b []byte) (int, error), addr uint64, limit int)
 	for len(out) < limit {
 		at := addr + uint64(len(out))
 		if at < addr {
-			return string(out), paging.ErrNonCanonical
+			return string(out), ErrEnd
 		}
-		b := chunk[:min(len(chunk), limit-len(out), int(paging.PageSize-at%paging.PageSize))]
+		b := chunk[:min(len(chunk), limit-len(out), int(pageSize-at%pageSize))]
 		n, err := read(at, b)
 		if before, _, ok := bytes.Cut(b[:n], []byte{0}); ok {
 			return string(append(out, before...)), nil

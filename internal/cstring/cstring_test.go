@@ -6,8 +6,6 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/assert"
-
-	"github.com/vmprobes/vmprobes/paging"
 )
 
 func TestRead(t *testing.T) {
@@ -29,14 +27,14 @@ func TestRead(t *testing.T) {
 		"end of page":         {0x1ffa, "hello\x00", 100, "hello", nil},
 		"end of memory":       {0x1ffb, "hello", 100, "hello", absent},
 		"across pages":        {0x1f00, long + "\x00", 6000, long, nil},
-		"end of addresses":    {1<<64 - 5, "hello", 100, "hello", paging.ErrNonCanonical},
+		"end of addresses":    {1<<64 - 5, "hello", 100, "hello", ErrEnd},
 		"nothing there":       {0x1000, "", 100, "", absent},
 		"largest of limits":   {0x1000, "hello", 1<<63 - 1, "hello", absent},
 		"short read, and NUL": {0x1000, "he\x00", 100, "he", nil},
 	} {
 		got, err := Read(func(addr uint64, b []byte) (int, error) {
 			assert.NotEmpty(t, b, name)
-			assert.Equal(t, addr/paging.PageSize, (addr+uint64(len(b))-1)/paging.PageSize, name)
+			assert.Equal(t, addr/pageSize, (addr+uint64(len(b))-1)/pageSize, name)
 			n := copy(b, c.mem[min(addr-c.at, uint64(len(c.mem))):])
 			if n < len(b) {
 				return n, absent
