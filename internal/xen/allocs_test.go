@@ -109,7 +109,7 @@ const (
 type again struct {
 	xen.Hypervisor
 	mode   int
-	out    bool // a stop waits for its answer (PV)
+	out    bool   // a stop waits for its answer (PV)
 	addr   uint64 // of the probe
 	length uint64 // of its instruction
 
