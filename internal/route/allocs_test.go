@@ -91,8 +91,13 @@ func TestHitAllocates(t *testing.T) {
 			_, err = e.Serve(ctx, true)
 			require.NoError(t, err)
 			require.Equal(t, warm+hits, n)
-			// The runtime and the page cache allocate a little from time to time.
-			require.Less(t, float64(after.Mallocs-before.Mallocs)/hits, 0.05, "allocations a hit")
+			// The runtime and the page cache allocate a little from time to time; what is
+			// written to a PV guest is mapped for that, each time.
+			limit := 0.05
+			if c.name == "pv/push" {
+				limit = 8
+			}
+			require.Less(t, float64(after.Mallocs-before.Mallocs)/hits, limit, "allocations a hit")
 			t.Logf("%d allocations in %d hits", after.Mallocs-before.Mallocs, hits)
 		})
 	}

@@ -1,0 +1,53 @@
+package route_test
+
+import (
+	"sync/atomic"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/route"
+	"github.com/vmprobes/vmprobes/internal/sim"
+)
+
+// typing counts the frames of a guest that are mapped writable.
+type typing struct {
+	route.Hypervisor
+	writable atomic.Int64
+}
+
+type typed struct {
+	route.Mapping
+	of *typing
+}
+
+func (h *typing) MapFrames(writable bool, frames ...uint64) (route.Mapping, error) {
+	m, err := h.Hypervisor.MapFrames(writable, frames...)
+	if err != nil || !writable {
+		return m, err
+	}
+	h.writable.Add(1)
+	return &typed{m, h}, nil
+}
+
+func (m *typed) Unmap() error {
+	m.of.writable.Add(-1)
+	return m.Mapping.Unmap()
+}
+
+// TestNothingStaysWritable: of a frame that is mapped writable a PV guest can't make
+// a page table, and its kernel goes on as if it could.
+func TestNothingStaysWritable(t *testing.T) {
+	m := sim.New(sim.Config{Kind: sim.PV, GDBSX: true, IRQEvery: -1})
+	hv := &typing{Hypervisor: m.Hypervisor()}
+	d, err := route.OpenDebugger(hv)
+	require.NoError(t, err)
+	at := uint64(sim.DataBase + 0x800)
+	require.NoError(t, d.Write(0, at, []byte{1, 2}))
+	assert.Zero(t, hv.writable.Load(), "frames that are mapped writable after a write")
+	require.NoError(t, d.Store(0, at, []byte{3, 4}))
+	assert.Zero(t, hv.writable.Load(), "frames that are mapped writable after a store")
+	assert.Equal(t, []byte{3, 4}, m.Peek(at, 2))
+	require.NoError(t, d.Close())
+}
