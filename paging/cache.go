@@ -44,6 +44,7 @@ type Cache struct {
 	ring    []*cached // the same pages, in the order of the clock
 	hand    int
 	era     uint64 // changes when what is mapped meanwhile must not be kept
+	brief   bool   // writable pages aren't kept
 	closed  bool
 	timer   *time.Timer // ends the era, if there are pages
 
@@ -99,7 +100,8 @@ func NewCache(m Mapper, size int, age time.Duration) *Cache {
 func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
 	s := c.stripe()
 	s.RLock()
-	if p := c.find(f, writable); p != nil {
+	brief := writable && c.brief
+	if p := c.find(f, writable); p != nil && !brief {
 		p.refs.Add(1)
 		s.hits.Add(1)
 		s.RUnlock()
@@ -114,6 +116,9 @@ func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if brief {
+		return p.bytes, p.release, nil
+	}
 	var old *cached
 	c.lock()
 	if q := c.find(f, writable); q != nil {
@@ -126,6 +131,15 @@ func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
 	c.unlock()
 	c.drop(old)
 	return p.bytes, p.release, nil
+}
+
+// WriteBriefly has writable pages be mapped for each use anew and given up behind
+// it, for guests to which it matters that somebody has a frame mapped so.
+func (c *Cache) WriteBriefly() {
+	c.lock()
+	c.brief = true
+	c.unlock()
+	c.Invalidate()
 }
 
 // mapPage returns a new page with one reference, for its user.

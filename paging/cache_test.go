@@ -175,6 +175,36 @@ func TestCacheAge(t *testing.T) {
 	})
 }
 
+// TestCacheWriteBriefly: a page is mapped writable for as long as it is used.
+func TestCacheWriteBriefly(t *testing.T) {
+	b := &backend{}
+	c := paging.NewCache(b, 8, 0)
+	_, release, err := c.Page(1, true)
+	require.NoError(t, err)
+	release()
+	assert.Equal(t, 1, b.live, "kept until then")
+	c.WriteBriefly()
+	assert.Zero(t, b.live)
+	for n := range 2 {
+		page, release, err := c.Page(1, true)
+		require.NoError(t, err)
+		assert.EqualValues(t, 1, binary.NativeEndian.Uint64(page))
+		assert.Equal(t, n+1, b.live)
+		release()
+		assert.Equal(t, n, b.live)
+		require.NoError(t, c.WriteFrame(1, 0, []byte{1}))
+		assert.Equal(t, n, b.live)
+		_, release, err = c.Page(1, false)
+		require.NoError(t, err)
+		release()
+		assert.Equal(t, 1, b.live, "for reading it is kept")
+	}
+	require.NoError(t, c.Close())
+	assert.Zero(t, b.live)
+	_, _, err = c.Page(1, true)
+	assert.ErrorIs(t, err, paging.ErrClosed)
+}
+
 func TestCacheErrors(t *testing.T) {
 	b := &backend{fail: errNoFrame}
 	c := paging.NewCache(b, 0, 0)

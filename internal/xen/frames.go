@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // Limits of the page cache.
@@ -12,9 +13,17 @@ const (
 	cacheAge   = 250 * time.Millisecond
 )
 
-// NewFrames returns the frames of the guest behind hv.
+// NewFrames returns the frames of the guest behind hv. Those of a PV guest stay
+// mapped for reading only: as long as somebody has one mapped writable, the guest
+// can't make a page table of it (get_page_type, xen/arch/x86/mm.c), as its kernel
+// may want of a page that was the stack of a task just now. It would go on with the
+// page tables that it had.
 func NewFrames(hv Hypervisor) *paging.Cache {
-	return paging.NewCache(mapper{hv}, cachePages, cacheAge)
+	c := paging.NewCache(mapper{hv}, cachePages, cacheAge)
+	if info, err := hv.Info(); err != nil || info.Flags&xenctrl.DomainHVM == 0 {
+		c.WriteBriefly()
+	}
+	return c
 }
 
 // mapper maps frames one by one. It implements [paging.Mapper].
