@@ -200,6 +200,14 @@ func (t labTest) rewriting(functions []string, between func()) {
 	t.ask("reload 1")
 }
 
+// onOneProcessor has a guest's vCPUs take turns on one processor of the host pv. On two,
+// QEMU's TCG may go on executing what one of them has replaced in the other's text, and a
+// guest that rewrites its text under load doesn't survive that, with or without a
+// session: without one, putting and removing 14 kprobes under load, one stood at an int3
+// of __schedule for ever in its 14th change, and another one called address 0 in its 4th.
+// On one processor it made all 22.
+var onOneProcessor = []string{`cpus = "1"`}
+
 // TestLabCoexist has probes served under load, while in the guest a process is
 // debugged and the kernel rewrites its text at the same functions.
 func TestLabCoexist(t *testing.T) {
@@ -207,6 +215,9 @@ func TestLabCoexist(t *testing.T) {
 	for _, cfg := range matrix() {
 		if cfg.VCPUs < 2 {
 			continue
+		}
+		if labguest.Host() == "pv" {
+			cfg.Extra = onOneProcessor
 		}
 		t.Run(guestName(cfg), func(t *testing.T) { testCoexist(startGuest(t, cfg)) })
 	}
