@@ -38,10 +38,10 @@ var bochsConfigure = []string{
 // bochsEdit is a change to Bochs' source: text that goes before a line of it.
 type bochsEdit struct{ file, before, text string }
 
-// bochsEdits mend where Bochs does otherwise than AMD's processors, and Xen relies
+// bochsEdits mend where Bochs does otherwise than processors, and Xen or Linux relies
 // on them:
 //
-//   - A processor with the next-RIP feature, which the models have by their CPUID
+//   - One of AMD's with the next-RIP feature, which the models have by their CPUID
 //     (Fn8000_000A EDX[3]), takes the return address of an int3, an into or an int n
 //     that is injected at VMRUN from the VMCB's nRIP field (APM volume 2, 15.20
 //     Event Injection), where Xen writes it (svm_inject_event). Bochs saves nRIP at
@@ -49,6 +49,10 @@ type bochsEdit struct{ file, before, text string }
 //     fault on the way still goes back to prev_rip, which VMRUN has set.
 //   - When #DB is intercepted, the VMCB's DR6 says why (13.1.1.3, 15.12.2): Xen has
 //     nothing else to give to the guest. Bochs leaves without having updated DR6.
+//   - Whether a SYSCALL ends in a single step's #DB is decided by TF as it is then, so
+//     that a kernel is spared it by TF in IA32_FMASK (Linux: syscall_init). Bochs goes
+//     by TF as it was before, and Linux meets a step in its first instruction, which
+//     it warns of (exc_debug_kernel), whenever a debugger steps through a system call.
 var bochsEdits = []bochsEdit{{
 	file:   "cpu/svm.cc",
 	before: "  interrupt(vector, type, push_error, error_code);\n",
@@ -60,6 +64,12 @@ var bochsEdits = []bochsEdit{{
 	before: "  BX_CPU_THIS_PTR debug_trap = 0; // clear debug_trap field\n",
 	text: `  if (vector == BX_DB_EXCEPTION) // B0 to B3 are of this one; BD, BS and BT stay until they are cleared
     BX_CPU_THIS_PTR dr6.set32((BX_CPU_THIS_PTR dr6.get32() & ~0xfu) | (BX_CPU_THIS_PTR debug_trap & 0xe00f));
+`,
+}, {
+	file:   "cpu/proc_ctrl.cc",
+	before: "    writeEFlags(read_eflags() & ~(BX_CPU_THIS_PTR msr.fmask) & ~(EFlagsRFMask), EFlagsValidMask);\n",
+	text: `    if (BX_CPU_THIS_PTR msr.fmask & EFlagsTFMask)
+      BX_CPU_THIS_PTR debug_trap &= ~BX_DEBUG_SINGLE_STEP_BIT;
 `,
 }}
 
