@@ -7,8 +7,8 @@ import (
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
-// pinTick is how often stops are looked at that wait for their answer. One that has
-// waited for a whole tick is pinned.
+// pinTick is how often stops are looked at that wait for their answer. When one has
+// waited for a whole tick, all are pinned.
 const pinTick = 4 * time.Millisecond
 
 // pins guard a PV guest against an administrator's "xl unpause" while a handler
@@ -94,18 +94,23 @@ func (d *Debugger) pinTick() (busy bool) {
 	if d.closed || d.pending == 0 || d.stepping() {
 		return d.pending > 0
 	}
+	due := d.pins.n > 0
 	for v := range d.vcpus {
-		if c := &d.vcpus[v]; c.stopped && !c.pinned && (d.pins.loose || d.pins.tick-c.tick > 1) {
+		c := &d.vcpus[v]
+		due = due || c.stopped && d.pins.tick-c.tick > 1
+	}
+	if !due || d.takeAll() != nil {
+		return true
+	}
+	// Those that have stopped since wait as long as the first, and are as much in danger.
+	for v := range d.vcpus {
+		if c := &d.vcpus[v]; c.stopped && !c.pinned {
 			if d.pin(v) != nil {
 				return true
 			}
 		}
 	}
-	if d.pins.n > 0 {
-		if d.takeAll() == nil {
-			_ = d.checkPins()
-		}
-	}
+	_ = d.checkPins()
 	return true
 }
 
