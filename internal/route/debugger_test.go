@@ -112,6 +112,15 @@ func TestPausedByOthers(t *testing.T) {
 	}
 }
 
+// unhurried is a Hypervisor whose guest gets somewhere before an unpause returns.
+type unhurried struct{ route.Hypervisor }
+
+func (h unhurried) Unpause() error {
+	err := h.Hypervisor.Unpause()
+	time.Sleep(time.Millisecond)
+	return err
+}
+
 // TestUnpausedByOthers has an administrator unpause the domain while a handler runs:
 // the vCPU stays at its breakpoint, others may hit meanwhile, and all is counted.
 func TestUnpausedByOthers(t *testing.T) {
@@ -124,7 +133,7 @@ func TestUnpausedByOthers(t *testing.T) {
 			defer m.Stop()
 			require.NoError(t, m.Quiesce(t.Context()))
 			hv := m.Hypervisor()
-			drv, err := attachTo(hv, m, cfg)
+			drv, err := attachTo(unhurried{hv}, m, cfg)
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: scratch(m), MayFault: never})
 			unpaused := 0
