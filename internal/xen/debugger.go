@@ -360,20 +360,35 @@ func (d *Debugger) release() error {
 	if err := d.checkPins(); err != nil {
 		return err
 	}
-	keep := d.pending
-	switch {
-	case d.stepping():
-		keep = 0
-	case d.pins.loose:
-		keep = d.pending - d.pins.n
-	}
-	for d.owed > keep {
+	for d.owed > d.keep() {
+		if d.pins.loose {
+			switch due, err := d.due(); {
+			case err != nil:
+				return err
+			case !due:
+				continue
+			}
+		}
 		if err := attempts(d.unpause); err != nil {
 			return fmt.Errorf("unpause: %w", err)
 		}
 		d.owed--
 	}
+	if d.pending == 0 && d.owed == 0 {
+		d.pins.loose = false
+	}
 	return nil
+}
+
+// keep is how many pauses of those that are owed are needed.
+func (d *Debugger) keep() int {
+	switch {
+	case d.stepping():
+		return 0
+	case d.pins.loose:
+		return d.pending - d.pins.n
+	}
+	return d.pending
 }
 
 // answered marks v's stop as answered and lets the domain go.
@@ -608,6 +623,7 @@ func (d *Debugger) paused(call func() error) error {
 		if !errors.Is(err, syscall.EBUSY) {
 			return err
 		}
+		d.owed = 0 // nothing is left of it
 		if err := d.hv.Pause(); err != nil {
 			return err
 		}

@@ -152,6 +152,15 @@ func (h *holding) GdbsxUnpauseVCPU(v int) error {
 	return h.Hypervisor.GdbsxUnpauseVCPU(v)
 }
 
+// unhurried is a Hypervisor whose guest gets somewhere before an unpause returns.
+type unhurried struct{ xen.Hypervisor }
+
+func (h unhurried) Unpause() error {
+	err := h.Hypervisor.Unpause()
+	time.Sleep(time.Millisecond)
+	return err
+}
+
 // TestUnpausedByOthers has an administrator unpause the domain while a handler runs:
 // those that have stopped, which are held by themselves by then, stay at their
 // breakpoints, others may hit meanwhile, and all is counted.
@@ -166,7 +175,7 @@ func TestUnpausedByOthers(t *testing.T) {
 			require.NoError(t, m.Quiesce(t.Context()))
 			hv := m.Hypervisor()
 			holds := &holding{Hypervisor: hv}
-			drv, err := m.Attach(holds)
+			drv, err := m.Attach(unhurried{holds})
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			unpaused := 0

@@ -143,10 +143,39 @@ func (d *Debugger) unpin(v int) error {
 		return fmt.Errorf("vCPU %d: release: %w", v, err)
 	}
 	d.vcpus[v].pinned = false
-	if d.pins.n--; d.pins.n == 0 {
-		d.pins.loose = false
-	}
+	d.pins.n--
 	return nil
+}
+
+// due reports whether the next one of what is owed is still to be paid, while the domain
+// is loose: somebody may have paid it. One too many would undo the pause of a vCPU that
+// has hit since.
+func (d *Debugger) due() (bool, error) {
+	if d.frozen > 0 {
+		return true, nil // it can't be told
+	}
+	if d.stepping() {
+		info, err := d.hv.Info()
+		if err != nil {
+			return false, mapErr(err)
+		}
+		if info.Flags&xenctrl.DomainPaused == 0 {
+			d.owed = 0
+			return false, nil
+		}
+		return true, nil
+	}
+	st, err := d.hv.GdbsxDomStatus()
+	switch {
+	case err != nil:
+		return false, mapErr(err)
+	case st.VCPU >= 0:
+		return false, d.latch(st.VCPU)
+	case !st.Paused:
+		d.owed = 0
+		return false, nil
+	}
+	return true, nil
 }
 
 // checkPins finds out whether somebody has unpaused the domain though vCPUs are
@@ -159,9 +188,13 @@ func (d *Debugger) checkPins() error {
 	if err != nil {
 		return mapErr(err)
 	}
-	if info.Flags&xenctrl.DomainPaused != 0 && (d.pins.ran || info.CPUTime == d.pins.cpuTime) {
+	paused := info.Flags&xenctrl.DomainPaused != 0
+	if paused && (d.pins.ran || info.CPUTime == d.pins.cpuTime) {
 		d.pins.ran, d.pins.cpuTime = false, info.CPUTime
 		return nil
+	}
+	if !paused {
+		d.owed = 0 // nothing is left of it
 	}
 	// From here on nothing moves, until our own pause is undone.
 	if err := attempts(d.hv.Pause); err != nil {
