@@ -138,7 +138,7 @@ func interleave(t *testing.T, m *xentest.Machine, cfg xentest.Config, r *rand.Ra
 	}
 	var stays []*stay
 	quiesce := func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		err := m.Quiesce(ctx)
 		if err != nil {
