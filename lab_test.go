@@ -269,7 +269,7 @@ func testSymbols(t labTest) {
 	around := t.ask("text %#x 4000", uint64(addr-2000))
 	hash := t.ask("texthash")
 	require.NoError(t, s.Register(p))
-	view := t.ask("text %#x 8", uint64(p.Address()))
+	view := t.ask("text %#x 16", uint64(p.Address())) // the breakpoint may stand behind what ftrace and IBT need
 	for tries := 0; tries < 3 && !strings.Contains(hash, hashOf(t, s)); tries++ { // the guest changed it meanwhile
 		require.NoError(t, s.Unregister(p))
 		hash = t.ask("texthash")
@@ -281,12 +281,12 @@ func testSymbols(t labTest) {
 	require.NoError(t, err)
 	assert.Contains(t, around, hex.EncodeToString(code), "the text, read from dom0 with a probe in it")
 	if t.patched() {
-		assert.Contains(t, t.ask("textchanges"), "other=1 ", "the guest tells a breakpoint from its own changes")
+		assert.Positive(t, number(t, t.ask("textchanges"), "other"), "the guest tells a breakpoint from its own changes")
 	}
 	require.NoError(t, s.Unregister(p))
 	t.sameText()
 	if t.patched() {
-		assert.NotEqual(t, view, t.ask("text %#x 8", uint64(p.Address())), "the breakpoint was in the guest's text, and isn't any more")
+		assert.NotEqual(t, view, t.ask("text %#x 16", uint64(p.Address())), "the breakpoint was in the guest's text, and isn't any more")
 	}
 
 	p = &vmprobes.Probe{Symbol: probed, Offset: 1}
