@@ -269,7 +269,7 @@ func testSymbols(t labTest) {
 	around := t.ask("text %#x 4000", uint64(addr-2000))
 	hash := t.ask("texthash")
 	require.NoError(t, s.Register(p))
-	view := t.ask("text %#x 16", uint64(p.Address())) // the breakpoint may stand behind what ftrace and IBT need
+	view := t.ask("text %#x 16", uint64(p.Address()))                             // the breakpoint may stand behind what ftrace and IBT need
 	for tries := 0; tries < 3 && !strings.Contains(hash, hashOf(t, s)); tries++ { // the guest changed it meanwhile
 		require.NoError(t, s.Unregister(p))
 		hash = t.ask("texthash")
