@@ -94,10 +94,10 @@ type Driver interface {
 	Caps() Caps
 
 	// Read reads memory with the page tables of cr3, or with the kernel's own
-	// if cr3 is 0; n is how far it came before an error. Store writes as the vCPU itself would: it fails, having done
-	// nothing, where the store would fault or change a page-table bit. An error
-	// that wraps ErrFault or ErrNotMapped is the guest's doing: the vCPU's own
-	// access would fault. Any other may go away.
+	// if cr3 is 0; n is how far it came before an error. Store writes as the vCPU
+	// itself would: it fails, having done nothing, where the store would fault or
+	// change a page-table bit. An error that wraps ErrFault or ErrNotMapped is the
+	// guest's doing: the vCPU's own access would fault. Any other may go away.
 	Read(cr3, addr uint64, b []byte) (n int, err error)
 	Store(cr3, addr uint64, b []byte) error
 	// Patch writes kernel text in spite of its protection. The bytes are dead

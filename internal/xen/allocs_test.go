@@ -42,7 +42,7 @@ func TestHitAllocates(t *testing.T) {
 			m.Start()
 			defer m.Stop()
 			x := &again{Hypervisor: m.Hypervisor()}
-			drv, err := x.attach(t, m, c.cfg.Kind)
+			drv, err := m.Attach(x)
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Method: c.method, MayFault: func(uint64) bool { return false },
 				Scratch: func(_ uint64, try func(addr, size uint64) bool) {
@@ -123,17 +123,6 @@ type again struct {
 	vcpu  int
 	event xenctrl.Event // of the hit (HVM)
 	slot  uint64        // where the answer sent the vCPU, 0 if not to a slot
-}
-
-func (x *again) attach(t *testing.T, m *xentest.Machine, k xentest.Kind) (breakpoint.Driver, error) {
-	if k == xentest.HVM {
-		return xen.OpenMonitor(x, xentest.Frames(t, x))
-	}
-	d, err := xen.OpenDebugger(x, xentest.Frames(t, x))
-	if err == nil {
-		d.SetVCPUInfo(m.VCPUInfo())
-	}
-	return d, err
 }
 
 // went notes where an answer sends the vCPU.
