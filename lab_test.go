@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes"
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/internal/qemutest"
 	"github.com/vmprobes/vmprobes/internal/texthash"
 	"github.com/vmprobes/vmprobes/internal/x86"
@@ -175,26 +176,17 @@ func (t labTest) unharmed() {
 	assert.Equal(t, "0", field(t, t.ask("dmesg"), "bad"), "signs of trouble in the guest's log:\n%s", tail(t.g.Console(), 4000))
 }
 
-// sameText has the guest compare its kernel's text with what it kept. What the kernel
-// itself switches over at its jump labels and static calls may differ: a busy machine's
-// guest finds that its clock isn't to be relied on, for one.
+// sameText has the guest compare its kernel's text with what it kept.
 func (t labTest) sameText() {
 	t.Helper()
-	var reply string
-	var lines []string
-	for range 10 {
-		var err error
-		reply, lines, err = t.g.Output(t.Context(), "textchanges")
+	own, err := console.SameText(t.Context(), t.g.Output)
+	if !errors.Is(err, console.ErrTextChanged) {
 		require.NoError(t, err)
-		if strings.Contains(reply, "other=0 ") {
-			if !strings.Contains(reply, "own=0") {
-				t.Logf("what the guest changed itself: %q", lines)
-			}
-			return
-		}
-		time.Sleep(500 * time.Millisecond) // in the middle of a change, perhaps
 	}
-	assert.Fail(t, "the guest's own view of its text", "%s: %q", reply, lines)
+	assert.NoError(t, err, "the guest's own view of its text")
+	if len(own) > 0 {
+		t.Logf("what the guest changed itself: %q", own)
+	}
 }
 
 func TestLab(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmprobes/vmprobes/internal/console"
 	"github.com/vmprobes/vmprobes/lab/labguest"
 )
 
@@ -66,12 +67,9 @@ func run() error {
 		return fmt.Errorf("vmprobebio: %w", err)
 	}
 
-	changes, lines, err := g.Output(ctx, "textchanges")
+	own, err := console.SameText(ctx, g.Output)
 	if err != nil {
 		return err
-	}
-	if !strings.Contains(changes, "other=0 ") {
-		return fmt.Errorf("the guest's kernel text has changed:\n%s", strings.Join(lines, "\n"))
 	}
 	check, err := g.Command(ctx, "check")
 	if err != nil {
@@ -81,7 +79,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("\nThe guest is unharmed: every byte of its kernel text is as before,\n%s; %s.\n", check, dmesg)
+	text := "every byte of its kernel text is as before"
+	if len(own) > 0 {
+		text = fmt.Sprintf("its kernel text is as before, but for %d places that it switched over itself", len(own))
+	}
+	fmt.Printf("\nThe guest is unharmed: %s,\n%s; %s.\n", text, check, dmesg)
 	fmt.Println("\nNext: make lab-shell gives you this dom0; examples/ has the programs; make test runs everything.")
 	return nil
 }
