@@ -36,7 +36,7 @@ type Call struct {
 type CallArg struct {
 	Name  string // of the parameter, "" if it has none
 	Type  string // in C, as in "const char *"
-	Value uint64 // as it is in the register
+	Value uint64 // as it is in the register, or in the first of a struct's two
 	// Text is Value as C has it: a number, a constant's name, an address. A string is
 	// the quoted text that Value points to, of 256 bytes at the most, or the address
 	// if it can't be read; "?" stands for a value that can't be read.
@@ -89,9 +89,9 @@ func (p *Probe) Call(r *Regs) (Call, error) {
 	for i, param := range fn.Params {
 		a := CallArg{Name: param.Name, Type: param.Type}
 		if fn.Syscall != "" {
-			a.Value, a.Err = r.SyscallArg(i)
+			a.Value, a.Err = r.SyscallArg(param.Reg)
 		} else {
-			a.Value = r.Arg(i)
+			a.Value = r.Arg(param.Reg)
 		}
 		switch {
 		case a.Err != nil:

@@ -335,6 +335,12 @@ func (s *Synthetic) btf() []byte {
 		proto.Params = append(proto.Params, btf.FuncParam{Type: base["int"]})
 	}
 	all = append(all, &btf.Func{Name: "fn_0700", Type: proto, Linkage: btf.StaticFunc})
+	// fn_0702(int a, struct list_head two, struct kernel_symbol also_two, struct mod_kallsyms stack, struct list_head none_left, u64 last)
+	proto = &btf.FuncProto{Return: base["int"], Params: []btf.FuncParam{
+		{Name: "a", Type: base["int"]}, {Name: "two", Type: base["list_head"]}, {Name: "also_two", Type: base["kernel_symbol"]},
+		{Name: "stack", Type: base["mod_kallsyms"]}, {Name: "none_left", Type: base["list_head"]}, {Name: "last", Type: base["u64"]},
+	}}
+	all = append(all, &btf.Func{Name: "fn_0702", Type: proto, Linkage: btf.StaticFunc})
 	b, err := btf.NewBuilder(all, nil)
 	if err != nil {
 		panic(err)
