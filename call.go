@@ -112,7 +112,7 @@ func (p *Probe) quoted(v uint64) string {
 		return "NULL"
 	}
 	const limit = 256
-	text, err := p.ReadString(Addr(v), limit)
+	text, err := p.ReadString(v, limit)
 	if err != nil {
 		return hex(v) // not resident, perhaps
 	}
@@ -132,7 +132,7 @@ func (s *Session) function(p *Probe) (*linux.Function, error) {
 	if s.kernel == nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, s.noKernel())
 	}
-	fn, err := s.kernel.Function(uint64(addr))
+	fn, err := s.kernel.Function(addr)
 	if err != nil {
 		return nil, err
 	}

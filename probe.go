@@ -234,7 +234,7 @@ func (p *Probe) Dump(w io.Writer) error {
 		fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
 	}
 	fmt.Fprintf(&b, " -- Symbol Name: %s\n", p.Symbol)
-	fmt.Fprintf(&b, " -- Address: %016x\n", uint64(addr))
+	fmt.Fprintf(&b, " -- Address: %016x\n", addr)
 	fmt.Fprintf(&b, " -- Offset: %x\n", p.Offset)
 	fmt.Fprintf(&b, " -- Flags: %s\n", p.Flags())
 	_, err := w.Write(b.Bytes())
