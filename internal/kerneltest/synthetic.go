@@ -665,12 +665,12 @@ func (s *Synthetic) tasks() {
 	}
 
 	// What a PV guest knows of its memory.
-	p2m := s.data(32)
+	p2m := s.data(48)
 	s.sym('D', "xen_p2m_addr", s.data(8))
 	s.Put64(s.Sym["xen_p2m_addr"], p2m)
 	s.sym('D', "xen_p2m_size", s.data(8))
-	s.Put64(s.Sym["xen_p2m_size"], 4)
-	for i, e := range []uint64{0x1234, 1<<64 - 1, 1 << 63, 1 << 62} {
+	s.Put64(s.Sym["xen_p2m_size"], 6)
+	for i, e := range []uint64{0x1234, 1<<64 - 1, 1 << 63, 1 << 62, 1 << 52, 1<<40 - 1} {
 		s.Put64(p2m+uint64(8*i), e)
 	}
 }
