@@ -36,7 +36,7 @@ type Call struct {
 type CallArg struct {
 	Name  string // of the parameter, "" if it has none
 	Type  string // in C, as in "const char *"
-	Value uint64 // as it is in the register
+	Value uint64 // as it is in the register, or in the first of a struct's two
 	// Text is Value as C has it: a number, a constant's name, an address. A string is
 	// the quoted text that Value points to, of 256 bytes at the most, or the address
 	// if it can't be read; "?" stands for a value that can't be read.
@@ -89,9 +89,9 @@ func (p *Probe) Call(r *Regs) (Call, error) {
 	for i, param := range fn.Params {
 		a := CallArg{Name: param.Name, Type: param.Type}
 		if fn.Syscall != "" {
-			a.Value, a.Err = r.SyscallArg(i)
+			a.Value, a.Err = r.SyscallArg(param.Reg)
 		} else {
-			a.Value = r.Arg(i)
+			a.Value = r.Arg(param.Reg)
 		}
 		switch {
 		case a.Err != nil:
@@ -112,7 +112,7 @@ func (p *Probe) quoted(v uint64) string {
 		return "NULL"
 	}
 	const limit = 256
-	text, err := p.ReadString(Addr(v), limit)
+	text, err := p.ReadString(v, limit)
 	if err != nil {
 		return hex(v) // not resident, perhaps
 	}
@@ -132,7 +132,7 @@ func (s *Session) function(p *Probe) (*linux.Function, error) {
 	if s.kernel == nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, s.noKernel())
 	}
-	fn, err := s.kernel.Function(uint64(addr))
+	fn, err := s.kernel.Function(addr)
 	if err != nil {
 		return nil, err
 	}

@@ -53,6 +53,12 @@ func TestCall(t *testing.T) {
 		assert.Equal(t, value, c.Args[0].Value)
 	}
 
+	// Structs take two registers, or none.
+	structs := Regs{DI: 10, SI: 11, DX: 12, CX: 13, R8: 14, R9: 15, mem: s.kernel.Read}
+	c, err = at("fn_0702").Call(&structs)
+	require.NoError(t, err)
+	assert.Equal(t, "fn_0702(a=10, two=0xb, also_two=0xd, last=15)", c.String())
+
 	wrapper := at("sys_openat")
 	r.DI = regs
 	c, err = wrapper.Call(r)

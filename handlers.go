@@ -59,7 +59,7 @@ func (h Hit) MarshalJSON() ([]byte, error) {
 		Regs    *Regs     `json:"registers"`
 	}{Event: "hit", VCPU: h.VCPU, Seq: h.Seq, Time: h.Time, Regs: h.Regs}
 	if h.Probe != nil {
-		j.Probe, j.Name, j.Address = h.Probe.location(), h.Probe.Name, hex(uint64(h.Probe.Address()))
+		j.Probe, j.Name, j.Address = h.Probe.location(), h.Probe.Name, hex(h.Probe.Address())
 	}
 	return json.Marshal(j)
 }

@@ -31,12 +31,12 @@ func ParseProbe(place string) (*Probe, error) {
 	p := &Probe{Symbol: name}
 	var err error
 	if signed {
-		if p.Offset, err = strconv.ParseUint(offset, 0, 64); err != nil {
+		if p.Offset, err = parseNumber(offset); err != nil {
 			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("offset %q: want a number of bytes, such as 4 or 0x4", offset)}
 		}
 	}
 	if strings.HasPrefix(name, "0x") {
-		addr, err := strconv.ParseUint(name, 0, 64)
+		addr, err := parseNumber(name)
 		if err != nil {
 			return nil, &Error{Op: "parse", Probe: place, Err: fmt.Errorf("address %q: want at most 16 hexadecimal digits after 0x", name)}
 		}
@@ -46,6 +46,14 @@ func ParseProbe(place string) (*Probe, error) {
 		return nil, &Error{Op: "parse", Probe: place, Err: err}
 	}
 	return p, nil
+}
+
+// parseNumber parses a decimal number, or a hexadecimal one after 0x.
+func parseNumber(s string) (uint64, error) {
+	if digits, ok := strings.CutPrefix(s, "0x"); ok {
+		return strconv.ParseUint(digits, 16, 64)
+	}
+	return strconv.ParseUint(s, 10, 64)
 }
 
 // A DomainID identifies a running domain (domid_t).
@@ -226,7 +234,7 @@ func (p *Probe) Dump(w io.Writer) error {
 		fmt.Fprintf(&b, " -- Domain ID: %d\n", id)
 	}
 	fmt.Fprintf(&b, " -- Symbol Name: %s\n", p.Symbol)
-	fmt.Fprintf(&b, " -- Address: %016x\n", uint64(addr))
+	fmt.Fprintf(&b, " -- Address: %016x\n", addr)
 	fmt.Fprintf(&b, " -- Offset: %x\n", p.Offset)
 	fmt.Fprintf(&b, " -- Flags: %s\n", p.Flags())
 	_, err := w.Write(b.Bytes())

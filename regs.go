@@ -28,7 +28,7 @@ type Regs struct {
 }
 
 // PC returns the address of the next instruction: in a Pre handler the probe's.
-func (r *Regs) PC() Addr { return Addr(r.IP) }
+func (r *Regs) PC() Addr { return r.IP }
 
 // Arg returns argument n, from 0 to 5, of the function whose first instruction
 // the vCPU is at: RDI, RSI, RDX, RCX, R8, R9 (System V ABI for AMD64, 3.2.3). It

@@ -297,7 +297,7 @@ func (p *Probe) detach(restored bool) {
 
 // engineProbe wraps p's handlers for the engine. The breakpoint stands at at.
 func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
-	ep := &breakpoint.Probe{Addr: uint64(addr), At: uint64(at)}
+	ep := &breakpoint.Probe{Addr: addr, At: at}
 	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
 		var at time.Time
 		if s.sink != nil {

@@ -675,3 +675,30 @@ func TestSyscallArg(t *testing.T) {
 	assert.Zero(t, q.Arg(6))
 	assert.Zero(t, q.Arg(-1))
 }
+
+func TestParseProbe(t *testing.T) {
+	for place, want := range map[string]*Probe{
+		"do_sys_openat2":         {Symbol: "do_sys_openat2"},
+		"do_sys_openat2+0x1f":    {Symbol: "do_sys_openat2", Offset: 0x1f},
+		"xfs:open@2+12":          {Symbol: "xfs:open@2", Offset: 12},
+		"open+010":               {Symbol: "open", Offset: 10}, // as decimal as it says
+		"0xffffffff8134a350":     {Addr: 0xffffffff8134a350},
+		"0xFFFFFFFF8134A350+0xA": {Addr: 0xffffffff8134a350, Offset: 10},
+	} {
+		p, err := ParseProbe(place)
+		require.NoError(t, err, place)
+		assert.Equal(t, want, p, place)
+		again, err := ParseProbe(p.String())
+		require.NoError(t, err, place)
+		assert.Equal(t, p, again, place)
+	}
+	for _, place := range []string{
+		"", "+4", "open+", "open+-4", "open+0x", "open+4+4", "open+1_0", "open+0b1", "open+0o7", "open+18446744073709551616",
+		"0x", "0x0", "0x1_0", "0xffffffff8134a3500", "0xopen",
+	} {
+		_, err := ParseProbe(place)
+		var e *Error
+		require.ErrorAs(t, err, &e, place)
+		assert.Equal(t, place, e.Probe)
+	}
+}

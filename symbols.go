@@ -27,7 +27,7 @@ func (s *Session) lookup(symbol string) (Addr, error) {
 	if note := found.Note(); note != "" {
 		s.log.Warn(note)
 	}
-	return Addr(found.Addr), nil
+	return found.Addr, nil
 }
 
 // noKernel says why the guest's kernel isn't known.
@@ -40,7 +40,7 @@ func (s *Session) noKernel() error {
 
 // Symbolize returns the symbol that holds addr, and the offset of addr in it.
 func (s *Session) Symbolize(addr Addr) (name string, offset uint64, ok bool) {
-	sym, off, ok := s.kernel.Find(uint64(addr))
+	sym, off, ok := s.kernel.Find(addr)
 	return sym.Name, off, ok
 }
 
@@ -56,7 +56,7 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 			return 0, err
 		}
 	}
-	return addr + Addr(p.Offset), nil
+	return addr + p.Offset, nil
 }
 
 // place returns where the breakpoint of a probe at addr has to stand. What the guest
@@ -66,13 +66,13 @@ func (s *Session) place(addr Addr) (Addr, error) {
 		if s.unsafe {
 			return addr, nil
 		}
-		return 0, fmt.Errorf("%#x: %w: %w: %s", uint64(addr), ErrNotProbeable, s.noKernel(), insist)
+		return 0, fmt.Errorf("%#x: %w: %w: %s", addr, ErrNotProbeable, s.noKernel(), insist)
 	}
-	at, err := s.kernel.Place(uint64(addr), linux.Placing{Hidden: s.drv.Caps().Hidden, Force: s.unsafe})
+	at, err := s.kernel.Place(addr, linux.Placing{Hidden: s.drv.Caps().Hidden, Force: s.unsafe})
 	if errors.Is(err, linux.ErrUnknownPlaces) {
 		return 0, fmt.Errorf("%w: %s", err, insist)
 	}
-	return Addr(at), err
+	return at, err
 }
 
 // insist is what to do where nothing tells whether a place is safe.

@@ -44,14 +44,14 @@ func FromBTF(r io.ReaderAt, size int64) (*Types, error) {
 func (t *Types) WithModule(name string, btf []byte) (*Types, error) {
 	base, ok := t.src.(*btfSource)
 	if !ok {
-		return nil, fmt.Errorf("module %s: %w: split BTF needs the kernel's BTF, these types are from %s", name, errors.ErrUnsupported, t.name)
+		return nil, fmt.Errorf("module %q: %w: split BTF needs the kernel's BTF, these types are from %s", name, errors.ErrUnsupported, t.name)
 	}
 	if len(btf) > maxBTF {
-		return nil, formatErr("module %s: BTF of %d bytes, at most %d are read", name, len(btf), maxBTF)
+		return nil, formatErr("module %q: BTF of %d bytes, at most %d are read", name, len(btf), maxBTF)
 	}
 	src, err := loadBTF(bytes.Clone(btf), base)
 	if err != nil {
-		return nil, fmt.Errorf("module %s: %w", name, err)
+		return nil, fmt.Errorf("module %q: %w", name, err)
 	}
 	modules := append(t.modules[:len(t.modules):len(t.modules)], module{name, src})
 	return &Types{name: t.name, src: t.src, modules: modules, ptr: t.ptr}, nil

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/vmprobes/vmprobes/internal/cstring"
 )
 
 // ErrBudget: an operation would read more of the guest than any real kernel
@@ -77,9 +79,18 @@ func (o *op) table(what string, addr, n, limit uint64) ([]byte, error) {
 	return b, o.Kernel.Read(addr, b)
 }
 
-// str reads a string as [Kernel.ReadString] does.
+// str reads a string, which may fill its limit bytes without a NUL.
 func (o *op) str(addr uint64, limit int) (string, error) {
-	return readString(o.Read, addr, limit)
+	s, err := cstring.Read(func(addr uint64, b []byte) (int, error) {
+		if err := o.Read(addr, b); err != nil {
+			return 0, err
+		}
+		return len(b), nil
+	}, addr, min(limit, maxString))
+	if errors.Is(err, cstring.ErrNoTerminator) {
+		err = nil
+	}
+	return s, err
 }
 
 // pointer reads a pointer of the kernel's own width.

@@ -8,9 +8,14 @@ import "slices"
 // instruction at another address would crash the kernel when it faults. ExpectedFault
 // is true where that isn't known: outside of all text, and if the table can't be read.
 func (k *Kernel) ExpectedFault(addr uint64) bool {
+	return k.expectedFault(addr, true)
+}
+
+// expectedFault is ExpectedFault that returns unknown where that isn't known.
+func (k *Kernel) expectedFault(addr uint64, unknown bool) bool {
 	p, err := k.placesOf(addr)
 	if err != nil || p.noFaults != nil {
-		return true
+		return unknown
 	}
 	_, found := slices.BinarySearch(p.faults, addr)
 	return found
@@ -25,12 +30,8 @@ func (k *Kernel) MayFault(force bool) func(addr uint64) bool {
 	if _, err := k.symbol("__start___ex_table"); err != nil {
 		return nil
 	}
-	return func(addr uint64) bool {
-		if force && k.FaultsKnown(addr) != nil {
-			return false // the caller takes the risk
-		}
-		return k.ExpectedFault(addr)
-	}
+	// With force the caller takes the risk.
+	return func(addr uint64) bool { return k.expectedFault(addr, !force) }
 }
 
 // FaultsKnown returns nil if ExpectedFault has a table to look addr up in, otherwise

@@ -26,6 +26,9 @@ type Function struct {
 type Param struct {
 	Name string // "" if it has none
 	Type string // in C, as in "const char *"
+	// Reg is the argument register that has the value, from 0 on, or the system call's
+	// argument. Of a struct in two registers it is the first.
+	Reg int
 	// Text says that the value points to a string rather than to a buffer.
 	Text bool
 
@@ -40,13 +43,14 @@ func (p Param) Format(v uint64) string {
 	return p.format(v)
 }
 
-// maxParams is how many arguments registers hold, both of a function (System V ABI
+// maxArgs is how many argument registers there are, both of a function (System V ABI
 // for AMD64, 3.2.3) and of a system call.
-const maxParams = 6
+const maxArgs = 6
 
-// Function returns how the function that begins at addr is called. Of more than six
-// parameters, those that are passed on the stack are left out. The error wraps
-// ErrNoPrototype if no function begins there, or if its prototype isn't known.
+// Function returns how the function that begins at addr is called. Parameters that are
+// passed on the stack are left out: those for which no register is left, and structs of
+// more than 16 bytes. The error wraps ErrNoPrototype if no function begins there, or if
+// its prototype isn't known.
 func (k *Kernel) Function(addr uint64) (*Function, error) {
 	if k == nil {
 		return nil, ErrNoKernel
@@ -63,8 +67,8 @@ func (k *Kernel) Function(addr uint64) (*Function, error) {
 	if call, ok := wrapped(sym.Name); ok {
 		if sc, err := k.Syscall(call); err == nil {
 			f.Syscall = call
-			for _, a := range sc.Args {
-				f.add(a.Name, a.Type, formatter(types, a.Type))
+			for i, a := range sc.Args {
+				f.add(i, a.Name, a.Type, formatter(types, a.Type))
 			}
 			return f, nil
 		}
@@ -73,15 +77,34 @@ func (k *Kernel) Function(addr uint64) (*Function, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
 	}
-	for _, p := range proto.Params[:min(len(proto.Params), maxParams)] {
-		f.add(p.Name, p.Type.Decl(""), p.Format)
+	reg := 0
+	for _, p := range proto.Params {
+		n, err := registers(p.Type)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
+		}
+		if n > 0 && reg+n <= maxArgs {
+			f.add(reg, p.Name, p.Type.Decl(""), p.Format)
+			reg += n
+		}
 	}
 	return f, nil
 }
 
-func (f *Function) add(name, typ string, format func(uint64) string) {
+// registers returns how many argument registers a parameter takes if so many are left,
+// or 0 if it is passed on the stack, or has no bytes. In the kernel, which has no
+// floating point, that is a matter of size alone.
+func registers(t *ktype.Type) (int, error) {
+	size, err := t.Size()
+	if err != nil || size > 16 {
+		return 0, err
+	}
+	return int(size+7) / 8, nil
+}
+
+func (f *Function) add(reg int, name, typ string, format func(uint64) string) {
 	f.Params = append(f.Params, Param{
-		Name: printable(name), Type: printable(typ), Text: isText(typ, name),
+		Name: printable(name), Type: printable(typ), Reg: reg, Text: isText(typ, name),
 		format: func(v uint64) string { return printable(format(v)) },
 	})
 }

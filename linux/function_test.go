@@ -34,6 +34,16 @@ func TestFunction(t *testing.T) {
 		{"n", "int", false, "-1"}, {"", "int", false, "-1"}, {"", "int", false, "-1"}, {"", "int", false, "-1"},
 	}, params(f))
 
+	// A struct of up to 16 bytes takes one or two registers, a larger one none, and so
+	// does one that is too large for what is left (System V ABI for AMD64, 3.2.3).
+	f, err = k.Function(kerneltest.Fn(702))
+	require.NoError(t, err)
+	regs := make(map[string]int)
+	for _, p := range f.Params {
+		regs[p.Name] = p.Reg
+	}
+	assert.Equal(t, map[string]int{"a": 0, "two": 1, "also_two": 3, "last": 5}, regs)
+
 	f, err = k.Function(s.Sym["__x64_sys_openat"])
 	require.NoError(t, err)
 	assert.Equal(t, "openat", f.Syscall)

@@ -327,3 +327,13 @@ func TestVMCoreInfo(t *testing.T) {
 	_, err = linux.Discover(ctx, m, nil)
 	require.ErrorIs(t, err, context.Canceled)
 }
+
+// TestModuleTypesName: a module's name is quoted where it is the one of bad types.
+func TestModuleTypesName(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	copy(s.Bytes(s.Sym["module demo"]+kerneltest.ModuleName), "\x1b[31m\x00")
+	s.Bytes(s.Get64(s.Sym["btf demo"]))[0] = 0 // of BTF's magic number
+	_, err := discover(t, s).ModuleTypes()
+	require.ErrorIs(t, err, ktype.ErrFormat)
+	requirePrintable(t, err.Error())
+}

@@ -1,7 +1,6 @@
 package linux
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -249,27 +248,6 @@ func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
 	return cstring.Read(func(addr uint64, b []byte) (int, error) {
 		return k.mem.Read(k.root, paging.VAddr(addr), b)
 	}, addr, min(limit, maxString))
-}
-
-// readString is for strings that may fill their array, without a NUL.
-
-func readString(read func(uint64, []byte) error, addr uint64, limit int) (string, error) {
-	limit = min(limit, maxString)
-	var s []byte
-	var b [64]byte
-	for len(s) < limit {
-		at := addr + uint64(len(s))
-		// Never across a page: the next one may not be mapped.
-		b := b[:min(len(b), limit-len(s), int(paging.PageSize-at%paging.PageSize))]
-		if err := read(at, b); err != nil {
-			return string(s), err
-		}
-		if before, _, ok := bytes.Cut(b, []byte{0}); ok {
-			return string(append(s, before...)), nil
-		}
-		s = append(s, b...)
-	}
-	return string(s), nil
 }
 
 // pointer reads a pointer of the kernel's own width.

@@ -14,13 +14,9 @@ var ErrNoP2M = errors.New("no machine frame behind the physical page")
 // an array with the machine frame of each physical page, xen_p2m_size of them.
 // INVALID_P2M_ENTRY is all ones; the two top bits mark frames of other domains and
 // identity mappings (arch/x86/include/asm/xen/page.h).
-const (
-	p2mInvalid  = 1<<64 - 1
-	p2mForeign  = 1 << 63
-	p2mIdentity = 1 << 62
-
-	maxP2M = 1 << 40 // pages: physical addresses have 52 bits
-)
+//
+// maxP2M bounds pages and frames: physical addresses have 52 bits.
+const maxP2M = 1 << 40
 
 // PhysToMachine returns the machine frame of a page of a PV guest's physical
 // memory.
@@ -46,7 +42,7 @@ func (k *Kernel) PhysToMachine(page uint64) (paging.Frame, error) {
 	if err != nil {
 		return 0, err
 	}
-	if entry == p2mInvalid || entry&(p2mForeign|p2mIdentity) != 0 {
+	if entry >= maxP2M { // or one of the kinds that are no frames, which are larger
 		return 0, fmt.Errorf("page %#x, entry %#x: %w", page, entry, ErrNoP2M)
 	}
 	return paging.Frame(entry), nil

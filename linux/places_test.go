@@ -392,3 +392,29 @@ func TestPlace(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, text, at)
 }
+
+// TestPlaceReadsOnce: the tables of a module, of which nothing is kept, are read once
+// for a place, and once to tell whether a fault is expected.
+func TestPlaceReadsOnce(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	m := s.Machine()
+	k, err := linux.Discover(t.Context(), m, nil)
+	require.NoError(t, err)
+	text := s.Sym["text demo"]
+	cost := func(f func()) uint64 {
+		f() // what is kept is there from now on
+		before := accesses(m)
+		f()
+		return accesses(m) - before
+	}
+	known := cost(func() { require.NoError(t, k.FaultsKnown(text)) })
+	require.NotZero(t, known)
+	for _, how := range []linux.Placing{{}, {Hidden: true}, {Force: true}} {
+		place := cost(func() {
+			_, err := k.Place(text, how)
+			require.NoError(t, err)
+		})
+		assert.Less(t, place, known*5/2, "%+v: what is known, the symbols that it takes and the code", how)
+	}
+	assert.Equal(t, known, cost(func() { k.MayFault(true)(text) }))
+}

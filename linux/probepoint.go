@@ -77,25 +77,36 @@ func (k *Kernel) Place(addr uint64, how Placing) (uint64, error) {
 	if k == nil || errors.Is(boundary, x86.ErrNotBoundary) {
 		return 0, boundary
 	}
-	if !how.Force {
-		if err := k.Blacklisted(addr); err != nil {
-			return 0, err
-		}
-		if err := k.FaultsKnown(addr); err != nil {
-			return 0, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, err)
-		}
-		if boundary != nil {
-			return 0, boundary
-		}
-	}
-	if how.Hidden {
+	if how.Hidden && how.Force {
 		return addr, nil
 	}
-	at, err := k.ProbePoint(addr)
+	at, err := k.place(addr, how, boundary)
 	if err != nil && how.Force {
 		return addr, nil //nolint:nilerr // the caller takes the risk
 	}
 	return at, err
+}
+
+// place is Place where it matters what the kernel says of addr, which is read once.
+// boundary is why addr may not be the start of an instruction, or nil.
+func (k *Kernel) place(addr uint64, how Placing, boundary error) (uint64, error) {
+	p, err := k.placesOf(addr)
+	if err != nil {
+		return 0, err
+	}
+	if err := k.refused(p, addr); err != nil {
+		return 0, err
+	}
+	if !how.Force && p.noFaults != nil {
+		return 0, fmt.Errorf("%#x: %w: %w", addr, ErrUnknownPlaces, p.noFaults)
+	}
+	if boundary != nil {
+		return 0, boundary
+	}
+	if how.Hidden {
+		return addr, nil
+	}
+	return k.skip(p, addr)
 }
 
 // ProbePoint returns where a breakpoint has to stand, so that it is hit as often as
@@ -134,6 +145,11 @@ func (k *Kernel) ProbePoint(addr uint64) (uint64, error) {
 	if err := k.refused(p, addr); err != nil {
 		return 0, err
 	}
+	return k.skip(p, addr)
+}
+
+// skip is ProbePoint of an address that isn't refused, in p's text.
+func (k *Kernel) skip(p *places, addr uint64) (uint64, error) {
 	text, err := k.textOf(p)
 	if err != nil {
 		return 0, fmt.Errorf("%#x: %w: the symbols of modules are not known: %w", addr, ErrUnknownPlaces, err)

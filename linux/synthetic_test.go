@@ -53,7 +53,7 @@ func TestSynthetic(t *testing.T) {
 			testSyscalls(t, k)
 			testPlaces(t, s, k)
 
-			for page, want := range []paging.Frame{0x1234, 0, 0, 0, 0} {
+			for page, want := range []paging.Frame{0x1234, 0, 0, 0, 0, 1<<40 - 1, 0} {
 				f, err := k.PhysToMachine(uint64(page))
 				if want == 0 {
 					require.ErrorIs(t, err, linux.ErrNoP2M)

@@ -23,9 +23,6 @@ func main() {
 }
 
 func mapSymbol(_ context.Context, out io.Writer, g *xenaccess.Guest, args []string) error {
-	if _, err := g.Symbol(args[0]); err != nil { // says why if there is no kernel
-		return err
-	}
 	s, err := g.Linux().Lookup(args[0])
 	if err != nil {
 		return err

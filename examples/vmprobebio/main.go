@@ -71,7 +71,7 @@ func (w *watch) sysOpenHandler(p *vmprobes.Probe, r *vmprobes.Regs) vmprobes.Act
 	// A name that isn't in the guest's memory yet shows as an empty string.
 	name, _ := p.ReadString(filename, 4096)
 	fmt.Fprintf(w.out, "[%d] %s() called\n", w.calls, *symbol)
-	fmt.Fprintf(w.out, " -- filename: %08x (%s)\n", uint64(filename), cli.Escape(name))
+	fmt.Fprintf(w.out, " -- filename: %08x (%s)\n", filename, cli.Escape(name))
 	fmt.Fprintf(w.out, " -- flags: %08x\n", flags)
 	_, err := fmt.Fprintf(w.out, " -- mode: %08x\n", mode)
 	if *task {

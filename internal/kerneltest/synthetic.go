@@ -335,6 +335,12 @@ func (s *Synthetic) btf() []byte {
 		proto.Params = append(proto.Params, btf.FuncParam{Type: base["int"]})
 	}
 	all = append(all, &btf.Func{Name: "fn_0700", Type: proto, Linkage: btf.StaticFunc})
+	// fn_0702(int a, struct list_head two, struct kernel_symbol also_two, struct mod_kallsyms stack, struct list_head none_left, u64 last)
+	proto = &btf.FuncProto{Return: base["int"], Params: []btf.FuncParam{
+		{Name: "a", Type: base["int"]}, {Name: "two", Type: base["list_head"]}, {Name: "also_two", Type: base["kernel_symbol"]},
+		{Name: "stack", Type: base["mod_kallsyms"]}, {Name: "none_left", Type: base["list_head"]}, {Name: "last", Type: base["u64"]},
+	}}
+	all = append(all, &btf.Func{Name: "fn_0702", Type: proto, Linkage: btf.StaticFunc})
 	b, err := btf.NewBuilder(all, nil)
 	if err != nil {
 		panic(err)
@@ -659,12 +665,12 @@ func (s *Synthetic) tasks() {
 	}
 
 	// What a PV guest knows of its memory.
-	p2m := s.data(32)
+	p2m := s.data(48)
 	s.sym('D', "xen_p2m_addr", s.data(8))
 	s.Put64(s.Sym["xen_p2m_addr"], p2m)
 	s.sym('D', "xen_p2m_size", s.data(8))
-	s.Put64(s.Sym["xen_p2m_size"], 4)
-	for i, e := range []uint64{0x1234, 1<<64 - 1, 1 << 63, 1 << 62} {
+	s.Put64(s.Sym["xen_p2m_size"], 6)
+	for i, e := range []uint64{0x1234, 1<<64 - 1, 1 << 63, 1 << 62, 1 << 52, 1<<40 - 1} {
 		s.Put64(p2m+uint64(8*i), e)
 	}
 }

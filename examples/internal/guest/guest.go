@@ -14,7 +14,6 @@ import (
 	"syscall"
 
 	"github.com/vmprobes/vmprobes/examples/internal/cli"
-	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
@@ -113,7 +112,6 @@ func MapPage(w io.Writer, g *xenaccess.Guest, addr uint64) error {
 
 // ListProcesses prints the id and the name of each process.
 func ListProcesses(_ context.Context, w io.Writer, g *xenaccess.Guest, _ []string) error {
-	var tasks []linux.Task
 	tasks, err := g.Linux().Processes(true)
 	for _, t := range tasks {
 		fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Comm))
