@@ -102,8 +102,7 @@ func (d *Debugger) takeDebugException() error {
 	} else {
 		d.debug.gave.Store(true)
 	}
-	d.owed += n
-	return d.release()
+	return d.payFor(n)
 }
 
 // giveDebugExceptions gives the guest the debug exceptions of its own, and returns
@@ -141,8 +140,7 @@ func (d *Debugger) giveDebugExceptions() (n int, err error) {
 	return n, nil
 }
 
-// payFor pays for n debug exceptions that were given to the guest before another
-// one failed.
+// payFor pays for n debug exceptions that were given to the guest.
 func (d *Debugger) payFor(n int) error {
 	d.owed += n
 	return d.release()

@@ -252,6 +252,11 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 			return false, err
 		}
 	}
+	if len(d.queue) == 0 && d.frozen == 0 && d.owed > d.keep() { // an unpause has failed, or had to wait for a Thaw
+		if err := d.release(); err != nil {
+			return false, err
+		}
+	}
 	if len(d.queue) == 0 {
 		return false, nil
 	}
@@ -355,13 +360,16 @@ const (
 
 // release pays what is owed to the domain's pause count: all but one for each
 // stop that waits for its answer, and everything while a vCPU steps, since the
-// others are held one by one then.
+// others are held one by one then. What it leaves is paid by poll or Close.
 func (d *Debugger) release() error {
 	if err := d.checkPins(); err != nil {
 		return err
 	}
 	for d.owed > d.keep() {
-		if d.pins.loose {
+		if d.pins.loose && !d.stepping() {
+			if d.frozen > 0 {
+				return nil // one too many would undo a Freeze
+			}
 			switch due, err := d.due(); {
 			case err != nil:
 				return err
@@ -391,7 +399,8 @@ func (d *Debugger) keep() int {
 	return d.pending
 }
 
-// answered marks v's stop as answered and lets the domain go.
+// answered marks v's stop as answered and lets the domain go. If the latter fails the
+// answer is given all the same, and must not be made again: v may hit once more before.
 func (d *Debugger) answered(v int) error {
 	if d.vcpus[v].stopped {
 		if err := d.unpin(v); err != nil {
@@ -400,7 +409,10 @@ func (d *Debugger) answered(v int) error {
 		d.vcpus[v].stopped, d.vcpus[v].entering = false, false
 		d.pending--
 	}
-	return d.release()
+	if err := d.release(); errors.Is(err, breakpoint.ErrGone) {
+		return err
+	}
+	return nil // what is owed still is paid by poll, or Close
 }
 
 func (d *Debugger) stopOf(s *breakpoint.Stop) (*vcpu, error) {
@@ -444,11 +456,6 @@ func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
 	}
 	v.ctx = *want
 	return nil
-}
-
-// StepOn implements breakpoint.Driver.
-func (d *Debugger) StepOn(*breakpoint.Stop, *x86.Insn) error {
-	return fmt.Errorf("debugger route: step on: %w", errors.ErrUnsupported)
 }
 
 // StepOver implements breakpoint.Driver.
@@ -515,6 +522,9 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("vCPU %d: mask events: %w", s.VCPU, err), d.endStep())
+	}
+	if err := d.count(s.VCPU); err != nil {
+		return errors.Join(err, d.endStep())
 	}
 	if err := d.unpin(s.VCPU); err != nil {
 		return errors.Join(err, d.endStep())
@@ -755,10 +765,10 @@ func (d *Debugger) leave() error {
 	if err := attempts(func() error { return d.hv.SetDebugging(false) }); err != nil {
 		return fmt.Errorf("detach debugger: %w", err)
 	}
-	if err := d.release(); err != nil {
+	if err := d.thawAll(); err != nil {
 		return err
 	}
-	if err := d.thawAll(); err != nil {
+	if err := d.release(); err != nil {
 		return err
 	}
 	return d.lastDebugExceptions()

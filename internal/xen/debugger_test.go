@@ -117,7 +117,7 @@ func TestPausedByOthers(t *testing.T) {
 // was left.
 type holding struct {
 	xen.Hypervisor
-	vcpus [4]atomic.Bool
+	vcpus [4]atomic.Int64 // how often
 	looks atomic.Int64
 }
 
@@ -134,7 +134,7 @@ func (h *holding) GdbsxDomStatus() (xenctrl.DomStatus, error) {
 // that there are.
 func (h *holding) all(t *testing.T, vcpu int) {
 	wait := func(f func() bool) { assert.Eventually(t, f, 20*time.Second, time.Millisecond) }
-	wait(h.vcpus[vcpu].Load)
+	wait(func() bool { return h.vcpus[vcpu].Load() > 0 })
 	n := h.looks.Load() + 4
 	wait(func() bool { return h.looks.Load() >= n })
 }
@@ -142,14 +142,17 @@ func (h *holding) all(t *testing.T, vcpu int) {
 func (h *holding) GdbsxPauseVCPU(v int) error {
 	err := h.Hypervisor.GdbsxPauseVCPU(v)
 	if err == nil {
-		h.vcpus[v].Store(true)
+		h.vcpus[v].Add(1)
 	}
 	return err
 }
 
 func (h *holding) GdbsxUnpauseVCPU(v int) error {
-	h.vcpus[v].Store(false)
-	return h.Hypervisor.GdbsxUnpauseVCPU(v)
+	err := h.Hypervisor.GdbsxUnpauseVCPU(v)
+	if err == nil {
+		h.vcpus[v].Add(-1)
+	}
+	return err
 }
 
 // unhurried is a Hypervisor whose guest gets somewhere before an unpause returns.

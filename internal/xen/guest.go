@@ -343,3 +343,8 @@ func (g *guest) unpause() error {
 	}
 	return nil
 }
+
+// StepOn implements breakpoint.Driver.
+func (g *guest) StepOn(*breakpoint.Stop, *x86.Insn) error {
+	return fmt.Errorf("step on: %w", errors.ErrUnsupported)
+}

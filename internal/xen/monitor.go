@@ -353,11 +353,6 @@ func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 	return err
 }
 
-// StepOn implements breakpoint.Driver.
-func (m *MonitorRoute) StepOn(*breakpoint.Stop, *x86.Insn) error {
-	return fmt.Errorf("monitor route: step on: %w", errors.ErrUnsupported)
-}
-
 // StepOver implements breakpoint.Driver.
 func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	m.mu.Lock()

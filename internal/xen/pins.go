@@ -91,8 +91,12 @@ func (d *Debugger) pinTick() (busy bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.pins.tick++
-	if d.closed || d.pending == 0 || d.stepping() {
-		return d.pending > 0
+	if d.closed || d.pending == 0 {
+		return false
+	}
+	if d.stepping() {
+		d.pinStepping()
+		return true
 	}
 	due := d.pins.n > 0
 	for v := range d.vcpus {
@@ -112,6 +116,18 @@ func (d *Debugger) pinTick() (busy bool) {
 	}
 	_ = d.checkPins()
 	return true
+}
+
+// pinStepping pins the vCPU of a step if it has come to another breakpoint on the way.
+// The others are held.
+func (d *Debugger) pinStepping() {
+	v := d.step.vcpu
+	if c := &d.vcpus[v]; !c.stopped || c.pinned || d.pins.tick-c.tick <= 1 {
+		return
+	}
+	if d.pin(v) == nil {
+		d.pins.ran = true // the step goes on
+	}
 }
 
 // pin holds a stopped vCPU by itself.
@@ -151,24 +167,10 @@ func (d *Debugger) unpin(v int) error {
 // is loose: somebody may have paid it. One too many would undo the pause of a vCPU that
 // has hit since.
 func (d *Debugger) due() (bool, error) {
-	if d.frozen > 0 {
-		return true, nil // it can't be told
-	}
-	if d.stepping() {
-		info, err := d.hv.Info()
-		if err != nil {
-			return false, mapErr(err)
-		}
-		if info.Flags&xenctrl.DomainPaused == 0 {
-			d.owed = 0
-			return false, nil
-		}
-		return true, nil
-	}
-	st, err := d.hv.GdbsxDomStatus()
+	st, err := d.domStatus()
 	switch {
 	case err != nil:
-		return false, mapErr(err)
+		return false, err
 	case st.VCPU >= 0:
 		return false, d.latch(st.VCPU)
 	case !st.Paused:
@@ -176,6 +178,43 @@ func (d *Debugger) due() (bool, error) {
 		return false, nil
 	}
 	return true, nil
+}
+
+// count makes what is owed exact before v steps, once vCPUs are pinned: somebody may have
+// paid of it, and one unpause too many, when v has stepped already, would have it step
+// twice. Nothing can run meanwhile: v is pinned, and the others are held for the step.
+func (d *Debugger) count(v int) error {
+	if err := d.checkPins(); err != nil {
+		return err
+	}
+	if d.pins.n == 0 && !d.pins.loose {
+		return nil
+	}
+	if !d.vcpus[v].pinned {
+		if err := d.pin(v); err != nil {
+			return fmt.Errorf("vCPU %d: hold: %w", v, err)
+		}
+	}
+	for {
+		info, err := d.hv.Info()
+		switch {
+		case err != nil:
+			return mapErr(err)
+		case info.Flags&xenctrl.DomainPaused == 0:
+			d.owed = 0
+			if err := attempts(d.hv.Pause); err != nil {
+				return err
+			}
+			d.owed++
+			return nil
+		case d.owed <= 1:
+			return nil
+		}
+		if err := attempts(d.unpause); err != nil {
+			return fmt.Errorf("unpause: %w", err)
+		}
+		d.owed--
+	}
 }
 
 // checkPins finds out whether somebody has unpaused the domain though vCPUs are
