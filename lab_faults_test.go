@@ -470,6 +470,7 @@ func testRefusedRegisters(t labTest) {
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- s.Loop(ctx) }()
+	looping(t, s)
 	select {
 	case reply := <-t.later("open 10 all"):
 		assert.Contains(t, reply, fmt.Sprintf("total=%d ", 10*t.cfg.VCPUs))

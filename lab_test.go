@@ -148,9 +148,16 @@ func serve(t testing.TB, s *vmprobes.Session, f func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Loop(ctx) }()
+	looping(t, s)
 	f()
 	cancel()
 	require.ErrorIs(t, <-done, context.Canceled)
+}
+
+// looping waits until a Loop serves the hits. Without one they count as missed.
+func looping(t testing.TB, s *vmprobes.Session) {
+	t.Helper()
+	require.Eventually(t, s.Looping, time.Minute, 100*time.Microsecond)
 }
 
 // keepText has the guest keep its kernel's text, for sameText. The guest patches
@@ -632,13 +639,8 @@ func testHandlers(t labTest) {
 	require.NoError(t, s.Register(inner2))
 	done := make(chan error, 1)
 	go func() { done <- s.Loop(t.Context()) }()
-	reply := ""
-	for range 20 { // until Loop has begun
-		if reply = t.ask("openpath /proc/self/status"); strings.Contains(reply, "failed") {
-			break
-		}
-	}
-	assert.Contains(t, reply, "failed")
+	looping(t, s)
+	assert.Contains(t, t.ask("openpath /proc/self/status"), "failed")
 	require.NoError(t, <-done, "Stop ends Loop without error")
 	assert.EqualValues(t, 1, inner2.Stats().Hits)
 }

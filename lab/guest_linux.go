@@ -137,7 +137,7 @@ type guest struct {
 
 // The command line of the guest's kernel. What costs an emulated CPU much of its
 // boot time is left out; KASLR is as the distribution has it.
-const guestArgs = "console=ttyS0 quiet mitigations=off noreplace-smp no_timer_check panic=-1"
+const guestArgs = "console=ttyS0 quiet mitigations=off noreplace-smp no_timer_check rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=30 panic=-1"
 
 // guestMB is the guest's memory.
 const guestMB = 256

@@ -374,9 +374,10 @@ func (m *machine) told() bool {
 
 // result is how dom0's work ended.
 type result struct {
-	code  int
-	err   error
-	files map[string][]byte
+	code   int
+	err    error
+	files  map[string][]byte
+	failed failures
 }
 
 // follow passes on the job's output until its end.
@@ -412,6 +413,7 @@ func (m *machine) wait(onStart func(net.Conn) error) result {
 					progress("%s: ready after %v, with %s", m.host, time.Since(begin).Round(100*time.Millisecond), m.emu.name())
 				}
 			case wire.Stdout:
+				r.failed.write(msg.Data)
 				_, _ = io.WriteString(os.Stdout, msg.Data)
 			case wire.Stderr:
 				_, _ = io.WriteString(os.Stderr, msg.Data)
@@ -546,5 +548,8 @@ func (m *machine) keep(r result, back map[string]string) {
 		if (r.code != 0 || r.err != nil) && strings.HasPrefix(name, "guest-") {
 			fmt.Fprintf(os.Stderr, "--- console of %s, the last lines (all of it: %s)\n%s\n---\n", strings.TrimSuffix(name, ".log"), to, lastLines(string(r.files[name]), 40))
 		}
+	}
+	if what := r.failed.String(); what != "" {
+		fmt.Fprintf(os.Stderr, "--- what failed\n%s\n---\n", what)
 	}
 }

@@ -115,6 +115,10 @@ func (c Config) withDefaults() Config {
 // of its kernel.
 func (c Config) ramdisk() string { return path.Join(os.TempDir(), "labguest-"+c.Name+".cpio") }
 
+// guestArgs are every guest's. The kernel's watchdogs measure 20 s of an emulated
+// processor's time by default: on a busy machine that isn't much.
+const guestArgs = "console=hvc0 quiet rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=30"
+
 // file returns the domain's configuration as xl reads it.
 func (c Config) file() string {
 	lines := []string{
@@ -122,7 +126,7 @@ func (c Config) file() string {
 		"type = " + strconv.Quote(string(c.Kind)),
 		"kernel = " + strconv.Quote(c.kernelFile("vmlinux")),
 		"ramdisk = " + strconv.Quote(c.ramdisk()),
-		"cmdline = " + strconv.Quote(strings.Join(strings.Fields("console=hvc0 quiet "+os.Getenv(job.EnvCmdline)+" "+c.Cmdline), " ")),
+		"cmdline = " + strconv.Quote(strings.Join(strings.Fields(guestArgs+" "+os.Getenv(job.EnvCmdline)+" "+c.Cmdline), " ")),
 		fmt.Sprintf("memory = %d", c.MemoryMB),
 		fmt.Sprintf("vcpus = %d", c.VCPUs),
 		// What a guest leaves behind when it dies is worth a look.

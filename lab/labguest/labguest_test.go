@@ -16,7 +16,7 @@ func TestConfigFile(t *testing.T) {
 	t.Setenv("VMPROBES_LAB_CMDLINE", "lpj=1")
 	file := Config{Name: "x", VCPUs: 2, Cmdline: "a=b", Extra: []string{"cpus = 1"}}.withDefaults().file()
 	for _, want := range []string{
-		`name = "x"`, `type = "pvh"`, `kernel = "/lab/kernels/6.1/vmlinux"`, `cmdline = "console=hvc0 quiet lpj=1 a=b"`,
+		`name = "x"`, `type = "pvh"`, `kernel = "/lab/kernels/6.1/vmlinux"`, `cmdline = "console=hvc0 quiet rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=30 lpj=1 a=b"`,
 		"memory = 256", "vcpus = 2", "nomigrate = 1", "cpus = 1",
 	} {
 		assert.Contains(t, strings.Split(file, "\n"), want)
