@@ -170,9 +170,11 @@ func (e *Engine) drain() {
 	}
 }
 
-// pollAll serves the stops there are. It fails if it can't be told whether there
-// are more.
+// pollAll serves the stops there are; e.mu is released meanwhile. It fails if it can't
+// be told whether there are more.
 func (e *Engine) pollAll() error {
+	e.mu.Unlock()
+	defer e.mu.Lock()
 	failed := 0
 	for range 4*min(e.nvcpu, 1<<13) + 16 { // a frozen guest has no more
 		err := e.drv.Wait(expired, &e.stop)

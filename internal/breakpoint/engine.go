@@ -158,13 +158,14 @@ type owner struct {
 
 // inflight is a hit whose instruction isn't executed yet.
 type inflight struct {
-	vcpu   int
-	site   *site
-	slot   *slot // nil: in place
-	owners []owner
-	before x86.Regs
-	post   bool // run post handlers
-	told   int  // owners that have counted it, or needn't
+	vcpu    int
+	site    *site
+	slot    *slot // nil: in place
+	owners  []owner
+	before  x86.Regs
+	post    bool // run post handlers
+	told    int  // owners that have counted it, or needn't
+	shifted int  // how many of the owners are; they are the first
 }
 
 // An Engine owns the breakpoints of one guest.

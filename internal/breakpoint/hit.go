@@ -59,16 +59,10 @@ func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
 		if err := e.drv.Wait(ctx, &e.stop); err != nil {
 			return Continue, err
 		}
-		if v, err := e.locked(&e.stop, m); v != Continue || err != nil {
+		if v, err := e.handle(&e.stop, m); v != Continue || err != nil {
 			return v, err
 		}
 	}
-}
-
-func (e *Engine) locked(s *Stop, m mode) (Verdict, error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.handle(s, m)
 }
 
 // wind serves until the vCPUs have come back whose Post handlers are due.
@@ -89,12 +83,11 @@ func (e *Engine) wind() {
 	}
 }
 
-// wait serves one stop; e.mu is released while it waits for it.
+// wait serves one stop. e.mu, which is held, is released until handle takes it.
 func (e *Engine) wait(ctx context.Context, m mode) (Verdict, error) {
 	e.mu.Unlock()
-	err := e.drv.Wait(ctx, &e.stop)
-	e.mu.Lock()
-	if err != nil {
+	defer e.mu.Lock()
+	if err := e.drv.Wait(ctx, &e.stop); err != nil {
 		return Continue, err
 	}
 	return e.handle(&e.stop, m)
@@ -104,8 +97,11 @@ func (e *Engine) postsDue() bool {
 	return slices.ContainsFunc(e.active, func(f *inflight) bool { return e.wantsPost(f, ending) })
 }
 
-// handle answers one stop; e.mu is held, except while handlers run.
+// handle answers one stop. It takes e.mu, which is free while handlers run; what it
+// calls wants it held.
 func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	if s.VCPU < 0 || s.VCPU >= e.nvcpu {
 		return Continue, fmt.Errorf("stop of vCPU %d, of %d", s.VCPU, e.nvcpu)
 	}
@@ -120,13 +116,7 @@ func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
 		e.stats.Reinjected++
 		return Continue, e.reinject(s)
 	}
-	if st := e.sites[s.Regs.IP]; st != nil && st.armed {
-		return e.hit(st, s, m)
-	}
-	if sl := e.slotEnd[s.Regs.IP]; sl != nil {
-		return e.leaveSlot(sl, s, m)
-	}
-	return Continue, e.foreign(s)
+	return e.hit(s, m)
 }
 
 // foreign answers a breakpoint exception at an address where no breakpoint of ours
@@ -162,7 +152,7 @@ func (e *Engine) take(st *site, s *Stop) *inflight {
 	} else {
 		f = new(inflight)
 	}
-	*f = inflight{vcpu: s.VCPU, site: st, owners: append(f.owners[:0], st.owners...), before: s.Regs}
+	*f = inflight{vcpu: s.VCPU, site: st, owners: append(f.owners[:0], st.owners...), shifted: st.shifted(), before: s.Regs}
 	return f
 }
 
@@ -233,7 +223,19 @@ func (f *inflight) miss(owners []owner) {
 	}
 }
 
-func (e *Engine) hit(st *site, s *Stop, m mode) (v Verdict, err error) {
+// hit answers a breakpoint exception in the guest's kernel. At a site of ours it runs
+// the handlers that come before the instruction there: Pre and Post of the shifted
+// owners, whose instruction is another one, and Pre of the others. Each sees the vCPU
+// at its probe; if one sends it elsewhere that holds from when all have run, and the
+// first one's word counts. As soon as one ends the hit the rest miss it.
+func (e *Engine) hit(s *Stop, m mode) (v Verdict, err error) {
+	st := e.sites[s.Regs.IP]
+	if st == nil || !st.armed {
+		if sl := e.slotEnd[s.Regs.IP]; sl != nil {
+			return e.leaveSlot(sl, s, m)
+		}
+		return Continue, e.foreign(s)
+	}
 	f := e.take(st, s)
 	e.stats.Hits++
 	if m != serving {
@@ -252,7 +254,14 @@ func (e *Engine) hit(st *site, s *Stop, m mode) (v Verdict, err error) {
 			}
 		}
 	}()
-	v = e.before(f, s)
+	shifted, others := f.owners[:f.shifted], f.owners[f.shifted:]
+	v, moved := e.pre(f, shifted, s, Continue)
+	if !moved && v == Continue {
+		v = e.post(f, shifted, s)
+	}
+	if s.Regs.IP == st.addr { // else the vCPU doesn't come to the instruction of the others
+		v, _ = e.pre(f, others, s, v)
+	}
 	finished = true
 	f.post = v == Continue
 	bad := e.checkRegs(&f.before, s)
@@ -274,36 +283,6 @@ func (e *Engine) checkRegs(before *x86.Regs, s *Stop) error {
 	}
 	s.Regs = *before
 	return fmt.Errorf("vCPU %d at %#x goes on with the registers that it had: %w: a handler left %w", s.VCPU, before.IP, ErrBadRegs, err)
-}
-
-// before runs the handlers that come before the instruction at the breakpoint:
-// Pre and Post of the shifted owners, whose instruction is another one, and Pre of
-// the others. Each sees the vCPU at its probe; if one sends it elsewhere that holds
-// from when all have run, and the first one's word counts. As soon as one ends the
-// hit the rest miss it.
-func (e *Engine) before(f *inflight, s *Stop) (v Verdict) {
-	st := f.site
-	n := 0
-	for n < len(f.owners) && f.owners[n].shifted() {
-		n++
-	}
-	shifted, others := f.owners[:n], f.owners[n:]
-	v, moved := e.pre(f, shifted, s, v)
-	if !moved && v == Continue {
-		for _, o := range shifted {
-			if !o.wants(st) {
-				continue
-			}
-			if v = e.call(o.Probe, o.Post, s, true); v != Continue {
-				break
-			}
-		}
-	}
-	if s.Regs.IP != st.addr {
-		return v // the vCPU doesn't come to the instruction of the others
-	}
-	v, _ = e.pre(f, others, s, v)
-	return v
 }
 
 // pre runs the Pre handlers of owners unless a verdict was given, and reports
@@ -331,10 +310,10 @@ func (e *Engine) pre(f *inflight, owners []owner, s *Stop, v Verdict) (_ Verdict
 	return v, moved
 }
 
-// after runs the Post handlers of a hit.
-func (e *Engine) after(f *inflight, s *Stop) (v Verdict) {
-	for _, o := range f.owners {
-		if o.shifted() || !o.wants(f.site) {
+// post runs the Post handlers of owners, until one ends the hit.
+func (e *Engine) post(f *inflight, owners []owner, s *Stop) (v Verdict) {
+	for _, o := range owners {
+		if !o.wants(f.site) {
 			continue
 		}
 		if v = e.call(o.Probe, o.Post, s, true); v != Continue {
@@ -476,8 +455,8 @@ func (e *Engine) wantsPost(f *inflight, m mode) bool {
 	if !f.post || m == unserved {
 		return false
 	}
-	for _, o := range f.owners {
-		if o.Post != nil && !o.shifted() && o.wants(f.site) {
+	for _, o := range f.owners[f.shifted:] {
+		if o.Post != nil && o.wants(f.site) {
 			return true
 		}
 	}
@@ -501,7 +480,7 @@ func (e *Engine) finish(f *inflight, s *Stop, m mode) (v Verdict, err error) {
 			}
 		}
 	}()
-	v = e.after(f, s)
+	v = e.post(f, f.owners[f.shifted:], s)
 	finished = true
 	e.give(f)
 	bad := e.checkRegs(&was, s)

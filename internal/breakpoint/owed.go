@@ -104,7 +104,7 @@ func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	case dutyReinject:
 		return Continue, e.reinject(s)
 	case dutyForeign:
-		return e.handle(s, m) // it may be ours by now
+		return e.hit(s, m) // it may be ours by now
 	case dutyExecute:
 		if st := d.f.site; st.armed && time.Since(d.since) > executeFor {
 			return Continue, e.giveUp(d.f, s, fmt.Errorf("%#x (%s): %w: its memory can't be reached", st.addr, st.insn.String(), ErrNoWayPast))

@@ -353,3 +353,29 @@ func TestCloseInStep(t *testing.T) {
 		}
 	})
 }
+
+// TestPanicWinding has a Post handler panic in what a Serve that ends still waits for:
+// its hit is answered, and the engine is of use afterwards.
+func TestPanicWinding(t *testing.T) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		m, _, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		posts := 0
+		p := &breakpoint.Probe{Addr: outOfLine(t, m)}
+		p.Pre = func(*breakpoint.Context) breakpoint.Verdict { cancel(); return breakpoint.Continue }
+		p.Post = func(*breakpoint.Context) breakpoint.Verdict {
+			if posts++; posts == 1 {
+				panic("handler")
+			}
+			return breakpoint.Continue
+		}
+		require.NoError(t, e.Register(p))
+		base := m.Executed(p.Addr)
+		m.Release()
+		require.PanicsWithValue(t, "handler", func() { _, _ = e.Serve(ctx, true) })
+		require.NotZero(t, e.Stats().OutOfLine)
+		require.NoError(t, served(t, e, func() { quiesce(t, m) }))
+		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits()+p.Missed())
+	})
+}
