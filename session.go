@@ -295,46 +295,41 @@ func (p *Probe) detach(restored bool) {
 	p.restored = restored
 }
 
-// engineProbe wraps p's handlers for the engine. The breakpoint stands at at.
+// engineProbe returns p as the engine knows it. The breakpoint stands at at. The
+// engine's handler gives p's handlers, and the body of a range over Hits, the registers
+// of a hit, and takes them back.
 func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
-	ep := &breakpoint.Probe{Addr: addr, At: at}
-	ep.Pre = func(c *breakpoint.Context) breakpoint.Verdict {
-		var at time.Time
-		if s.sink != nil {
-			at = time.Now()
+	handler := func(c *breakpoint.Context) breakpoint.Verdict {
+		var begin time.Time
+		if s.sink != nil && !c.Post {
+			begin = time.Now()
 		}
-		return s.dispatch(p, c, func(r *Regs) Action {
-			if p.Pre != nil {
-				if a := p.Pre(p, r); a != Continue {
-					return a
-				}
-			}
-			if s.sink != nil {
-				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: at}
-				return s.sink(&s.hit)
-			}
-			return Continue
-		})
+		s.cr3.Store(c.Regs.CR3)
+		s.handling.Store(p)
+		defer s.handling.Store(nil)
+		r := &s.regs
+		r.load(c.Regs, s.readHit)
+		r.kernel = s.kernel
+		a := Continue
+		switch {
+		case c.Post:
+			a = p.Post(p, r, p.Flags())
+		case p.Pre != nil:
+			a = p.Pre(p, r)
+		}
+		if a == Continue && s.sink != nil && !c.Post {
+			c.Leave() // the body of a range is no handler
+			s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: begin}
+			a = s.sink(&s.hit)
+		}
+		r.store(c.Regs)
+		return breakpoint.Verdict(a)
 	}
+	ep := &breakpoint.Probe{Addr: addr, At: at, Pre: handler}
 	if p.Post != nil {
-		ep.Post = func(c *breakpoint.Context) breakpoint.Verdict {
-			return s.dispatch(p, c, func(r *Regs) Action { return p.Post(p, r, p.Flags()) })
-		}
+		ep.Post = handler
 	}
 	return ep
-}
-
-// dispatch calls a handler with the registers of a hit, and takes them back.
-func (s *Session) dispatch(p *Probe, c *breakpoint.Context, f func(*Regs) Action) breakpoint.Verdict {
-	s.cr3.Store(c.Regs.CR3)
-	s.handling.Store(p)
-	defer s.handling.Store(nil)
-	s.regs.load(c.Regs, s.readHit)
-	s.regs.kernel = s.kernel
-	a := f(&s.regs)
-	s.regs.store(c.Regs)
-	return breakpoint.Verdict(a)
 }
 
 // Unregister removes probes and gives the guest its instructions back. Probes
