@@ -53,7 +53,6 @@ type vcpu struct {
 	reason  breakpoint.Reason
 	at      uint64 // address of the int3
 	dirty   bool   // Xen may have other registers than those of ctx
-	unread  bool   // ctx hasn't been read since it stopped
 	dr6     uint64 // as last seen; 0 after a debug exception was given to the guest
 	tick    uint64 // of pins, when it stopped
 	pinned  bool   // held by itself, whatever the domain's pause count is
@@ -248,7 +247,7 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 		return d.pollStep(s)
 	}
 	if len(d.queue) == 0 {
-		if err := d.take(); err != nil {
+		if _, err := d.take(); err != nil {
 			return false, err
 		}
 	}
@@ -266,88 +265,64 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 // stepping reports whether a vCPU executes the instruction of a StepOver.
 func (d *Debugger) stepping() bool { return d.step != nil && !d.step.done }
 
-// next returns the stop at place i of the queue.
+// next returns the stop at place i of the queue, with the vCPU's context read.
 func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
 	v := d.queue[i]
 	c := &d.vcpus[v]
-	if c.unread {
-		if err := attempts(func() error { return d.hv.VCPUContext(v, &c.ctx) }); err != nil {
-			return false, fmt.Errorf("vCPU %d: read registers: %w", v, err)
-		}
-		c.unread, c.reason = false, breakpoint.Hit
-		c.at = c.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
-		c.dr6 = c.ctx.DebugReg[6]
+	if err := attempts(func() error { return d.hv.VCPUContext(v, &c.ctx) }); err != nil {
+		return false, fmt.Errorf("vCPU %d: read registers: %w", v, err)
 	}
 	d.queue = slices.Delete(d.queue, i, i+1)
-	d.fill(s, v)
+	c.reason = breakpoint.Hit
+	c.at = c.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
+	c.dr6 = c.ctx.DebugReg[6]
+	*s = breakpoint.Stop{VCPU: v, Reason: breakpoint.Hit, Regs: regsOf(&c.ctx)}
+	s.Regs.IP = c.at
 	return true, nil
 }
 
-func (d *Debugger) fill(s *breakpoint.Stop, v int) {
-	c := &d.vcpus[v]
-	*s = breakpoint.Stop{VCPU: v, Reason: c.reason, Regs: regsOf(&c.ctx)}
-	if c.reason == breakpoint.Hit {
-		s.Regs.IP = c.at
-	}
-}
-
-// domStatus asks for the next event. It is read and cleared: a call that fails
-// clears nothing.
-func (d *Debugger) domStatus() (st xenctrl.DomStatus, err error) {
+// take asks Xen for one latched event, and queues the stop of its vCPU. The event is
+// read and cleared: a call that fails clears nothing, and what one has returned must
+// not be lost, whatever fails next. If there is none, but the domain is paused, it may
+// be for a debug exception of the guest's own.
+func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
 	err = attempts(func() (err error) { st, err = d.hv.GdbsxDomStatus(); return err })
-	return st, err
-}
-
-// take moves one latched event to the queue.
-func (d *Debugger) take() error {
-	st, err := d.domStatus()
 	if err != nil {
-		return err
+		return st, err
 	}
-	if st.VCPU >= 0 {
-		return d.latch(st.VCPU)
+	if st.VCPU < 0 {
+		switch {
+		case !st.Paused:
+			d.debug.quiet = false
+		case d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil:
+			err = d.takeDebugException()
+		}
+		return st, err
 	}
-	if !st.Paused {
-		d.debug.quiet = false
-		return nil
-	}
-	if d.frozen == 0 && d.pending == 0 && d.owed == 0 && d.step == nil {
-		return d.takeDebugException()
-	}
-	return nil
-}
-
-// latch queues the stop of a vCPU whose event domstatus has returned. The event
-// is cleared in Xen by then: it must not be lost, whatever fails next.
-func (d *Debugger) latch(vcpu int) error {
 	d.owed++
-	if vcpu >= d.nvcpu {
-		return fmt.Errorf("event on vCPU %d, of %d", vcpu, d.nvcpu)
+	if st.VCPU >= d.nvcpu {
+		return st, fmt.Errorf("event on vCPU %d, of %d", st.VCPU, d.nvcpu)
 	}
-	v := &d.vcpus[vcpu]
+	v := &d.vcpus[st.VCPU]
 	if v.stopped {
-		return fmt.Errorf("event on vCPU %d, which is stopped", vcpu)
+		return st, fmt.Errorf("event on vCPU %d, which is stopped", st.VCPU)
 	}
-	v.stopped, v.unread, v.dirty = true, true, false
+	v.stopped, v.dirty = true, false
 	v.tick = d.pins.tick
 	d.pending++
-	d.queue = append(d.queue, vcpu)
+	d.queue = append(d.queue, st.VCPU)
 	d.wakePins()
 	if d.pins.loose {
-		return d.pin(vcpu)
+		err = d.pin(st.VCPU)
 	}
-	return nil
+	return st, err
 }
 
 // takeAll moves every latched event to the queue. The domain is paused.
 func (d *Debugger) takeAll() error {
 	for range 4 * d.nvcpu {
-		n := d.owed
-		if err := d.take(); err != nil {
+		if st, err := d.take(); err != nil || st.VCPU < 0 {
 			return err
-		}
-		if d.owed == n {
-			return nil
 		}
 	}
 	return nil
@@ -431,8 +406,14 @@ func (d *Debugger) Resume(s *breakpoint.Stop) error {
 		return err
 	}
 	if v.stopped {
-		if err := d.putRegs(s, v); err != nil {
-			return err
+		want := &d.want
+		*want = v.ctx
+		setRegs(&want.User, &s.Regs)
+		if v.dirty || want.User != v.ctx.User {
+			if err := d.setContext(s.VCPU, want); err != nil {
+				return err
+			}
+			v.ctx = *want
 		}
 	}
 	if d.step != nil && d.step.vcpu == s.VCPU && d.step.done {
@@ -441,21 +422,6 @@ func (d *Debugger) Resume(s *breakpoint.Stop) error {
 		}
 	}
 	return d.answered(s.VCPU)
-}
-
-// putRegs gives the vCPU the registers of s, if they differ from what it has.
-func (d *Debugger) putRegs(s *breakpoint.Stop, v *vcpu) error {
-	want := &d.want
-	*want = v.ctx
-	setRegs(&want.User, &s.Regs)
-	if !v.dirty && want.User == v.ctx.User {
-		return nil
-	}
-	if err := d.setContext(s.VCPU, want); err != nil {
-		return err
-	}
-	v.ctx = *want
-	return nil
 }
 
 // StepOver implements breakpoint.Driver.
@@ -545,17 +511,9 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 
 // pollStep looks whether the stepping vCPU has come to its debug exception.
 func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
-	st, err := d.domStatus()
-	if err != nil {
+	st, err := d.take()
+	if err != nil || !st.Paused {
 		return false, err
-	}
-	if !st.Paused {
-		return false, nil
-	}
-	if st.VCPU >= 0 {
-		if err := d.latch(st.VCPU); err != nil {
-			return false, err
-		}
 	}
 	// An interrupt handler may have run first, and met another breakpoint.
 	if i := slices.Index(d.queue, d.step.vcpu); i >= 0 {
@@ -584,7 +542,7 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	d.owed++
 	d.pending++
 	d.step.done = true
-	d.fill(s, d.step.vcpu)
+	*s = breakpoint.Stop{VCPU: d.step.vcpu, Reason: breakpoint.Stepped, Regs: regsOf(&v.ctx)}
 	return true, nil
 }
 

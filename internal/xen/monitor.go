@@ -25,7 +25,8 @@ type MonitorRoute struct {
 	mon     Monitor
 	nvcpu   int
 	vcpus   []monitored
-	notify  bool // responses are on the ring that Xen hasn't been told of
+	other   monitored // a vCPU that has come up since: nothing is known of it
+	notify  bool      // responses are on the ring that Xen hasn't been told of
 	step    *step
 	trapMon bool // debug-exception events are on
 	left    bool // the ring is closed: no more stops
@@ -226,25 +227,25 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 		}
 		// A request that can't be dealt with now is not forgotten.
 		m.redo = true
-		if ev.VCPU < 0 || ev.VCPU >= m.nvcpu {
-			// A vCPU that came up since. Nothing is known of it: let it go on.
-			if err := m.respond(ev, 0); err != nil {
-				return false, err
-			}
-			m.redo = false
-			continue
+		v := &m.other
+		known := ev.VCPU >= 0 && ev.VCPU < m.nvcpu
+		if known {
+			v = &m.vcpus[ev.VCPU]
 		}
-		v := &m.vcpus[ev.VCPU]
 		if fresh {
 			v.ev, v.stopped, v.responded, v.injected = *ev, true, false, false
 		}
 		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3}
-		switch ev.Reason {
-		case xenctrl.ReasonSoftwareBreakpoint:
+		switch {
+		case !known:
+			if err := m.answer(v, ev, 0); err != nil { // let it go on
+				return false, err
+			}
+		case ev.Reason == xenctrl.ReasonSoftwareBreakpoint:
 			s.Reason = breakpoint.Hit
 			m.redo = false
 			return true, nil
-		case xenctrl.ReasonSingleStep, xenctrl.ReasonDebugException:
+		case ev.Reason == xenctrl.ReasonSingleStep, ev.Reason == xenctrl.ReasonDebugException:
 			if st := m.step; st != nil && st.vcpu == ev.VCPU && !st.done {
 				if err := attempts(func() error { return m.dropAfterStep(st.patch) }); err != nil {
 					return false, err
@@ -287,28 +288,18 @@ const noErrorCode = ^uint32(0)
 // answer responds to v's request and notifies Xen. When it fails it may be
 // called again, and does what is still to be done.
 func (m *MonitorRoute) answer(v *monitored, ev *xenctrl.Event, flags xenctrl.EventFlags) error {
-	if !v.stopped {
-		return m.flush()
-	}
-	if !v.responded {
-		if err := m.respond(ev, flags); err != nil {
-			return err
+	if v.stopped && !v.responded {
+		ev.Flags = ev.Flags&xenctrl.EventVCPUPaused | flags
+		if err := attempts(func() error { return m.mon.Respond(ev) }); err != nil {
+			return fmt.Errorf("vCPU %d: respond: %w", ev.VCPU, err)
 		}
-		v.responded = true
+		v.responded, m.notify = true, true
 	}
 	v.stopped = false
 	return m.flush()
 }
 
-func (m *MonitorRoute) respond(ev *xenctrl.Event, flags xenctrl.EventFlags) error {
-	ev.Flags = ev.Flags&xenctrl.EventVCPUPaused | flags
-	if err := attempts(func() error { return m.mon.Respond(ev) }); err != nil {
-		return fmt.Errorf("vCPU %d: respond: %w", ev.VCPU, err)
-	}
-	m.notify = true
-	return nil
-}
-
+// flush tells Xen of the responses that it hasn't been told of.
 func (m *MonitorRoute) flush() error {
 	if !m.notify {
 		return nil

@@ -167,12 +167,10 @@ func (d *Debugger) unpin(v int) error {
 // is loose: somebody may have paid it. One too many would undo the pause of a vCPU that
 // has hit since.
 func (d *Debugger) due() (bool, error) {
-	st, err := d.domStatus()
+	st, err := d.take()
 	switch {
-	case err != nil:
+	case err != nil || st.VCPU >= 0:
 		return false, err
-	case st.VCPU >= 0:
-		return false, d.latch(st.VCPU)
 	case !st.Paused:
 		d.owed = 0
 		return false, nil

@@ -132,3 +132,72 @@ func TestPassingFailure(t *testing.T) {
 		})
 	}
 }
+
+// TestNewcomer has a request on the ring of a vCPU that Info had not told of: it is let
+// go on, once, whatever fails meanwhile, and is nobody's stop.
+func TestNewcomer(t *testing.T) {
+	for _, fails := range []struct{ respond, notify int }{{}, {respond: 3}, {notify: 3}, {respond: 6, notify: 6}} {
+		m := xentest.New(xentest.Config{Kind: xentest.HVM, VCPUs: 2, IRQEvery: -1})
+		hv := &newcomer{Hypervisor: m.Hypervisor(), respond: fails.respond, notify: fails.notify}
+		drv, err := m.Attach(hv)
+		require.NoError(t, err)
+		for range 5 {
+			var s breakpoint.Stop
+			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+			err := drv.Wait(ctx, &s)
+			cancel()
+			require.Error(t, err)
+		}
+		assert.Equal(t, []xenctrl.Event{{VCPU: 2, Reason: xenctrl.ReasonSoftwareBreakpoint, Flags: xenctrl.EventVCPUPaused}}, hv.responses)
+		assert.Zero(t, hv.untold, "responses that Xen hasn't been told of")
+		require.NoError(t, drv.Freeze())
+		require.NoError(t, drv.Close())
+	}
+}
+
+type newcomer struct {
+	xen.Hypervisor
+	xen.Monitor
+	respond, notify int // how often these fail yet
+	came            bool
+	untold          int
+	responses       []xenctrl.Event
+}
+
+func (n *newcomer) OpenMonitor() (mon xen.Monitor, err error) {
+	n.Monitor, err = n.Hypervisor.OpenMonitor()
+	return n, err
+}
+
+func (n *newcomer) Wait(ctx context.Context) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (n *newcomer) Next(e *xenctrl.Event) (bool, error) {
+	if n.came {
+		return false, nil
+	}
+	n.came = true
+	*e = xenctrl.Event{VCPU: 2, Reason: xenctrl.ReasonSoftwareBreakpoint, Flags: xenctrl.EventVCPUPaused | xenctrl.EventAlternateP2M}
+	return true, nil
+}
+
+func (n *newcomer) Respond(e *xenctrl.Event) error {
+	if n.respond > 0 {
+		n.respond--
+		return errors.New("injected")
+	}
+	n.untold++
+	n.responses = append(n.responses, *e)
+	return nil
+}
+
+func (n *newcomer) Notify() error {
+	if n.notify > 0 {
+		n.notify--
+		return errors.New("injected")
+	}
+	n.untold = 0
+	return nil
+}
