@@ -838,8 +838,7 @@ func TestDebugRegisters(t *testing.T) {
 	v := d.vm
 	v.mu.Lock()
 	require.NoError(t, v.halt())
-	v.current = v.threads[0]
-	require.NoError(t, v.readRegs())
+	require.NoError(t, v.readRegs(v.threads[0]))
 	v.holdTrap()
 	v.mu.Unlock()
 	for i := range 4 {

@@ -26,10 +26,7 @@ func (d *Driver) take() error {
 	if len(d.points) == 0 {
 		return v.settle() // the breakpoint was removed meanwhile
 	}
-	if err := v.choose(thread); err != nil {
-		return err
-	}
-	if err := v.readRegs(); err != nil {
+	if err := v.readRegs(thread); err != nil {
 		return err
 	}
 	ip := v.regs[rIP]
@@ -210,17 +207,6 @@ func (d *Driver) pendingStop(s *breakpoint.Stop) error {
 	return nil
 }
 
-// putRegs gives the vCPU those registers of s that differ from its own; RIP only if
-// ip is set.
-func (d *Driver) putRegs(s *breakpoint.Stop, ip bool) error {
-	want := d.vm.regs
-	want.setGeneral(&s.Regs)
-	if !ip {
-		want[rIP] = d.vm.regs[rIP]
-	}
-	return d.vm.writeRegs(d.thread, &want)
-}
-
 // Resume implements breakpoint.Driver.
 func (d *Driver) Resume(s *breakpoint.Stop) error {
 	v := d.vm
@@ -229,25 +215,25 @@ func (d *Driver) Resume(s *breakpoint.Stop) error {
 	if err := d.pendingStop(s); err != nil {
 		return err
 	}
-	if v.frozen > 0 {
-		if err := d.putRegs(s, true); err != nil {
-			return err
-		}
-		v.releaseTrap()
-		return nil
+	// "c" takes the address where the vCPU goes on, which is a packet less than to set
+	// RIP. A VM that stays frozen gets none.
+	regs, packet := s.Regs, "c"
+	if v.frozen == 0 && s.Regs.IP != v.regs[rIP] {
+		regs.IP = v.regs[rIP]
+		packet = fmt.Sprintf("c%x", s.Regs.IP)
 	}
-	if err := d.putRegs(s, false); err != nil {
+	if err := v.writeRegs(d.thread, &regs); err != nil {
 		return err
 	}
-	packet := "c"
-	if s.Regs.IP != v.regs[rIP] {
-		// "c" takes the address for the vCPU that g and P are about.
+	if packet != "c" { // which is for the vCPU that g and P are about
 		if err := v.choose(d.thread); err != nil {
 			return err
 		}
-		packet = fmt.Sprintf("c%x", s.Regs.IP)
 	}
 	v.releaseTrap()
+	if v.frozen > 0 {
+		return nil
+	}
 	return v.run(packet)
 }
 
@@ -263,7 +249,7 @@ func (d *Driver) StepOn(s *breakpoint.Stop, _ *x86.Insn) error {
 	if p == nil {
 		return fmt.Errorf("step on at %#x: no breakpoint there", s.Regs.IP)
 	}
-	if err := d.putRegs(s, true); err != nil {
+	if err := v.writeRegs(d.thread, &s.Regs); err != nil {
 		return err
 	}
 	return d.stepOn(s.Regs.IP, p, underway{})
@@ -356,7 +342,7 @@ func (d *Driver) StepOver(s *breakpoint.Stop, addr uint64) error {
 	if p == nil {
 		return fmt.Errorf("step over %#x: no breakpoint there", addr)
 	}
-	if err := d.putRegs(s, true); err != nil {
+	if err := v.writeRegs(d.thread, &s.Regs); err != nil {
 		return err
 	}
 	if d.stop.Reason == breakpoint.Stepped && p.insn.Repeats() {
@@ -383,7 +369,7 @@ func (d *Driver) stepOver(addr uint64, p *point) error {
 		if err := v.step(d.thread, addr); err != nil {
 			return err
 		}
-		if err := v.readRegs(); err != nil {
+		if err := v.readRegs(d.thread); err != nil {
 			return err
 		}
 		if v.regs[rIP] != addr || p.toItself() {

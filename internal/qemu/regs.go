@@ -277,8 +277,11 @@ func (v *VM) choose(thread string) error {
 	return nil
 }
 
-// readRegs reads the registers of the current thread into v.regs.
-func (v *VM) readRegs() error {
+// readRegs reads the registers of a thread into v.regs.
+func (v *VM) readRegs(thread string) error {
+	if err := v.choose(thread); err != nil {
+		return err
+	}
 	data, err := v.call("g")
 	if err != nil {
 		return err
@@ -287,14 +290,16 @@ func (v *VM) readRegs() error {
 	if err := v.layout.parse(&v.regs, data); err != nil {
 		return v.broken(err)
 	}
-	v.regsOf = v.current
+	v.regsOf = thread
 	return nil
 }
 
-// writeRegs gives a thread, whose registers are v.regs, those of want: as many
-// packets in one write as registers differ.
-func (v *VM) writeRegs(thread string, want *regFile) error {
-	if *want == v.regs {
+// writeRegs gives a thread, whose registers are v.regs, those of r that differ: as
+// many packets in one write.
+func (v *VM) writeRegs(thread string, r *x86.Regs) error {
+	want := v.regs
+	want.setGeneral(r)
+	if want == v.regs {
 		return nil
 	}
 	if err := v.choose(thread); err != nil {
@@ -320,7 +325,7 @@ func (v *VM) writeRegs(thread string, want *regFile) error {
 		}
 	}
 	if errs == nil {
-		v.regs = *want
+		v.regs = want
 	}
 	return errs
 }

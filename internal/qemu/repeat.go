@@ -41,7 +41,7 @@ func (d *Driver) repeat(addr uint64, p *point) (done bool, err error) {
 		if err := v.step(d.thread, addr); err != nil {
 			return false, err
 		}
-		if err := v.readRegs(); err != nil {
+		if err := v.readRegs(d.thread); err != nil {
 			return false, err
 		}
 		if v.regs[rIP] != addr {
@@ -172,13 +172,13 @@ func (d *Driver) skip(op x86.StringOp, before *regFile, mem *paging.Memory) erro
 	if err != nil || n < minSkip {
 		return err
 	}
-	want := v.regs
-	want[rCX] -= uint64(n)
+	want := v.regs.general()
+	want.CX -= uint64(n)
 	if op.Kind.Source() {
-		want[rSI] += uint64(n) * delta
+		want.SI += uint64(n) * delta
 	}
 	if op.Kind.Dest() {
-		want[rDI] += uint64(n) * delta
+		want.DI += uint64(n) * delta
 	}
 	return v.writeRegs(d.thread, &want)
 }

@@ -133,7 +133,7 @@ func (v *VM) forget() {
 	clear(v.pages)
 }
 
-// stopped takes the stop reply of a VM that ran.
+// stopped takes the stop reply of a VM that ran, and notes a stop at a breakpoint.
 func (v *VM) stopped(data []byte) error {
 	stop, err := parseStop(data)
 	if err != nil {
@@ -147,8 +147,20 @@ func (v *VM) stopped(data []byte) error {
 		return v.lose(errors.New("the VM has ended: the guest was shut down, or reset under -no-reboot, or QEMU was quit"))
 	}
 	switch stop.signal {
-	case sigTrap:
-		return v.trapped(stop.thread)
+	case sigTrap: // at a breakpoint
+		thread := stop.thread
+		if thread == "" {
+			if len(v.threads) != 1 {
+				return v.broken(fmt.Errorf("%w: it doesn't say which vCPU stopped", errProtocol))
+			}
+			thread = v.threads[0]
+		}
+		v.current = thread
+		if !v.served {
+			return v.settle()
+		}
+		v.trap, v.trapOf = newTrap, thread
+		return nil
 	case sigInt:
 		if asked {
 			return nil
@@ -167,22 +179,6 @@ func (v *VM) stopped(data []byte) error {
 		return v.lose(errors.New("QEMU has stopped the VM: it is migrating to another host; attach again there"))
 	}
 	return v.lose(fmt.Errorf("QEMU has stopped the VM (signal %d)", stop.signal))
-}
-
-// trapped notes a stop of a thread at a breakpoint.
-func (v *VM) trapped(thread string) error {
-	if thread == "" {
-		if len(v.threads) != 1 {
-			return v.broken(fmt.Errorf("%w: it doesn't say which vCPU stopped", errProtocol))
-		}
-		thread = v.threads[0]
-	}
-	v.current = thread
-	if !v.served {
-		return v.settle()
-	}
-	v.trap, v.trapOf = newTrap, thread
-	return nil
 }
 
 // await waits, without v.mu, until the VM stops or ctx is done. If the VM is
