@@ -271,15 +271,15 @@ func receiver(d *ast.FuncDecl) string {
 	return ""
 }
 
-// How long the way of a hit may be, in what ARCHITECTURE.md lists of it: as long as it
-// was when this was written. Lower them with it.
+// How long the way of a hit may be, in what ARCHITECTURE.md lists of it.
 const (
-	mostFiles     = 9
-	mostFunctions = 33
+	mostFiles     = 7
+	mostFunctions = 20
 )
 
 // The way of a hit that ARCHITECTURE.md describes is there: each function is in the
-// file named, and each but the first is called by one that stands before it.
+// file named, and each but the first is called by one that stands before it. What it
+// names as left out is there, too.
 func TestWayOfAHit(t *testing.T) {
 	type function struct {
 		file  string
@@ -315,6 +315,13 @@ func TestWayOfAHit(t *testing.T) {
 	routes := 0
 	_, tables := page(t, "ARCHITECTURE.md")
 	for _, tb := range tables {
+		if tb.head[0] == "left out" {
+			for _, r := range tb.rows {
+				for _, name := range list(r[1]) {
+					assert.Contains(t, byName, name, "left out: %s", r[0])
+				}
+			}
+		}
 		if !slices.Equal(tb.head[:min(2, len(tb.head))], []string{"file", "functions"}) {
 			continue
 		}
