@@ -74,9 +74,12 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 			err = errors.Join(err, g.Close())
 		}
 	}()
-	guest := xenaccess.New(ctx, g, &xenaccess.Options{
-		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger,
+	guest, err := xenaccess.Open(target.WithOpened(ctx, g), name, &xenaccess.Options{
+		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger, Lax: true,
 	})
+	if err != nil {
+		return nil, err
+	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}

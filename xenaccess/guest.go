@@ -62,28 +62,33 @@ type Guest struct {
 // with a scheme before it another kind of guest: "file:PATH" is a saved image.
 // The Guest must be closed.
 func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
-	t, err := target.Open(ctx, name)
+	g, err := open(ctx, name, opts)
 	if err != nil {
-		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
-	}
-	g := New(ctx, t, opts)
-	if g.err != nil && (opts == nil || !opts.Lax) {
-		err := g.err
-		if cerr := g.Close(); cerr != nil {
-			err = errors.Join(err, cerr)
+		if name != "" {
+			name = " " + name
 		}
-		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
+		return nil, fmt.Errorf("xenaccess: open%s: %w", name, err)
 	}
 	return g, nil
 }
 
-// New is Open for a guest that has been found already: it takes t over, and
-// succeeds always, as if Lax were set. It is there for package vmprobes, which attaches
-// to the guest as well: t is of an internal package, and New may change at any time.
-func New(ctx context.Context, t target.Guest, opts *Options) *Guest {
+func open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 	if opts == nil {
 		opts = new(Options)
 	}
+	t, err := target.Open(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	g := look(ctx, t, opts)
+	if g.err != nil && !opts.Lax {
+		return nil, errors.Join(g.err, g.Close())
+	}
+	return g, nil
+}
+
+// look returns t as a Guest, whose err says why no kernel was found.
+func look(ctx context.Context, t target.Guest, opts *Options) *Guest {
 	g := &Guest{target: t, raw: paging.New(t, paging.Mode{Kind: paging.FourLevel, NXE: true})}
 	if f, ok := t.(target.Freezer); ok {
 		if g.err = f.Freeze(); g.err != nil {
