@@ -67,6 +67,8 @@ func parseStream(r *bufio.Reader, archive bool) (*Types, error) {
 	}
 	trimmed := bytes.TrimLeft(head, " \t\r\n")
 	switch {
+	case len(head) == 0:
+		return nil, formatErr("empty")
 	case bytes.HasPrefix(head, []byte{btfMagic & 0xff, btfMagic >> 8}):
 		data, err := readMost(r, maxBTF)
 		if err != nil {
