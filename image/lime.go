@@ -28,7 +28,7 @@ func (m *Image) lime() error {
 			return formatErr("no LiME header at %#x", off)
 		}
 		if version != limeVersion {
-			return fmt.Errorf("%w: version %d of LiME at %#x: 1 is known", ErrUnsupported, version, off)
+			return fmt.Errorf("%w: version %d of LiME at %#x: only version 1 is known", ErrUnsupported, version, off)
 		}
 		if last < first || last >= maxPhys {
 			return formatErr("LiME header at %#x: memory from %#x to %#x", off, first, last)

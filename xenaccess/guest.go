@@ -35,7 +35,7 @@ type Options struct {
 	// Cache is a directory for what is expensive to work out about a kernel.
 	// Empty means /var/cache/vmprobes; "-" means none.
 	Cache string
-	// Lax has Open succeed where no Linux kernel is found, so that physical and
+	// Lax makes Open succeed where no Linux kernel is found, so that physical and
 	// machine memory can be read (XA_FAILSOFT). Guest.Err says what was missing.
 	Lax bool
 	// Logger receives debug records. Nil discards them.
@@ -58,9 +58,9 @@ type Guest struct {
 	raw    *paging.Memory // for physical and machine memory
 }
 
-// Open opens the domain called name, or with the numeric id that it spells, or
-// with a scheme before it another kind of guest: "file:PATH" is a saved image.
-// The Guest must be closed.
+// Open opens the domain called name, or the one whose id name spells, or, if name has
+// a scheme, another kind of guest: "file:PATH" is a saved image. The Guest must be
+// closed.
 func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 	g, err := open(ctx, name, opts)
 	if err != nil {
@@ -149,8 +149,8 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 	return k, nil
 }
 
-// parse reads a file, which takes seconds for one with debug information, or is given up
-// when ctx is done. Then what has begun goes on to its end, seen by nobody.
+// parse reads a file, which takes seconds for one with debug information. It returns
+// early when ctx is done; f then runs to its end unnoticed.
 func parse[T any](ctx context.Context, path string, f func(path string) (*T, error)) (*T, error) {
 	type result struct {
 		t   *T
@@ -220,8 +220,8 @@ func configured(name string, opts *Options) (DomainConfig, error) {
 	return d, nil
 }
 
-// Close gives back what the guest's memory is reached through. What came from
-// the Guest must not be used any more.
+// Close releases the guest's memory. Nothing that came from the Guest may be used
+// afterwards.
 func (g *Guest) Close() error { return g.target.Close() }
 
 // Name returns the guest's name.

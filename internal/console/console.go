@@ -70,7 +70,7 @@ func (c *Client) read(in *bufio.Reader) {
 	}
 }
 
-// line returns the next line of the guest's.
+// line returns the guest's next line.
 func (c *Client) line(ctx context.Context) (string, error) {
 	for {
 		c.mu.Lock()

@@ -297,9 +297,9 @@ func (in *Insn) shiftCount(p plan) uint8 {
 	return c & 31
 }
 
-// shiftDefined reports whether the operation is done by shift. Rotations
-// through carry, the undocumented /6, and counts of the operand size or more,
-// for which even CF is undefined, are left to the processor.
+// shiftDefined reports whether shift does the operation. Rotations through carry, the
+// undocumented /6, and counts of the operand size or more, for which even CF is
+// undefined, are left to the processor.
 func (p plan) shiftDefined(count uint8) bool {
 	switch p.sub {
 	case 0, 1, 4, 5, 7:
