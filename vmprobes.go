@@ -20,10 +20,10 @@
 // gives a [Session], which holds any number of probes, without signal handling.
 // [Register], [Loop] and [Unregister] are those of the C library of the same name.
 //
-// PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
-// with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
-// says what is missing before it changes anything in a guest. A QEMU VM that is paused
-// is let run by it.
+// PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work with
+// every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open says
+// what is missing before it changes anything in a guest. It lets a paused QEMU VM
+// run.
 package vmprobes
 
 import (

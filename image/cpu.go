@@ -39,10 +39,10 @@ type CPU struct {
 
 	RIP, RSP, RFLAGS uint64
 	CS               uint16
-	// GSBase is the base of the GS segment, KernelGSBase what SWAPGS would make
-	// it (IA32_KERNEL_GS_BASE). At CPL 0, but for a few instructions at entry
-	// and exit, the former is a Linux kernel's per-CPU base, at CPL 3 the latter. A
-	// 64-bit PV kernel runs at CPL 3: InKernel tells, for it.
+	// GSBase is the base of the GS segment, KernelGSBase what SWAPGS would make it
+	// (IA32_KERNEL_GS_BASE). Except for a few instructions at entry and exit, a Linux
+	// kernel's per-CPU base is the former at CPL 0 and the latter at CPL 3. A 64-bit
+	// PV kernel runs at CPL 3, too: for it, InKernel tells.
 	GSBase, KernelGSBase uint64
 	// IDTBase is the address of the interrupt descriptor table.
 	IDTBase uint64
@@ -51,7 +51,7 @@ type CPU struct {
 	// that can't be told.
 	Bits int
 
-	// InKernel says, of a PV guest, that the CPU was in the kernel.
+	// InKernel says, for a PV guest, that the CPU was in the kernel.
 	InKernel bool
 	// UserCR3 is the machine address of the top-level page table for user
 	// mode, which doesn't map the kernel; 0 if there is none. 64-bit PV guests

@@ -25,7 +25,7 @@ const (
 // absent. If that returns nil, a page of zeros takes the frame's place; else Dump
 // returns its error. A nil absent returns f's error.
 //
-// The guest runs on meanwhile, unless the caller has paused it.
+// The guest keeps running meanwhile, unless the caller has paused it.
 func Dump(w io.Writer, format DumpFormat, f paging.Frames, ranges iter.Seq[Range], absent func(paging.Frame, error) error) error {
 	if format > DumpLiME {
 		return fmt.Errorf("image: no dump format %d", format)

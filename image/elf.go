@@ -84,7 +84,7 @@ func (m *Image) elf() error {
 // e_ehsize, isn't looked at: QEMU 7.2 says 8.
 func (m *Image) elfHeader() (*elfFile, error) {
 	h := make([]byte, 64)
-	if m.length < 64 { // a 32-bit header would fit, but no memory behind it
+	if m.length < 64 { // a 32-bit header would fit, but no memory after it
 		return nil, fmt.Errorf("%w: ELF header", ErrTruncated)
 	}
 	if err := m.readAt(h, 0); err != nil {

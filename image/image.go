@@ -79,11 +79,11 @@ func (k Kind) String() string {
 	return fmt.Sprintf("Kind(%d)", uint8(k))
 }
 
-// A Hole says where a PC has no RAM below 4 GiB, but devices. A flat file has
-// the RAM only, one piece after the other.
+// A Hole is a range below 4 GiB in which a PC has devices instead of RAM. A flat file
+// has only the RAM, one piece after the other.
 type Hole struct {
-	// Limit is the size of RAM, in bytes, from which on there is a hole. With
-	// less all of it lies at 0.
+	// Limit is the smallest size of RAM, in bytes, with which there is a hole. Less
+	// RAM lies at 0 in one piece.
 	Limit uint64
 	// Start is the guest-physical address of the hole, at most Limit. RAM goes on
 	// at 4 GiB.

@@ -2,8 +2,8 @@ package image
 
 import "fmt"
 
-// LiME, version 1: ranges, each with a header of 32 bytes and, behind it, the
-// memory from its first to its last address, both included:
+// LiME, version 1: ranges, each a header of 32 bytes followed by the memory from its
+// first to its last address, both included:
 //
 //	 0  u32 magic, u32 version
 //	 8  u64 first, u64 last

@@ -184,7 +184,7 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 	return s, nil
 }
 
-// end returns the ID behind the last type.
+// end returns the ID after the last type.
 func (s *btfSheet) end() uint32 { return s.first + uint32(len(s.offsets)) }
 
 // record returns a type of this sheet or of the base.

@@ -329,7 +329,7 @@ func (p *plan) run(m Memory, addr uint64, dst reflect.Value) error {
 		obj := &p.objects[i]
 		base := s.addrs[i]
 		if i > 0 && base == 0 {
-			continue // behind an optional null
+			continue // reached through an optional null pointer
 		}
 		for _, sp := range obj.spans {
 			if sp.size > len(s.buf) {

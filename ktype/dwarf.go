@@ -358,7 +358,7 @@ func (s *dwarfSource) node(off dwarf.Offset) (*Type, error) {
 	case dwarf.TagUnspecifiedType:
 		return void, nil
 	default:
-		return nil, formatErr("DWARF entry at %#x is no type of C: %v", off, e.Tag)
+		return nil, formatErr("DWARF entry at %#x is not a type of C: %v", off, e.Tag)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

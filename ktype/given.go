@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// A Struct is the layout of a struct, as far as it is known, for New.
+// A Struct is the layout of a struct, as far as it is known. It is an argument of
+// New.
 type Struct struct {
 	Name   string
 	Size   uint64 // bytes; 0 if unknown: up to the end of the last field

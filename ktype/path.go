@@ -66,7 +66,7 @@ func parseHops(path string) ([]hop, error) {
 			}
 			n, err := strconv.ParseUint(digits, 10, 32)
 			if err != nil {
-				return nil, bad("the index " + strconv.Quote(digits) + " is no decimal number below 2^32")
+				return nil, bad("the index " + strconv.Quote(digits) + " is not a decimal number below 2^32")
 			}
 			hops = append(hops, hop{index: n})
 			rest = after

@@ -155,7 +155,7 @@ type Translation struct {
 // Phys returns the physical address.
 func (t Translation) Phys() PAddr { return PAddr(uint64(t.Frame)<<pageShift | t.Offset) }
 
-// Memory is a guest's memory behind its page tables. It is safe for concurrent
+// Memory is a guest's memory, as its page tables map it. It is safe for concurrent
 // use if its Frames is.
 type Memory struct {
 	frames Frames

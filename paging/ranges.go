@@ -24,7 +24,7 @@ func (r Range) Last() VAddr { return r.Addr + VAddr(r.Size-1) }
 // ErrBudget then. A whole GiB, as Linux has for its kernel image, takes at most 516
 // (all its pages of 4 KiB, 5-level tables). An entry that can't be used (ErrReserved,
 // ErrNoFrame) is yielded as an *Error with the first address that it would map, and
-// the scan goes on behind it; there are at most 1024 for each table.
+// the scan continues after it; there are at most 1024 for each table.
 //
 // The guest may change its tables meanwhile: what is yielded is what each
 // table page held when it was read.

@@ -59,17 +59,17 @@ const (
 )
 
 // FromMemory finds and decodes the symbol table in the memory of a running kernel.
-// ranges are the present pieces of the kernel's image, in address order; all of
-// them, for symbols outside count as wrong. The addresses are those of the running
-// kernel: no slide is to be added.
+// ranges are the present pieces of the kernel's image, in address order; all of them,
+// for symbols outside count as wrong. The addresses are those of the running kernel:
+// don't add a slide.
 //
-// The search reads few pages: 725 of 6.12, whose names and addresses have 707; 789
-// if the protections are all the same. It samples the image, first where it is
-// neither writable nor executable, for the table of addresses, whose pages are
-// ascending numbers that lie in the kernel; the tokens are next to it, or beyond
-// the names. Without such luck it reads everything. A page that cannot be read is
-// passed over in the search; in the tables it is an error, which wraps that of
-// Memory. All errors match ErrFormat, or are the context's.
+// The search reads few pages: 725 of Linux 6.12, whose names and addresses take 707,
+// or 789 if all protections are the same. It samples the image, read-only data first,
+// for the table of addresses, whose pages are ascending numbers that lie in the
+// kernel; the tokens are next to it, or beyond the names. If that fails it reads
+// everything. A page that cannot be read is skipped in the search; in the tables it
+// is an error, which wraps that of Memory. All errors match ErrFormat, or are the
+// context's.
 //
 // Everything in memory may be a lie. The search reads at most 65,536 pages, 256 MB,
 // takes 2^27 elementary steps (about a second in the worst case found), and has at

@@ -160,8 +160,8 @@ func (s Space) ReadString(addr uint64, limit int) (string, error) {
 	return str, err
 }
 
-// Translate returns the frame behind an address, which is machine memory of a PV guest
-// and physical memory of others, and for virtual addresses what the page tables allow
+// Translate returns the frame of an address: a machine frame of a PV guest, a guest
+// frame of others. For virtual addresses it also returns what the page tables allow
 // there.
 func (s Space) Translate(addr uint64) (paging.Translation, error) {
 	if s.err != nil {

@@ -189,8 +189,8 @@ static int vmp_vcpu_info(struct vmp *v, uint32_t dom, uint32_t vcpu, struct vmp_
 	return VMP_TRY(v->xc.xc_vcpu_getinfo(v->xch, dom, vcpu, info));
 }
 
-// The Go structure is copied, so that the library has memory with room behind
-// it that is not Go's.
+// The Go structure is copied, so that the library gets memory that is not Go's and
+// has room at its end.
 static int vmp_get_context(struct vmp *v, uint32_t dom, uint32_t vcpu, void *ctx)
 {
 	uint64_t buf[VMP_CONTEXT_ROOM / 8];
@@ -448,7 +448,7 @@ static void vmp_store_close(struct vmp_store *s)
 
 static int vmp_store_fd(struct vmp_store *s) { return VMP_TRY(s->xs.xs_fileno(s->h)); }
 
-// The memory in *out is to be freed.
+// The caller frees the memory in *out.
 static int vmp_store_read(struct vmp_store *s, const char *path, void **out, unsigned *len)
 {
 	errno = 0;

@@ -1,6 +1,6 @@
 // Package console speaks with the init of the lab's guests over their console, as
-// lab/guestinit describes it: a command is a line with a tag, and the answer has
-// the same tag, behind "DONE " or "ERR ".
+// lab/guestinit describes it: a command is a line with a tag, and the answer has the
+// same tag, followed by "DONE " or "ERR ".
 package console
 
 import (

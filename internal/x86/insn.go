@@ -150,7 +150,7 @@ func (in *Insn) MemoryOperand() bool {
 }
 
 // emulatePrefixes ask a hypervisor, Xen or (in KVM's own tests) KVM, to emulate the
-// instruction behind them: UD2 and three letters (Linux'
+// instruction after them: UD2 and three letters (Linux'
 // arch/x86/include/asm/emulate_prefix.h; Xen's public/arch-x86/xen.h). The
 // hypervisor's handler of #UD consumes the prefix and that instruction.
 var emulatePrefixes = [...][5]byte{
@@ -174,7 +174,7 @@ func unitLen(code []byte) (int, error) {
 
 // FindBoundary checks that target is the address of an instruction, given the code of
 // the function that begins at start. It decodes from start on, as Linux' can_probe
-// does, which counts an emulate prefix and the instruction behind it as one: no
+// does, which counts an emulate prefix and the instruction after it as one: no
 // processor executes anything inside. The error wraps [ErrNotBoundary] and names the
 // instruction that target is inside of, or says why decoding did not reach it.
 func FindBoundary(code []byte, start, target uint64) error {
