@@ -107,6 +107,7 @@ type Error struct {
 	Err    error
 }
 
+// Error implements error.
 func (e *Error) Error() string {
 	s := "vmprobes: " + e.Op
 	if e.Domain != "" {

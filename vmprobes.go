@@ -20,10 +20,10 @@
 // gives a [Session], which holds any number of probes, without signal handling.
 // [Register], [Loop] and [Unregister] are those of the C library of the same name.
 //
-// PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work
-// with every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open
-// says what is missing before it changes anything in a guest. A QEMU VM that is paused
-// is let run by it.
+// PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work with
+// every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open says
+// what is missing before it changes anything in a guest. It lets a paused QEMU VM
+// run.
 package vmprobes
 
 import (
@@ -74,9 +74,12 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 			err = errors.Join(err, g.Close())
 		}
 	}()
-	guest := xenaccess.New(ctx, g, &xenaccess.Options{
-		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger,
+	guest, err := xenaccess.Open(target.WithOpened(ctx, g), name, &xenaccess.Options{
+		Symbols: opts.Symbols, Types: opts.Types, Config: opts.Config, Cache: opts.Cache, Logger: opts.Logger, Lax: true,
 	})
+	if err != nil {
+		return nil, err
+	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}

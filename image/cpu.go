@@ -3,7 +3,7 @@ package image
 // Registers is a set of registers.
 type Registers uint32
 
-// What a CPU may have.
+// Registers that a CPU may have.
 const (
 	CR0 Registers = 1 << iota
 	CR2
@@ -23,8 +23,8 @@ const (
 	PVContext
 )
 
-// A CPU is what an image has of the state of a CPU. Fields that aren't in Has are
-// zero.
+// A CPU is the state of a CPU, as far as the image has it. Fields that aren't in Has
+// are zero.
 type CPU struct {
 	ID  int // place in the file
 	Has Registers
@@ -32,17 +32,17 @@ type CPU struct {
 	// Xen's cores tell.
 	Offline bool
 
-	// CR3 is the physical address of the top-level page table, with its flags. Of
-	// a PV guest it is the machine address of its kernel's, also if it is one of
-	// 32 bits; and CR0 and CR4 are what Xen shows to the guest.
+	// CR3 is the physical address of the top-level page table, with its flags. For a
+	// PV guest, a 32-bit one too, it is the machine address of the kernel's table,
+	// and CR0 and CR4 are what Xen shows to the guest.
 	CR0, CR2, CR3, CR4, EFER uint64
 
 	RIP, RSP, RFLAGS uint64
 	CS               uint16
-	// GSBase is the base of the GS segment, KernelGSBase what SWAPGS would make
-	// it (IA32_KERNEL_GS_BASE). At CPL 0, but for a few instructions at entry
-	// and exit, the former is a Linux kernel's per-CPU base, at CPL 3 the latter. A
-	// 64-bit PV kernel runs at CPL 3: InKernel tells, for it.
+	// GSBase is the base of the GS segment, KernelGSBase what SWAPGS would make it
+	// (IA32_KERNEL_GS_BASE). Except for a few instructions at entry and exit, a Linux
+	// kernel's per-CPU base is the former at CPL 0 and the latter at CPL 3. A 64-bit
+	// PV kernel runs at CPL 3, too: for it, InKernel tells.
 	GSBase, KernelGSBase uint64
 	// IDTBase is the address of the interrupt descriptor table.
 	IDTBase uint64
@@ -51,13 +51,13 @@ type CPU struct {
 	// that can't be told.
 	Bits int
 
-	// InKernel says, of a PV guest, that the CPU was in the kernel.
+	// InKernel says, for a PV guest, that the CPU was in the kernel.
 	InKernel bool
 	// UserCR3 is the machine address of the top-level page table for user
 	// mode, which doesn't map the kernel; 0 if there is none. 64-bit PV guests
 	// only.
 	UserCR3 uint64
-	// Traps are the handlers that a PV guest has set, in the place of an IDT.
+	// Traps are the handlers that a PV guest has set instead of an IDT.
 	Traps []Trap
 	// Where Xen enters a PV kernel. SyscallCallback is what LSTAR is elsewhere
 	// (64-bit guests only).
@@ -72,8 +72,8 @@ type Trap struct {
 	Address uint64
 }
 
-// maxCPUs is what Xen bounds the vCPUs of a domain to
-// (MAX_VIRT_CPUS, xen/include/public/xen.h).
+// maxCPUs is Xen's bound on the vCPUs of a domain (MAX_VIRT_CPUS,
+// xen/include/public/xen.h).
 const maxCPUs = 8192
 
 const (
@@ -84,8 +84,8 @@ const (
 	efer64 = 1<<8 | 1<<10 | 1<<11
 )
 
-// deduce fills in what follows from CR0 and CR4, and from whether the CPU is known
-// to be in a 64-bit mode if it can be.
+// deduce fills in what CR0 and CR4 imply. long says that the CPU is in a 64-bit mode,
+// if they allow that.
 func (c *CPU) deduce(long bool) {
 	switch {
 	case c.CR0&cr0PG == 0: // not yet
@@ -98,10 +98,10 @@ func (c *CPU) deduce(long bool) {
 	}
 }
 
-// prstatusCPU reads struct elf_prstatus, by its size: 336 bytes for 64-bit
-// kernels, whose registers begin at 112, and 144 with registers at 72 for 32-bit
-// ones (struct user_regs_struct, arch/x86/include/asm/user_{32,64}.h). Bases of
-// segments aren't taken: kdump's are those of the task, not of the CPU.
+// prstatusCPU reads struct elf_prstatus, by its size: 336 bytes for 64-bit kernels,
+// whose registers begin at 112, and 144 with registers at 72 for 32-bit ones (struct
+// user_regs_struct, arch/x86/include/asm/user_{32,64}.h). Segment bases are left out:
+// kdump's are the task's, not the CPU's.
 func prstatusCPU(b []byte) (CPU, bool) {
 	c := CPU{Has: RIP | RSP | RFLAGS | CS}
 	switch len(b) {

@@ -21,16 +21,16 @@ const (
 )
 
 // Dump writes the frames of ranges to w, in one of the formats that Open reads. The
-// ranges are in order, and don't overlap. For a frame that f fails to give, absent
-// is called: if it returns nil a page of zeros takes its place, else Dump ends with
-// what it returned. A nil absent stands for one that returns the error.
+// ranges are in order, and don't overlap. If f fails to return a frame Dump calls
+// absent. If that returns nil, a page of zeros takes the frame's place; else Dump
+// returns its error. A nil absent returns f's error.
 //
-// The guest runs on meanwhile, unless the caller has paused it.
+// The guest keeps running meanwhile, unless the caller has paused it.
 func Dump(w io.Writer, format DumpFormat, f paging.Frames, ranges iter.Seq[Range], absent func(paging.Frame, error) error) error {
 	if format > DumpLiME {
 		return fmt.Errorf("image: no dump format %d", format)
 	}
-	var next paging.Frame // of the file if it is raw; the lowest that may follow if not
+	var next paging.Frame // raw: the next frame of the file; else the lowest that may follow
 	for r := range ranges {
 		if r.Count == 0 {
 			continue

@@ -38,7 +38,7 @@ const (
 
 var le = binary.LittleEndian
 
-// An elfFile is what of an ELF header matters here.
+// An elfFile is the part of an ELF header that matters here.
 type elfFile struct {
 	*Image
 	class   byte
@@ -84,7 +84,7 @@ func (m *Image) elf() error {
 // e_ehsize, isn't looked at: QEMU 7.2 says 8.
 func (m *Image) elfHeader() (*elfFile, error) {
 	h := make([]byte, 64)
-	if m.length < 64 { // a 32-bit header would fit, but no memory behind it
+	if m.length < 64 { // a 32-bit header would fit, but no memory after it
 		return nil, fmt.Errorf("%w: ELF header", ErrTruncated)
 	}
 	if err := m.readAt(h, 0); err != nil {
@@ -95,7 +95,7 @@ func (m *Image) elfHeader() (*elfFile, error) {
 		return nil, formatErr("a big-endian ELF file: not of an x86 machine")
 	}
 	if typ := le.Uint16(h[16:]); typ != elfCore {
-		return nil, fmt.Errorf("%w: an ELF file of type %d, not a core (4): a program or a kernel, not a memory", ErrUnsupported, typ)
+		return nil, fmt.Errorf("%w: an ELF file of type %d, not a core (4): a program or a kernel, not a memory image", ErrUnsupported, typ)
 	}
 	if f.machine != elf386 && f.machine != elfX8664 {
 		return nil, fmt.Errorf("%w: a core of machine %d, not x86 (3 or 62)", ErrUnsupported, f.machine)
@@ -200,7 +200,7 @@ func (f *elfFile) sections() ([]section, error) {
 	return list, nil
 }
 
-// maxSectionName bounds what is looked at of a name; .xen_shared_info has 16 bytes.
+// maxSectionName bounds how much of a name is read; .xen_shared_info has 16 bytes.
 const maxSectionName = 32
 
 // loads lays out a core whose segments have physical addresses.
@@ -228,8 +228,8 @@ func (f *elfFile) loads() error {
 			if s.filesz > 0 {
 				data = append(data, extent{addr: s.paddr, off: s.off, size: s.filesz})
 			}
-			// What a filter left out has no bytes in the file, and reads as zero:
-			// as crash(8) has it.
+			// Memory that a filter left out has no bytes in the file, and reads as
+			// zero, as in crash(8).
 			if s.memsz > s.filesz {
 				zero = append(zero, extent{addr: s.paddr + s.filesz, size: s.memsz - s.filesz})
 			}
@@ -294,7 +294,7 @@ func (f *elfFile) cpuNotes(notes []byte) {
 	})
 	f.cpus = status
 	if len(qemu) > 0 {
-		// QEMU writes both, and its own have all that the others have.
+		// QEMU writes both kinds of notes, and its own have all that the others have.
 		f.format, f.kind, f.cpus = "QEMU core", HVM, qemu
 	}
 }

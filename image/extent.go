@@ -22,15 +22,15 @@ type run struct {
 	pfn, mfn, page, count uint64
 }
 
-// maxExtents bounds the pieces of an image: 8 Mi of 24 bytes each, and as many of
-// 32 if the guest is PV. That is enough for a PV guest of 32 GiB no two
-// frames of which follow one another; guests of any size have a few thousand.
+// maxExtents bounds the pieces of an image: 8 Mi of 24 bytes each, and as many of 32
+// if the guest is PV. That is enough for a PV guest of 32 GiB without two adjacent
+// frames; real guests of any size have a few thousand.
 const maxExtents = 8 << 20
 
-// layOut makes data and zero what the image has. The first of two extents that
-// overlap has what both claim: the one with the lower address, or that stands
-// first in the file's tables. Dumps have such where several virtual addresses
-// have one physical.
+// layOut makes data and zero the memory of the image. Where two extents overlap the
+// first one wins: the one with the lower address, or the earlier one in the file's
+// tables. Dumps have such overlaps where several virtual addresses map to one
+// physical address.
 func (m *Image) layOut(data, zero []extent) error {
 	for _, list := range [][]extent{data, zero} {
 		for _, e := range list {
@@ -48,8 +48,8 @@ func (m *Image) layOut(data, zero []extent) error {
 	if len(m.data) == 0 {
 		return formatErr("no memory in it")
 	}
-	// Otherwise a small file could claim to be a memory without end, and scans
-	// of it would not end.
+	// Otherwise a small file could claim endless memory, and scans of it would not
+	// end.
 	if size := m.Size(); size > m.length {
 		return formatErr("%#x bytes of memory in a file of %#x: several share their bytes", size, m.length)
 	}
@@ -64,8 +64,8 @@ func (m *Image) within(what string, off, size uint64) error {
 	return nil
 }
 
-// resolve sorts the extents, cuts off what a lower one has too, and joins those
-// that follow one another. It uses the space of its argument.
+// resolve sorts the extents, removes from each what a lower one has, and joins
+// adjacent ones. It reuses its argument's array.
 func resolve(list []extent) []extent {
 	slices.SortStableFunc(list, func(a, b extent) int { return cmp.Compare(a.addr, b.addr) })
 	out := list[:0]
@@ -91,12 +91,12 @@ func resolve(list []extent) []extent {
 	return slices.Clip(out)
 }
 
-// search returns the index of the first extent that ends behind addr.
+// search returns the index of the first extent that ends beyond addr.
 func search(list []extent, addr uint64) int {
 	return sort.Search(len(list), func(i int) bool { return list[i].end() > addr })
 }
 
-// find returns the extent that has addr.
+// find returns the extent that contains addr.
 func find(list []extent, addr uint64) (extent, bool) {
 	if i := search(list, addr); i < len(list) && list[i].addr <= addr {
 		return list[i], true
@@ -104,8 +104,8 @@ func find(list []extent, addr uint64) (extent, bool) {
 	return extent{}, false
 }
 
-// after returns where the first extent that begins behind addr begins, or the end
-// of memory.
+// after returns the start of the first extent that begins beyond addr, or the end of
+// memory.
 func after(list []extent, addr uint64) uint64 {
 	if i := search(list, addr); i < len(list) {
 		return list[i].addr
@@ -113,7 +113,7 @@ func after(list []extent, addr uint64) uint64 {
 	return maxPhys
 }
 
-// overlaps reports whether an extent has an address from first up to end.
+// overlaps reports whether an extent contains an address from first to end-1.
 func overlaps(list []extent, first, end uint64) bool {
 	i := search(list, first)
 	return i < len(list) && list[i].addr < end

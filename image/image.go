@@ -20,11 +20,11 @@
 //
 // The whole file is taken to be hostile. Counts, offsets and sizes are checked
 // against the length of the file and against fixed bounds before anything is
-// allocated for them; what overlaps is resolved once, when the file is opened.
-// The file may change or shrink while it is open: it is read with pread into
-// buffers, never mapped, as an access behind the end of a mapped file is a signal
-// (SIGBUS) that would end the whole process, breakpoints of other guests with it.
-// A page that was read before is in a cache, so that costs little.
+// allocated for them; what overlaps is resolved once, when the file is opened. The
+// file may change or shrink while it is open: it is read with pread into buffers,
+// never mapped, as an access beyond the end of a mapped file raises a signal (SIGBUS)
+// that would end the whole process, and the breakpoints of other guests with it.
+// Pages are cached, so this costs little.
 package image
 
 import (
@@ -47,7 +47,7 @@ var (
 	// ErrTruncated: the file ends before the memory that it says it has. It
 	// matches io.ErrUnexpectedEOF.
 	ErrTruncated = fmt.Errorf("memory image is cut short: %w", io.ErrUnexpectedEOF)
-	// ErrUnsupported: the file is known, but can't be read as it is. The message
+	// ErrUnsupported: the format is known, but can't be read as it is. The message
 	// says what to do.
 	ErrUnsupported = errors.New("memory image can't be read as it is")
 	// ErrAbsent: the image doesn't have the frame.
@@ -66,6 +66,7 @@ const (
 	HVM                 // guest frames: HVM, PVH, KVM
 )
 
+// String returns the kind's name: "pv", "hvm" or "unknown".
 func (k Kind) String() string {
 	switch k {
 	case Unknown:
@@ -78,11 +79,11 @@ func (k Kind) String() string {
 	return fmt.Sprintf("Kind(%d)", uint8(k))
 }
 
-// A Hole says where a PC has no RAM below 4 GiB, but devices. A flat file has
-// the RAM only, one piece after the other.
+// A Hole is a range below 4 GiB in which a PC has devices instead of RAM. A flat file
+// has only the RAM, one piece after the other.
 type Hole struct {
-	// Limit is the size of RAM, in bytes, from which on there is a hole. With
-	// less all of it lies at 0.
+	// Limit is the smallest size of RAM, in bytes, with which there is a hole. Less
+	// RAM lies at 0 in one piece.
 	Limit uint64
 	// Start is the guest-physical address of the hole, at most Limit. RAM goes on
 	// at 4 GiB.
@@ -127,14 +128,14 @@ type Image struct {
 	pages      uint64   // offset in the file of what p2m's pages count from
 }
 
-// Open opens a saved memory. The error wraps ErrFormat, ErrTruncated or
+// Open opens a memory image. The error wraps ErrFormat, ErrTruncated or
 // ErrUnsupported, or is the *fs.PathError of opening the file.
 func Open(path string, opts *Options) (*Image, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
-	// Not what may have no end, or wait for ever when it is opened.
+	// Nothing that may have no end, or that may block when it is opened.
 	if m := fi.Mode(); !m.IsRegular() && m.Type() != os.ModeDevice {
 		return nil, fmt.Errorf("%s: %w: neither a file nor a block device", path, ErrUnsupported)
 	}
@@ -194,8 +195,8 @@ func (m *Image) parse(opts *Options) error {
 	return m.raw(opts.RawHole)
 }
 
-// foreign are files that hold memory in a way that can't be read page by page,
-// or not by this package. None of them is to be taken for flat memory.
+// foreign lists formats of memory that can't be read page by page, or not by this
+// package. None of them must be taken for flat memory.
 var foreign = []struct{ magic, cure string }{
 	{"\x1f\x8b", "compressed: unpack it with gunzip"},
 	{"\xfd7zXZ\x00", "compressed: unpack it with xz -d"},
@@ -232,14 +233,15 @@ func (m *Image) raw(hole Hole) error {
 	}, nil)
 }
 
-// Format names the format: "Xen core", "QEMU core", "ELF core", "LiME" or "raw".
+// Format returns the name of the format: "Xen core", "QEMU core", "ELF core", "LiME"
+// or "raw".
 func (m *Image) Format() string { return m.format }
 
 // Kind returns how the guest was virtualized.
 func (m *Image) Kind() Kind { return m.kind }
 
-// CPUs returns what the file has of the state of the CPUs, in its order. LiME and
-// flat files have none.
+// CPUs returns the states of CPUs that the file has, in its order. LiME and flat
+// files have none.
 func (m *Image) CPUs() []CPU { return append([]CPU(nil), m.cpus...) }
 
 // VMCoreInfo returns the text that the Linux guest left for its crash dumps
@@ -263,9 +265,9 @@ type Range struct {
 	Count uint64
 }
 
-// Frames yields the frames of which the file has something, in order, as ranges
-// that neither overlap nor touch. What the file only says is zero (memory that
-// makedumpfile left out) isn't among them, though Page has it.
+// Frames yields the frames that the file has, in whole or in part, in order, as
+// ranges that neither overlap nor touch. Memory that the file only declares to be
+// zero (makedumpfile left it out) isn't among them, though Page returns it.
 func (m *Image) Frames() iter.Seq[Range] {
 	return func(yield func(Range) bool) {
 		var r Range
@@ -287,9 +289,9 @@ func (m *Image) Frames() iter.Seq[Range] {
 }
 
 // Page implements paging.Frames. f is a guest frame, and for a PV guest a machine
-// frame. Of a page that the file has in part only, as at the end of a range of
-// LiME, the rest is zero. The error wraps ErrAbsent, ErrTruncated (the file has
-// shrunk), ErrReadOnly, or paging.ErrClosed.
+// frame. If the file has only part of a page, as at the end of a range of LiME, the
+// rest is zero. The error wraps ErrAbsent, ErrTruncated (the file has shrunk),
+// ErrReadOnly, or paging.ErrClosed.
 func (m *Image) Page(f paging.Frame, writable bool) (page []byte, release func(), err error) {
 	if writable {
 		return nil, nil, fmt.Errorf("image: frame %#x: %w", uint64(f), ErrReadOnly)
@@ -297,10 +299,10 @@ func (m *Image) Page(f paging.Frame, writable bool) (page []byte, release func()
 	return m.cache.Page(f, false)
 }
 
-// ReadPhys fills b from the physical (PV: machine) address addr, past the cache,
-// for scans of the whole memory. n < len(b) if and only if err is not nil:
-// n bytes lie before the first that the image doesn't have (ErrAbsent), or that
-// could not be read.
+// ReadPhys fills b from the physical (PV: machine) address addr, past the cache, for
+// scans of the whole memory. n < len(b) if and only if err is not nil: the first n
+// bytes have then been read, and what follows is not in the image (ErrAbsent) or
+// can't be read.
 func (m *Image) ReadPhys(addr uint64, b []byte) (n int, err error) {
 	for n < len(b) {
 		at := addr + uint64(n)
@@ -321,8 +323,8 @@ func (m *Image) ReadPhys(addr uint64, b []byte) (n int, err error) {
 	return n, nil
 }
 
-// PhysToMachine returns the machine frame of a pseudo-physical frame of a PV
-// guest. For other kinds it is the same. ok is false if the image has no such.
+// PhysToMachine returns the machine frame of a pseudo-physical frame of a PV guest.
+// For other kinds it is the same frame. ok is false if the image doesn't have it.
 func (m *Image) PhysToMachine(pfn uint64) (mfn paging.Frame, ok bool) {
 	if m.kind != PV {
 		return paging.Frame(pfn), m.has(paging.Frame(pfn))
@@ -334,9 +336,9 @@ func (m *Image) PhysToMachine(pfn uint64) (mfn paging.Frame, ok bool) {
 	return paging.Frame(m.p2m[i].mfn + pfn - m.p2m[i].pfn), true
 }
 
-// MachineToPhys returns the pseudo-physical frame that a machine frame of a PV
-// guest has, one of them if it has several. For other kinds it is the same. ok is
-// false if the image has no such.
+// MachineToPhys returns the pseudo-physical frame of a machine frame of a PV guest,
+// or one of them if there are several. For other kinds it is the same frame. ok is
+// false if the image doesn't have it.
 func (m *Image) MachineToPhys(mfn paging.Frame) (pfn uint64, ok bool) {
 	if m.kind != PV {
 		return uint64(mfn), m.has(mfn)
@@ -353,8 +355,8 @@ func (m *Image) MachineToPhys(mfn paging.Frame) (pfn uint64, ok bool) {
 	return m.p2m[i].pfn + page - m.p2m[i].page, true
 }
 
-// PhysPages returns one more than the highest frame that the image has; of a PV
-// guest, pseudo-physical frame.
+// PhysPages returns the highest frame that the image has, plus one. For a PV guest
+// frames are pseudo-physical here.
 func (m *Image) PhysPages() uint64 {
 	if m.kind == PV {
 		last := m.p2m[len(m.p2m)-1]
@@ -367,7 +369,7 @@ func (m *Image) PhysPages() uint64 {
 	return (last + paging.PageSize - 1) >> pageShift
 }
 
-// has reports whether the image has something of a frame.
+// has reports whether the image has any part of a frame.
 func (m *Image) has(f paging.Frame) bool {
 	if f > maxFrame {
 		return false
@@ -422,7 +424,7 @@ func (r reader) Map(f paging.Frame, _ bool) (page []byte, unmap func() error, er
 	return buf[:], unmap, nil
 }
 
-// fill reads the page at addr; what the image doesn't have of it is zero.
+// fill reads the page at addr; parts that the image doesn't have are zero.
 func (m *Image) fill(page []byte, addr uint64) error {
 	end := addr + uint64(len(page))
 	if e, ok := find(m.data, addr); ok && e.end() >= end {

@@ -2,8 +2,8 @@ package image
 
 import "fmt"
 
-// LiME, version 1: ranges, each with a header of 32 bytes and, behind it, the
-// memory from its first to its last address, both included:
+// LiME, version 1: ranges, each a header of 32 bytes followed by the memory from its
+// first to its last address, both included:
 //
 //	 0  u32 magic, u32 version
 //	 8  u64 first, u64 last
@@ -28,7 +28,7 @@ func (m *Image) lime() error {
 			return formatErr("no LiME header at %#x", off)
 		}
 		if version != limeVersion {
-			return fmt.Errorf("%w: version %d of LiME at %#x: 1 is known", ErrUnsupported, version, off)
+			return fmt.Errorf("%w: version %d of LiME at %#x: only version 1 is known", ErrUnsupported, version, off)
 		}
 		if last < first || last >= maxPhys {
 			return formatErr("LiME header at %#x: memory from %#x to %#x", off, first, last)

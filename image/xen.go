@@ -18,7 +18,7 @@ const (
 	xenMagicPV  = 0xf00febed
 	xenMagicHVM = 0xf00febee
 
-	xenNone = ^uint64(0) // a pfn or gmfn of a page that doesn't count
+	xenNone = ^uint64(0) // the pfn or gmfn of a page that is not there
 
 	// maxXenPages bounds the pages of a core: 16 TiB, which is also what Xen
 	// itself can manage.
@@ -29,7 +29,7 @@ const (
 // tells.
 type xenHeader struct {
 	magic, vcpus, pages, pageSize uint64
-	bits                          int // 32 or 64 for a PV guest, 0 if it isn't told
+	bits                          int // 32 or 64 for a PV guest, 0 if unknown
 }
 
 // xen lays out a core of Xen.
@@ -123,15 +123,15 @@ func (f *elfFile) xenNotes(s section) (h xenHeader, err error) {
 		return h, formatErr("no header note in %s", xenNoteSection)
 	}
 	if version != 0 {
-		return h, fmt.Errorf("%w: version %d of Xen's core format: 0 is known", ErrUnsupported, version)
+		return h, fmt.Errorf("%w: version %d of Xen's core format: only version 0 is known", ErrUnsupported, version)
 	}
 	return h, nil
 }
 
-// xenBits returns the address size of a PV guest. Nothing in a core says it,
-// but for a trace: struct xen_dumpcore_elfnote_xen_version_desc ends with an
-// unsigned long and the page size as u64, and for a 32-bit guest xl moves the
-// latter to where it is in that guest's alignment, four bytes down.
+// xenBits returns the address size of a PV guest. Nothing in a core says it directly,
+// but struct xen_dumpcore_elfnote_xen_version_desc ends with an unsigned long and the
+// page size as u64, and for a 32-bit guest xl puts the latter where that guest's
+// alignment has it, four bytes lower.
 func xenBits(desc []byte) int {
 	const size = 1280
 	if len(desc) != size {
@@ -187,11 +187,11 @@ func (f *elfFile) xenRuns(off, pages, entry uint64) ([]run, error) {
 	return runs, nil
 }
 
-// A xenContext is where struct vcpu_guest_context has what is needed here:
+// A xenContext has the offsets of what is needed here in struct vcpu_guest_context:
 // xen/include/public/arch-x86/xen.h, xen-x86_64.h and xen-x86_32.h, as a compiler
 // lays them out.
 type xenContext struct {
-	word, size       int // of an unsigned long, of it all
+	word, size       int // of an unsigned long, of the whole struct
 	flags            int
 	ip, cs, fl, sp   int // in user_regs
 	traps, trap      int // of trap_ctxt, of one of its entries
@@ -220,8 +220,8 @@ const (
 	vgcfOnline   = 1 << 5
 )
 
-// xenCPUs reads the array of struct vcpu_guest_context. Its entries are as large as
-// the larger of the toolstack's two, whatever the guest is.
+// xenCPUs reads the array of struct vcpu_guest_context. Its entries have the size of
+// the larger of the toolstack's two layouts, whatever the guest.
 func (f *elfFile) xenCPUs(s section, h xenHeader) error {
 	if h.vcpus > maxCPUs {
 		return formatErr("%d CPUs: more than %d", h.vcpus, maxCPUs)
@@ -274,7 +274,7 @@ func (l *xenContext) cpu(b []byte, kind Kind) CPU {
 		inKernel = flags&vgcfInKernel != 0
 	}
 	if l.word == 8 {
-		// Xen gives them by whose they are, not by which is in force.
+		// Xen tells them apart by owner, not by which one is in force.
 		c.GSBase, c.KernelGSBase = u(l.gsKernel), u(l.gsUser)
 		if !inKernel {
 			c.GSBase, c.KernelGSBase = c.KernelGSBase, c.GSBase

@@ -129,7 +129,7 @@ func (s *btfSource) decode(name string, kinds ...int) ([]btf.Type, error) {
 		}
 		typ, err := s.byID(id)
 		if err != nil {
-			// What of the kernel's types is done counts as if it weren't.
+			// Types of the kernel that are decoded already count as if they weren't.
 			added.undo()
 			s.broken = err
 			return nil, err
@@ -186,7 +186,8 @@ func (s *btfSource) variable(name string) (*Type, error) {
 	return s.only(name, btfVar)
 }
 
-// only returns the type of the objects of a name, if all have the same.
+// only returns the type of the functions or variables of a name, if all have the same
+// one.
 func (s *btfSource) only(name string, kind int) (*Type, error) {
 	objects, err := s.decode(name, kind)
 	if err != nil {
@@ -205,7 +206,7 @@ func (s *btfSource) only(name string, kind int) (*Type, error) {
 			first = t
 		}
 		if t != first && t.String() != first.String() {
-			return nil, fmt.Errorf("%w: several of that name, as %q and %q", ErrAmbiguous, first, t)
+			return nil, fmt.Errorf("%w: several have that name, such as %q and %q", ErrAmbiguous, first, t)
 		}
 	}
 	return first, nil
@@ -249,7 +250,7 @@ func (b *btfTable) node(s *btfSource, typ btf.Type) *Type {
 	case *btf.Fwd:
 		t.kind, t.name, t.union = KindForward, typ.Name, typ.Kind == btf.FwdUnion
 	default:
-		return void // and what is no type, in damaged information
+		return void // or not a type at all, in damaged information
 	}
 	b.nmu.Lock()
 	defer b.nmu.Unlock()

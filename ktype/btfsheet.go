@@ -114,9 +114,9 @@ const (
 
 // A btfSheet is the table of contents of BTF. It stands before package btf, which
 // decodes types by recursion from reference to reference, and copies the name of
-// every member, without bounds: BTF of four megabytes that a hostile guest has made
-// ends the program with a stack overflow, which Go can't recover from, or by using
-// up memory. The sheet finds types by their names, and walks what is to be decoded
+// every member, without bounds: Four megabytes of BTF made by a hostile guest would
+// end the program, by a stack overflow, which Go can't recover from, or by using up
+// memory. The sheet finds types by their names, and walks what is to be decoded
 // before it is.
 type btfSheet struct {
 	base    *btfSheet // of split BTF
@@ -184,7 +184,7 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 	return s, nil
 }
 
-// end returns the ID behind the last type.
+// end returns the ID after the last type.
 func (s *btfSheet) end() uint32 { return s.first + uint32(len(s.offsets)) }
 
 // record returns a type of this sheet or of the base.
@@ -266,7 +266,8 @@ func (s *btfSheet) allNames() iter.Seq[string] {
 	}
 }
 
-// pointerSize is that of long, as in all of Linux: BTF doesn't say it.
+// pointerSize returns the size of a long, which Linux' pointers have everywhere: BTF
+// doesn't say theirs.
 func (s *btfSheet) pointerSize() uint64 {
 	for i := range s.offsets {
 		rec := s.record(s.first + uint32(i))
@@ -311,7 +312,7 @@ type batch []struct {
 	id    uint32
 }
 
-// undo takes it back, as it was not decoded, or not to the end.
+// undo takes a batch back that was not decoded, or not completely.
 func (b batch) undo() {
 	for _, e := range b {
 		e.sheet.seen[e.id-e.sheet.first] = false

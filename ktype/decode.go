@@ -14,7 +14,7 @@ import (
 const (
 	maxOps    = 4096     // numbers and strings of one Go struct, array elements each
 	maxSpan   = pageSize // bytes that are read together
-	maxGap    = 256      // bytes between two fields that are
+	maxGap    = 256      // bytes between two fields that are read together
 	maxInline = 1 << 16  // bytes of one field
 )
 
@@ -41,8 +41,8 @@ const (
 // With ",optional" a field is left alone where the kernel has no such member, or
 // a pointer on the way, or to the string, is null.
 //
-// What is close together is read at once. An error is a *ReadError, if it isn't
-// one of the tags; the struct is then partly written.
+// Fields that are close together are read at once. The error is a *ReadError, unless
+// a tag is wrong; the struct may then be written in part.
 func (t *Types) Decode(m Memory, typ string, addr uint64, dst any) error {
 	v := reflect.ValueOf(dst)
 	if v.Kind() != reflect.Pointer || v.IsNil() || v.Elem().Kind() != reflect.Struct {
@@ -168,7 +168,7 @@ func (c *compiler) structure(typ reflect.Type, hops []hop, index []int, optional
 	return nil
 }
 
-// choose returns the way of the first of the paths, separated by |, that there is.
+// choose returns the hops of the first of the paths, separated by |, that exists.
 func (c *compiler) choose(paths string, hops []hop) ([]hop, error) {
 	var first error
 	for path := range strings.SplitSeq(paths, "|") {
@@ -282,8 +282,8 @@ func (c *compiler) put(object int, o op) error {
 	return nil
 }
 
-// join sorts the ops and finds what to read at once. All that is read in addition
-// to the fields is between two of them and less than a page, so that no page is
+// join sorts the ops and finds what to read at once. Nothing is read besides the
+// fields but gaps between two of them, each shorter than a page, so that no page is
 // touched for nothing.
 func (o *object) join() {
 	slices.SortStableFunc(o.ops, func(a, b op) int {
@@ -329,7 +329,7 @@ func (p *plan) run(m Memory, addr uint64, dst reflect.Value) error {
 		obj := &p.objects[i]
 		base := s.addrs[i]
 		if i > 0 && base == 0 {
-			continue // behind an optional null
+			continue // reached through an optional null pointer
 		}
 		for _, sp := range obj.spans {
 			if sp.size > len(s.buf) {

@@ -26,7 +26,7 @@
 //	task_struct.se.vruntime         members of members
 //	task_struct.__state             members of anonymous structs and unions as in C
 //	files_struct.fd_array[3]        elements; BTF has a[3][4] as a[12]
-//	task_struct.real_parent->comm   through a pointer; "." does as well
+//	task_struct.real_parent->comm   through a pointer; "." works, too
 //
 // The name may have its C keyword ("struct page", "enum pid_type"). Without it a
 // struct or union is preferred to a typedef, and that to an enum or a base type.

@@ -19,9 +19,9 @@ const (
 // FromELF reads the types of a vmlinux: its .BTF section if it has one, else its
 // DWARF, as kernels built with CONFIG_DEBUG_INFO and Debian's -dbg packages have.
 //
-// The DWARF of a kernel is large, so it is searched when a type is first asked
-// for, up to where that is; a name that isn't there takes a search of all of it
-// (seconds). It is taken from r at once.
+// The DWARF of a kernel is large, so it is searched when a type is first asked for,
+// and only as far as that type; a name that doesn't exist takes a search of all of it
+// (seconds). FromELF itself reads it from r completely.
 func FromELF(r io.ReaderAt) (*Types, error) {
 	f, err := openELF(r)
 	if err != nil {
@@ -36,7 +36,7 @@ func FromELF(r io.ReaderAt) (*Types, error) {
 	return fromDWARF(f)
 }
 
-// FromDWARF is FromELF for the DWARF of a file that has BTF as well.
+// FromDWARF is FromELF, but reads the DWARF of a file that also has BTF.
 func FromDWARF(r io.ReaderAt) (*Types, error) {
 	f, err := openELF(r)
 	if err != nil {
@@ -129,7 +129,7 @@ type dwarfSource struct {
 	ptr uint64
 
 	mu    sync.Mutex
-	scan  *dwarf.Reader // where the search for names has come to; nil at the end
+	scan  *dwarf.Reader // where the search for names has got to; nil at the end
 	index map[dwarfKey]dwarf.Offset
 	nodes map[dwarf.Offset]*Type
 }
@@ -153,7 +153,7 @@ func (s *dwarfSource) lookup(key dwarfKey) (off dwarf.Offset, ok bool, err error
 	}
 }
 
-// next goes one entry of the top level on.
+// next advances the search by one entry of the top level.
 func (s *dwarfSource) next() error {
 	e, err := s.scan.Next()
 	if err != nil {
@@ -199,7 +199,7 @@ func keyOf(e *dwarf.Entry) (dwarfKey, bool) {
 	return key, key.name != "" && (!declared || key.tag == "variable")
 }
 
-// skip goes behind the children of an entry. (Reader.SkipChildren recurses for
+// skip moves r past the children of an entry. (Reader.SkipChildren recurses for
 // entries without DW_AT_sibling, as deep as a damaged file wants.)
 func skip(r *dwarf.Reader, e *dwarf.Entry) error {
 	for depth := 0; ; {
@@ -260,7 +260,7 @@ func (s *dwarfSource) variable(name string) (*Type, error) {
 
 func (s *dwarfSource) names() iter.Seq[string] {
 	return func(yield func(string) bool) {
-		// The miss that asks for names has searched all.
+		// Names are asked for after a miss, which has searched everything.
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		for key := range s.index {
@@ -358,7 +358,7 @@ func (s *dwarfSource) node(off dwarf.Offset) (*Type, error) {
 	case dwarf.TagUnspecifiedType:
 		return void, nil
 	default:
-		return nil, formatErr("DWARF entry at %#x is no type of C: %v", off, e.Tag)
+		return nil, formatErr("DWARF entry at %#x is not a type of C: %v", off, e.Tag)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -513,7 +513,7 @@ func plusConst(expr []byte) (int64, bool) {
 	return int64(min(v, maxSize+1)), n == len(expr)-1
 }
 
-// dimensions makes an array of arrays of what DWARF has as one type.
+// dimensions turns what DWARF has as one type into an array of arrays.
 func (s *dwarfSource) dimensions(t *Type, e *dwarf.Entry, r *dwarf.Reader) error {
 	var dims []uint64
 	err := s.children(e, r, func(c *dwarf.Entry) error {

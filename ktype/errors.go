@@ -7,8 +7,8 @@ import (
 )
 
 var (
-	// ErrNoType means that the kernel's types have none of that name. It
-	// matches fs.ErrNotExist.
+	// ErrNoType means that the kernel has no type of that name. It matches
+	// fs.ErrNotExist.
 	ErrNoType error = missing("no such type")
 
 	// ErrNoField means that a struct or union has no such member. It matches
@@ -26,11 +26,11 @@ var (
 	// ErrPath means that a path, or a tag, has wrong syntax.
 	ErrPath = errors.New("bad path")
 
-	// ErrKind means that a type isn't one for the operation: a number read from
-	// a struct, a field of an integer, an index of what is no array.
+	// ErrKind means that the operation doesn't fit the type: a number read from a
+	// struct, a field of an integer, an index of something that is not an array.
 	ErrKind = errors.New("wrong kind of type")
 
-	// ErrNotPointer means that what is to be followed is no pointer.
+	// ErrNotPointer means that what is to be followed is not a pointer.
 	ErrNotPointer = fmt.Errorf("%w: not a pointer", ErrKind)
 
 	// ErrPointer means that the way to a field goes through a pointer, where
@@ -75,6 +75,7 @@ type ReadError struct {
 	Err  error
 }
 
+// Error implements error.
 func (e *ReadError) Error() string {
 	if e.Addr == 0 {
 		return fmt.Sprintf("%s: %v", e.Path, e.Err)
@@ -82,4 +83,5 @@ func (e *ReadError) Error() string {
 	return fmt.Sprintf("%s at %#x: %v", e.Path, e.Addr, e.Err)
 }
 
+// Unwrap returns e.Err.
 func (e *ReadError) Unwrap() error { return e.Err }

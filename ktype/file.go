@@ -67,6 +67,8 @@ func parseStream(r *bufio.Reader, archive bool) (*Types, error) {
 	}
 	trimmed := bytes.TrimLeft(head, " \t\r\n")
 	switch {
+	case len(head) == 0:
+		return nil, formatErr("empty")
 	case bytes.HasPrefix(head, []byte{btfMagic & 0xff, btfMagic >> 8}):
 		data, err := readMost(r, maxBTF)
 		if err != nil {
@@ -109,7 +111,7 @@ func parseTar(r io.Reader) (*Types, error) {
 	return nil, formatErr("tar archive without a file")
 }
 
-// readMost reads all, if it isn't more than limit bytes.
+// readMost reads all of r, which must not have more than limit bytes.
 func readMost(r io.Reader, limit int64) ([]byte, error) {
 	var b bytes.Buffer
 	n, err := b.ReadFrom(io.LimitReader(r, limit+1))
@@ -122,8 +124,8 @@ func readMost(r io.Reader, limit int64) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// unpack returns a reader of what is in r, unpacked if it is packed, of at most
-// limit bytes. The function frees what the reader needs.
+// unpack returns a reader of at most limit bytes of what is in r, unpacked if it is
+// packed, and a function that frees the reader.
 func unpack(r io.Reader, limit int64) (io.Reader, func(), error) {
 	br := bufio.NewReader(r)
 	head, err := br.Peek(6)
@@ -164,11 +166,11 @@ type limitReader struct {
 
 func (l *limitReader) Read(p []byte) (int, error) {
 	if l.left < 0 {
-		return 0, formatErr("unpacks to too much")
+		return 0, formatErr("unpacks to more than is allowed")
 	}
 	n, err := l.r.Read(p[:min(int64(len(p)), l.left+1)])
 	if l.left -= int64(n); l.left < 0 {
-		return n, formatErr("unpacks to too much")
+		return n, formatErr("unpacks to more than is allowed")
 	}
 	var pe *os.PathError
 	if err != nil && err != io.EOF && !errors.As(err, &pe) {

@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// A Struct is the layout of a struct, as far as it is known, for New.
+// A Struct is the layout of a struct, as far as it is known. It is an argument of
+// New.
 type Struct struct {
 	Name   string
 	Size   uint64 // bytes; 0 if unknown: up to the end of the last field
@@ -41,8 +42,8 @@ func New(source string, pointerSize uint64, structs ...Struct) (*Types, error) {
 		}
 		s.structs[st.Name] = &Type{kind: KindStruct, name: st.Name, size: st.Size}
 	}
-	// Sizes first where they are given, so that structs may contain each other in
-	// any order; those without a size only ones that came before.
+	// First the sizes that are given, so that structs may contain each other in any
+	// order; a struct without a size can only be contained in later ones.
 	for _, st := range structs {
 		typ := s.structs[st.Name]
 		for _, f := range st.Fields {

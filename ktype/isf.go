@@ -48,6 +48,9 @@ func FromISF(r io.Reader) (*Types, error) {
 
 // readErr tells damaged data from a failed read.
 func readErr(what string, err error) error {
+	if errors.Is(err, ErrFormat) {
+		return err // of limitReader, which has said what it was doing
+	}
 	var syntax *json.SyntaxError
 	var typ *json.UnmarshalTypeError
 	if errors.As(err, &syntax) || errors.As(err, &typ) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {

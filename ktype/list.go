@@ -6,14 +6,14 @@ import (
 	"iter"
 )
 
-// MaxList is how many elements a list may have where no other limit is given.
+// MaxList is the limit on the elements of a list where no other one is given.
 const MaxList = 1 << 20
 
 // List walks a list (struct list_head of include/linux/types.h) and yields the
-// address of each object that is linked into it, as list_for_each_entry does.
-// head is the address of the list's head, which is no element; member is the path
-// of the list_head within an object of type typ: List(m, init_task+tasks,
-// "task_struct", "tasks", 0).
+// address of each object that is linked into it, as list_for_each_entry does. head is
+// the address of the list's head, which is not an element; member is the path of the
+// list_head within an object of type typ: List(m, init_task+tasks, "task_struct",
+// "tasks", 0).
 //
 // Every element must point back to the one before. If one doesn't, if the list
 // runs into itself, if it has more than limit elements (0 is MaxList), or if

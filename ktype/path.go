@@ -11,16 +11,16 @@ import (
 // maxPath bounds the bytes of a path.
 const maxPath = 1 << 10
 
-// A Field is where a member is in an object.
+// A Field is the place and type of a member in an object.
 type Field struct {
 	Offset    uint64 // bytes from the object's start; of a bit-field, to the byte with its lowest bit
-	Size      uint64 // bytes; those that a bit-field has a part of
+	Size      uint64 // bytes; of a bit-field, those that it has a part of
 	BitOffset uint8  // of a bit-field: its lowest bit in the byte at Offset, 0 to 7
 	BitSize   uint8  // of a bit-field: its width, 1 to 64, else 0
 	Type      *Type
 }
 
-// same reports whether reading either gives the same.
+// same reports whether reading f and g gives the same.
 func (f Field) same(g Field) bool {
 	return f.Offset == g.Offset && f.Size == g.Size && f.BitOffset == g.BitOffset && f.BitSize == g.BitSize
 }
@@ -66,7 +66,7 @@ func parseHops(path string) ([]hop, error) {
 			}
 			n, err := strconv.ParseUint(digits, 10, 32)
 			if err != nil {
-				return nil, bad("the index " + strconv.Quote(digits) + " is no decimal number below 2^32")
+				return nil, bad("the index " + strconv.Quote(digits) + " is not a decimal number below 2^32")
 			}
 			hops = append(hops, hop{index: n})
 			rest = after
@@ -284,9 +284,9 @@ func scale(i, size uint64, t *Type) (uint64, error) {
 	return i * size, nil
 }
 
-// Offset returns where the member that a path names is within an object of the
-// path's type: "task_struct.comm". A path without members gives the type itself.
-// If the path goes through a pointer the error is ErrPointer: see At and Decode.
+// Offset returns the place that the member named by a path has in an object of the
+// path's type: "task_struct.comm". A path without members gives the type itself. If
+// the path goes through a pointer the error is ErrPointer: see At and Decode.
 //
 // Results are kept, so asking again is cheap and allocates nothing.
 func (t *Types) Offset(path string) (Field, error) {
@@ -317,8 +317,8 @@ func (t *Types) offset(path string) (Field, error) {
 	return r.last, nil
 }
 
-// HasField reports whether there is such a type and member, as kernels of other
-// versions may not have it. The path is one of Offset, or goes through pointers.
+// HasField reports whether this kernel has the type and member that a path names. The
+// path is as for Offset, and may go through pointers.
 func (t *Types) HasField(path string) bool {
 	name, rest := splitPath(path)
 	hops, err := parseHops(rest)

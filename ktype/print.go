@@ -20,8 +20,8 @@ const maxLines = 1 << 16
 //				…
 //	}; /* size: 16 */
 //
-// A bit-field's offset has its lowest bit behind a colon. In names of a hostile
-// kernel what isn't printable ASCII is replaced.
+// After the offset of a bit-field come a colon and its lowest bit. In names, which
+// may be a hostile kernel's, characters other than printable ASCII are replaced.
 func (t *Types) Print(w io.Writer, typ string) error {
 	found, err := t.Type(typ)
 	if err != nil {

@@ -32,8 +32,8 @@ func (p *Prototype) String() string {
 	return declare(&Type{kind: KindFunc, elem: p.Return, params: p.Params, variadic: p.Variadic}, p.Name)
 }
 
-// Prototype returns how a function of the kernel, or of a module that was added,
-// is called. BTF has nine of ten functions, DWARF all of C, ISF none.
+// Prototype returns how a function of the kernel, or of a module that was added, is
+// called. BTF has nine functions in ten, DWARF all that are written in C, ISF none.
 func (t *Types) Prototype(fn string) (*Prototype, error) {
 	typ, err := t.object("function", fn, source.function)
 	if err != nil {
@@ -57,15 +57,15 @@ func (t *Types) Enum(name string) (*Type, error) {
 		return nil, err
 	}
 	if u := typ.Underlying(); u.kind != KindEnum {
-		return nil, fmt.Errorf("%w: %s (%s) is no enum", ErrKind, name, u.kind)
+		return nil, fmt.Errorf("%w: %s (%s) is not an enum", ErrKind, name, u.kind)
 	}
 	return typ, nil
 }
 
-// Format returns a value of the type, as a register has it: integers in decimal,
-// truncated to their size, as signed or unsigned; enums by name, or as a number;
-// booleans as true or false; pointers in hexadecimal, NULL for zero. Of what is no
-// number it returns the word in hexadecimal.
+// Format returns w, as a register has it, as a value of the type: integers in
+// decimal, truncated to their size, as signed or unsigned; enums by name, or as a
+// number; booleans as true or false; pointers in hexadecimal, NULL for zero. If the
+// type is not a number it returns w in hexadecimal.
 func (t *Type) Format(w uint64) string {
 	u := t.Underlying()
 	size := u.size
@@ -83,7 +83,7 @@ func (t *Type) Format(w uint64) string {
 		}
 		return fmt.Sprintf("%#x", w)
 	case u.boolean:
-		// The ABI has only bit 0 defined; what is more isn't C's true.
+		// The ABI defines only bit 0.
 		return strconv.FormatBool(w&1 != 0)
 	case u.kind == KindEnum:
 		if name := u.enumName(w, width); name != "" {
@@ -161,7 +161,7 @@ func (d *declarer) decl(t *Type, inner string, depth int) string {
 		b.WriteByte(')')
 		return d.decl(t.elem, b.String(), depth)
 	case KindConst, KindVolatile, KindRestrict:
-		// Of a pointer the qualifier stands behind the star.
+		// A pointer's qualifier follows the star.
 		if u := t.elem; u != nil && (u.kind == KindPointer || u.kind >= KindConst && u.kind <= KindRestrict && u.Underlying().kind == KindPointer) {
 			return d.decl(u, strings.TrimRight(t.kind.String()+" "+inner, " "), depth)
 		}
@@ -174,7 +174,7 @@ func (d *declarer) decl(t *Type, inner string, depth int) string {
 }
 
 // parens encloses a pointer's declarator where what it points to, an array or a
-// function, binds stronger.
+// function, binds tighter.
 func parens(elem *Type, inner string) string {
 	if elem != nil && (elem.kind == KindArray || elem.kind == KindFunc) {
 		return "(" + inner + ")"
@@ -182,7 +182,7 @@ func parens(elem *Type, inner string) string {
 	return inner
 }
 
-// base returns the name of a type that is no derived one.
+// base returns the name of a type that is not derived from another.
 func (t *Type) base() string {
 	tag := ""
 	switch t.kind {

@@ -12,7 +12,7 @@ const (
 	maxCompare = 64 // bytes of a name that is compared
 )
 
-// suggest returns " (near: a, b)" with the names closest to one that isn't there,
+// suggest returns " (near: a, b)" with the names closest to one that doesn't exist,
 // or "".
 func suggest(name string, names iter.Seq[string]) string {
 	if len(name) > maxCompare {
@@ -63,7 +63,7 @@ func trim(s string) string { return strings.ToLower(strings.Trim(s, "_")) }
 
 func abs(n int) int { return max(n, -n) }
 
-// distance is that of Levenshtein, of names of at most maxCompare bytes.
+// distance returns the Levenshtein distance of two names of at most maxCompare bytes.
 func distance(a, b string) int {
 	var row [maxCompare + 1]int
 	for j := range len(b) + 1 {
@@ -84,7 +84,7 @@ func distance(a, b string) int {
 	return row[len(b)]
 }
 
-// fieldNames yields the names that member finds, as far as maxVisited.
+// fieldNames yields the names that member finds, at most maxVisited.
 func (t *Type) fieldNames() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		queue := []*Type{t}

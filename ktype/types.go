@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// Bounds on what types may be. Real kernels need less than a tenth of each.
+// Bounds on types. Real kernels need less than a tenth of each.
 const (
 	maxChain   = 32      // typedefs, qualifiers and array dimensions in a row
 	maxDepth   = 32      // structs in structs, pointers in a path
@@ -17,8 +17,8 @@ const (
 	maxMembers = 1 << 16 // of one struct, as in BTF
 )
 
-// Types is the type information of one kernel, or of one kernel and modules of
-// it.
+// Types is the type information of one kernel, or of one kernel and some of its
+// modules.
 type Types struct {
 	name    string // Source
 	src     source
@@ -55,7 +55,7 @@ type source interface {
 // to New.
 func (t *Types) Source() string { return t.name }
 
-// PointerSize returns the bytes of a pointer: 8, or 4 for i386 kernels.
+// PointerSize returns the size of a pointer in bytes: 8, or 4 for i386 kernels.
 func (t *Types) PointerSize() uint64 { return t.ptr }
 
 var tags = []string{"struct", "union", "enum"}
@@ -221,6 +221,7 @@ const (
 var kindNames = [...]string{"void", "integer", "float", "pointer", "array", "struct", "union", "enum",
 	"function", "typedef", "const", "volatile", "restrict", "incomplete type"}
 
+// String returns the kind's name in lower case, such as "struct".
 func (k Kind) String() string {
 	if int(k) < len(kindNames) {
 		return kindNames[k]
@@ -293,8 +294,8 @@ func (t *Type) Elem() *Type {
 	return t.elem
 }
 
-// Len returns the number of an array's elements: 0 for a flexible array, and for
-// all that is no array.
+// Len returns the number of an array's elements: 0 for a flexible array, and for a
+// type that is not an array.
 func (t *Type) Len() uint64 {
 	u := t.Underlying()
 	if u.kind != KindArray || u.load() != nil {
@@ -348,8 +349,8 @@ func (t *Type) Underlying() *Type {
 	return void
 }
 
-// Size returns the bytes of the type: 0 for void, functions and flexible arrays.
-// A struct that is nowhere defined has none.
+// Size returns the size of the type in bytes: 0 for void, functions and flexible
+// arrays. For a struct that is nowhere defined the error is ErrNoType.
 func (t *Type) Size() (uint64, error) {
 	count := uint64(1)
 	for range maxChain {
@@ -377,8 +378,8 @@ func (t *Type) Size() (uint64, error) {
 }
 
 // Fields yields the direct members of a struct or union in the order of their
-// declaration, with "" as the name of anonymous ones. Members that are outside of
-// the struct, as only damaged information has them, are left out.
+// declaration, with "" as the name of anonymous ones. Members outside the struct,
+// which only damaged information has, are left out.
 func (t *Type) Fields() iter.Seq2[string, Field] {
 	return func(yield func(string, Field) bool) {
 		u := t.Underlying()

@@ -21,8 +21,8 @@ type Memory interface {
 	Read(addr uint64, b []byte) error
 }
 
-// A Value is an object in memory, of a known type: a cursor. It has read nothing
-// until a number, a string or the target of a pointer is asked for.
+// A Value is a cursor: an object in memory, of a known type. Nothing is read until a
+// number, a string or the target of a pointer is asked for.
 //
 // A failed step gives a Value whose every method returns the error of that step,
 // so that only the end of a chain needs a check. Errors are *ReadError.
@@ -34,9 +34,9 @@ type Value struct {
 	err  error
 }
 
-// At returns the object of the type at an address. typ is the name of a type as
-// in a path: "task_struct", "enum pid_type", or a whole path, which is that
-// member's object if one of the type is at addr.
+// At returns the object of type typ at address addr. typ is the name of a type as in
+// a path, such as "task_struct" or "enum pid_type", or a whole path, which gives that
+// member of the object at addr.
 func (t *Types) At(m Memory, typ string, addr uint64) Value {
 	v := Value{t: t, m: m, path: typ}
 	name, rest := splitPath(typ)
@@ -150,8 +150,8 @@ func (v Value) Deref() Value {
 	return out
 }
 
-// Len returns the number of an array's elements, 0 for what is no array and for a
-// flexible one.
+// Len returns the number of an array's elements: 0 for a flexible array, and for a
+// value that is not an array.
 func (v Value) Len() uint64 { return v.Type().Len() }
 
 // Index returns an element of an array, or the i-th object from a pointer's target
@@ -180,13 +180,13 @@ func (v Value) word() (uint64, error) {
 	return v.f.word(b[:v.f.Size]), nil
 }
 
-// scalar returns an error if a field is no number.
+// scalar returns an error if a field is not a number.
 func scalar(f Field) error {
 	u := f.Type.Underlying()
 	switch u.kind {
 	case KindInt, KindEnum, KindPointer:
 	default:
-		return fmt.Errorf("%w: %s (%s) is no number", ErrKind, f.Type, u.kind)
+		return fmt.Errorf("%w: %s (%s) is not a number", ErrKind, f.Type, u.kind)
 	}
 	if f.BitSize == 0 && (f.Size == 0 || f.Size > 8) {
 		return fmt.Errorf("%w: number of %d bytes", ErrRange, f.Size)
@@ -237,8 +237,8 @@ func (v Value) Uint() (uint64, error) {
 	return w, nil
 }
 
-// Int is Uint for numbers that may be negative. One beyond the int64s is an error
-// that matches ErrRange.
+// Int is Uint for numbers that may be negative. One that doesn't fit into an int64 is
+// an error that matches ErrRange.
 func (v Value) Int() (int64, error) {
 	w, err := v.word()
 	if err != nil {
@@ -278,7 +278,7 @@ func (v Value) EnumName() (string, error) {
 	}
 	u := v.f.Type.Underlying()
 	if u.kind != KindEnum {
-		return "", v.wrap(fmt.Errorf("%w: %s (%s) is no enum", ErrKind, v.f.Type, u.kind))
+		return "", v.wrap(fmt.Errorf("%w: %s (%s) is not an enum", ErrKind, v.f.Type, u.kind))
 	}
 	return u.enumName(w, v.f.bits()), nil
 }
@@ -338,7 +338,8 @@ func (v Value) CString() (string, error) {
 	return b.String(), nil
 }
 
-// stringType reports how a field has a string, and of how many bytes at most.
+// stringType reports whether a field points to a string, rather than holding it, and
+// how many bytes the string has at most.
 func stringType(f Field) (isPtr bool, most uint64, err error) {
 	u := f.Type.Underlying()
 	if u.kind == KindPointer || u.kind == KindArray {
@@ -351,11 +352,11 @@ func stringType(f Field) (isPtr bool, most uint64, err error) {
 			return u.kind == KindPointer, most, nil
 		}
 	}
-	return false, 0, fmt.Errorf("%w: %s is no string", ErrKind, f.Type)
+	return false, 0, fmt.Errorf("%w: %s is not a string", ErrKind, f.Type)
 }
 
-// readString reads up to a NUL or most bytes, through buf. It touches no page in
-// which nothing of the string is.
+// readString reads up to a NUL or most bytes, through buf. It touches no page without
+// any part of the string.
 func readString(m Memory, addr, most uint64, buf []byte, add func([]byte)) error {
 	for most > 0 {
 		n := min(uint64(len(buf)), most, pageSize-addr%pageSize)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -264,6 +266,35 @@ func TestInterruptedGuest(t *testing.T) {
 	require.ErrorAs(t, err, &exit)
 	assert.Equal(t, codeTimeout, exit.code)
 	empty(t, tmp)
+}
+
+// TestExitCode: a lab that was interrupted has the code that a shell would give it, and
+// a job's own code is passed on whatever came.
+func TestExitCode(t *testing.T) {
+	for signal, want := range map[syscall.Signal]int{syscall.SIGINT: 130, syscall.SIGTERM: 143, syscall.SIGHUP: 129} {
+		ctx, stop := untilSignal(t.Context())
+		require.NoError(t, syscall.Kill(os.Getpid(), signal))
+		<-ctx.Done()
+		cause := context.Cause(ctx)
+		code, err := exitCode(fmt.Errorf("boot: %w", interrupted(ctx)), cause)
+		assert.Equal(t, want, code)
+		assert.EqualError(t, err, "interrupted")
+		code, _ = exitCode(errors.New("go build: signal: killed"), cause)
+		assert.Equal(t, want, code, "what the signal has ended")
+		code, err = exitCode(&exitError{code: 3}, cause)
+		assert.Equal(t, 3, code, "the job's own")
+		assert.NoError(t, err)
+		code, _ = exitCode(nil, cause)
+		assert.Zero(t, code)
+		stop()
+	}
+	code, err := exitCode(errors.New("broken"), nil)
+	assert.Equal(t, codeLab, code)
+	assert.EqualError(t, err, "broken")
+	ctx, stop := untilSignal(t.Context())
+	stop()
+	code, _ = exitCode(errors.New("broken"), context.Cause(ctx))
+	assert.Equal(t, codeLab, code, "no signal came")
 }
 
 func TestGuestFlags(t *testing.T) {

@@ -16,11 +16,13 @@ import (
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 )
 
-// The exit codes of lab itself. A job's own code is passed on.
+// The exit codes of lab itself. A job's own code is passed on. After a signal the code
+// is codeSignal plus its number, as with shells.
 const (
 	codeUsage   = 2
 	codeTimeout = 124
 	codeLab     = 125
+	codeSignal  = 128
 )
 
 // exitError ends the program with a code of its own; a nil err says nothing
@@ -40,22 +42,56 @@ func (e *exitError) Error() string {
 func (e *exitError) Unwrap() error { return e.err }
 
 func main() {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	err := rootCommand().ExecuteContext(ctx)
-	cancel()
-	if err == nil {
-		return
-	}
-	code := codeLab
-	var exit *exitError
-	if errors.As(err, &exit) {
-		code = exit.code
-		err = exit.err
-	}
+	ctx, stop := untilSignal(context.Background())
+	code, err := exitCode(rootCommand().ExecuteContext(ctx), context.Cause(ctx))
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "lab:", err)
 	}
 	os.Exit(code)
+}
+
+// A signalError is why a context has ended: a signal came.
+type signalError struct{ signal syscall.Signal }
+
+func (e *signalError) Error() string { return e.signal.String() }
+
+// untilSignal returns a context that ends with a *signalError when SIGINT, SIGTERM or
+// SIGHUP comes. Until stop is called none of them ends the program.
+func untilSignal(parent context.Context) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		select {
+		case s := <-signals:
+			cancel(&signalError{s.(syscall.Signal)})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		cancel(nil)
+	}
+}
+
+// exitCode returns the exit code of a command that returned err, and what is to be
+// printed, if anything. cause is why the command's context has ended, or nil. What fails
+// after a signal failed because of it; a job that has a code of its own keeps that.
+func exitCode(err, cause error) (code int, message error) {
+	if err == nil {
+		return 0, nil
+	}
+	code = codeLab
+	var exit *exitError
+	if errors.As(err, &exit) {
+		code, err = exit.code, exit.err
+	}
+	var s *signalError
+	if code == codeLab && errors.As(cause, &s) {
+		code = codeSignal + int(s.signal)
+	}
+	return code, err
 }
 
 func rootCommand() *cobra.Command {
@@ -145,7 +181,7 @@ func runCommand() *cobra.Command {
 		Use:   "run pv|pv-stock|hvm|hvm-amd [flags] -- BIN [ARGS…]",
 		Short: "Run a program in a host's dom0",
 		Long: `run boots the host with BIN in its dom0, runs it there, passes on its output
-and ends with its exit code. Code 124: timeout, 125: the lab itself failed.`,
+and ends with its exit code. Code 124: timeout, 125: the lab itself failed, 130: interrupted (143: by SIGTERM).`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			h, rest, err := hostAndRest(cmd, args)

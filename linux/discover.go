@@ -56,7 +56,9 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if scanner, ok := m.(Scanner); ok && len(images) == 0 {
 		var serr error
 		images, serr = findVMCoreInfo(ctx, scanner)
-		err = errors.Join(err, serr)
+		if serr != nil {
+			err = fmt.Errorf("%w; %w", err, serr)
+		}
 	}
 	if len(images) == 0 {
 		return nil, err
@@ -101,6 +103,9 @@ type image struct {
 func findImages(ctx context.Context, m Machine, cpus []CPU) ([]image, error) {
 	var images []image
 	errs := fmt.Errorf("%w (none of %d vCPUs has page tables that map one)", ErrNoKernel, len(cpus))
+	if len(cpus) == 0 {
+		errs = fmt.Errorf("%w (there are no vCPU registers)", ErrNoKernel)
+	}
 	mems := make(map[paging.Mode]*paging.Memory)
 	tried := make(map[paging.Root]bool)
 	for i, c := range cpus {

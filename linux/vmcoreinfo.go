@@ -86,7 +86,7 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 		}
 	}
 	if len(images) == 0 && errs == nil {
-		errs = errors.New("no registers, and no crash dump information (vmcoreinfo) in memory")
+		errs = errors.New("no crash dump information (vmcoreinfo) in memory")
 	}
 	return images, errs
 }

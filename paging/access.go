@@ -46,8 +46,8 @@ func (m *Memory) walk(v *view, root Root, va VAddr) (t Translation, level int, e
 	}
 }
 
-// Read fills b from virtual address va. n < len(b) if and only if err is not
-// nil: the bytes before the first that can't be read are read.
+// Read fills b from virtual address va. n < len(b) if and only if err is not nil; the
+// first n bytes have then been read.
 func (m *Memory) Read(root Root, va VAddr, b []byte) (n int, err error) {
 	for n < len(b) {
 		at := va + VAddr(n)
@@ -77,11 +77,11 @@ func (m *Memory) Write(root Root, va VAddr, b []byte) (n int, err error) {
 }
 
 // Store stores b as the guest kernel itself would: it fails, before it writes
-// anything to a page, unless that page is the kernel's, mapped writable, and
-// already marked accessed and dirty, so that no bit of the tables would have to
-// change. The kernel's is the upper half of a 64-bit address space (the user bit
-// tells nothing there: a 64-bit PV kernel runs in ring 3), and what isn't the
-// user's of a 32-bit one.
+// anything to a page, unless that page is the kernel's, mapped writable, and already
+// marked accessed and dirty, so that no bit of the tables would have to change. With
+// 64-bit tables, a page is the kernel's if its address is in the upper half (the user
+// bit doesn't tell: a 64-bit PV kernel runs in ring 3); in the 32-bit modes, if its
+// user bit is clear.
 func (m *Memory) Store(root Root, va VAddr, b []byte) (n int, err error) {
 	return m.write(root, va, b, "store")
 }
@@ -152,7 +152,7 @@ func (m *Memory) WritePhys(pa PAddr, b []byte) (n int, err error) {
 	return n, nil
 }
 
-// put stores what of b fits into frame f from off on.
+// put stores the part of b that fits into frame f at offset off.
 func (m *Memory) put(f Frame, off int, b []byte) (int, error) {
 	if err := f.check(); err != nil {
 		return 0, err
@@ -176,17 +176,17 @@ func (m *Memory) put(f Frame, off int, b []byte) (int, error) {
 	return len(b), nil
 }
 
-var errShort = fmt.Errorf("backend gave less than %d bytes", PageSize)
+var errShort = fmt.Errorf("the backend returned less than %d bytes", PageSize)
 
 func noFrame(f Frame, err error) error {
 	return fmt.Errorf("%w: frame %#x: %w", ErrNoFrame, uint64(f), err)
 }
 
-// check refuses frames beyond what an entry can name, of which backends don't
-// know what to think: physical addresses have 52 bits at most.
+// check rejects frames above 52 physical address bits, the most that a page-table
+// entry can name. Backends needn't expect others.
 func (f Frame) check() error {
 	if f > physMask>>pageShift {
-		return noFrame(f, fmt.Errorf("beyond %d address bits", 52))
+		return noFrame(f, fmt.Errorf("above %d physical address bits", 52))
 	}
 	return nil
 }
@@ -199,8 +199,8 @@ type view struct {
 	hits   uint64
 }
 
-// begin and end enclose an operation, of one page at most: while it lasts, no
-// other can have a frame mapped.
+// begin and end enclose an operation on at most one page. Meanwhile no other
+// operation can map a frame.
 func (m *Memory) begin() view {
 	v := view{m: m}
 	if m.cache != nil {
@@ -224,7 +224,7 @@ func (v *view) page(f Frame) (page []byte, release func(), err error) {
 			v.hits++
 			return p.bytes, released, nil
 		}
-		// To have it mapped takes the lock of all stripes.
+		// Mapping it takes the locks of all stripes.
 		v.stripe.RUnlock()
 		defer v.stripe.RLock()
 	}
@@ -252,7 +252,7 @@ func (v *view) entry(f Frame, off int, i uint64) (e uint64, err error) {
 	return e, nil
 }
 
-// read copies what b can hold of frame f from off on.
+// read copies from frame f, starting at offset off, to b, up to the end of either.
 func (v *view) read(f Frame, off int, b []byte) (n int, err error) {
 	if err := f.check(); err != nil {
 		return 0, err

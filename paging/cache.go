@@ -16,25 +16,25 @@ import (
 // A Mapper whose pages are copies is a [FrameWriter] too, and calls the Cache's
 // Invalidate whenever the guest has run.
 type Mapper interface {
-	// Map returns the 4096 bytes of frame f, and what gives them up.
+	// Map returns the 4096 bytes of frame f, and the function that unmaps them.
 	Map(f Frame, writable bool) (page []byte, unmap func() error, err error)
 }
 
-// A Cache keeps frames mapped for a while. It is a [Frames], and the one that a
-// Memory reads from fastest; a type that embeds a *Cache is read in the same way,
-// so it can't have a Page of its own. Make one with [NewCache]. It is safe for
-// concurrent use.
+// A Cache keeps frames mapped for a while. It is the [Frames] that a Memory reads
+// fastest. A Memory reads a type that embeds a *Cache through that Cache, so such a
+// type must not have a Page method of its own. Make one with [NewCache]. It is safe
+// for concurrent use.
 //
 // A page is never unmapped while it is in use. A guest can give a frame another
-// meaning (ballooning), and a mapping then still shows the old memory; so all are
-// made anew after an age, or after Invalidate. An idle Cache has nothing mapped
-// after that age.
+// meaning (ballooning), and an old mapping then still shows the old memory. So every
+// frame is mapped again after an age, or after Invalidate. Once it has been idle for
+// that age, a Cache has nothing mapped.
 type Cache struct {
 	mapper Mapper
 	writer FrameWriter // the mapper, if it is one
 	size   int
 	age    time.Duration
-	factor uint64 // of the hash: odd, and nothing that a guest can know
+	factor uint64 // of the hash: odd, and unknown to guests
 	maps   atomic.Uint64
 
 	// stripes guard what follows. Readers lock one of them, writers all, so that
@@ -43,7 +43,7 @@ type Cache struct {
 	index   []*cached // by hash: chains of pages
 	ring    []*cached // the same pages, in the order of the clock
 	hand    int
-	era     uint64 // changes when what is mapped meanwhile must not be kept
+	era     uint64 // changes when pages that are being mapped must not be kept
 	brief   bool   // writable pages aren't kept
 	closed  bool
 	timer   *time.Timer // ends the era, if there are pages
@@ -133,8 +133,9 @@ func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
 	return p.bytes, p.release, nil
 }
 
-// WriteBriefly has writable pages be mapped for each use anew and given up behind
-// it, for guests to which it matters that somebody has a frame mapped so.
+// WriteBriefly makes c map writable pages for each use and unmap them after it. It is
+// for guests that a writable mapping hinders: Xen lets no PV guest make a page table
+// of such a frame.
 func (c *Cache) WriteBriefly() {
 	c.lock()
 	c.brief = true
@@ -159,11 +160,11 @@ func (c *Cache) mapPage(f Frame, writable bool) (*cached, error) {
 	return p, nil
 }
 
-// WriteFrame implements [FrameWriter]: through the mapper's, if it is one, or
-// to the mapped frame.
+// WriteFrame implements [FrameWriter], by the Mapper's WriteFrame if it has one, else
+// by a writable mapping.
 func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 	if off < 0 || off > PageSize || len(b) > PageSize-off {
-		return fmt.Errorf("%d bytes at %d leave the frame", len(b), off)
+		return fmt.Errorf("%d bytes at offset %d exceed the frame", len(b), off)
 	}
 	if c.writer == nil {
 		page, release, err := c.Page(f, true)
@@ -178,7 +179,7 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 		return ErrClosed
 	}
 	err := c.writer.WriteFrame(f, off, b)
-	// Copies made before or during that are old.
+	// Copies made before or during the write are stale.
 	c.lock()
 	c.era++
 	ro, rw := c.remove(f, false), c.remove(f, true)
@@ -207,9 +208,9 @@ func (c *Cache) Invalidate() {
 	}
 }
 
-// Close forgets all pages and fails all later accesses with ErrClosed. Pages in
-// use are unmapped when they are released. It returns the first error that
-// unmapping any page had.
+// Close forgets all pages and fails all later accesses with ErrClosed. Pages in use
+// are unmapped when they are released. It returns the first error of unmapping a
+// page.
 func (c *Cache) Close() error {
 	c.lock()
 	c.closed = true
@@ -236,8 +237,8 @@ func (c *Cache) Stats() CacheStats {
 	return st
 }
 
-// stripe returns the calling goroutine's stripe. Stacks, of 2 KiB at least, are
-// what goroutines don't share, so the address of a variable tells most apart.
+// stripe returns the calling goroutine's stripe, by the address of a local variable:
+// each goroutine has a stack of its own, of at least 2 KiB.
 func (c *Cache) stripe() *stripe {
 	var here byte
 	const golden = 0x9e3779b97f4a7c15 // Fibonacci hashing: 2^64 divided by the golden ratio
@@ -256,12 +257,12 @@ func (c *Cache) unlock() {
 	}
 }
 
-// chain returns where the chain of a frame's pages begins; a stripe is locked.
+// chain returns the head of a frame's chain of pages. The caller holds a stripe.
 func (c *Cache) chain(f Frame) **cached {
 	return &c.index[uint64(f)*c.factor>>32&uint64(len(c.index)-1)]
 }
 
-// find returns the page of a frame, or nil; a stripe is locked.
+// find returns the page of a frame, or nil. The caller holds a stripe.
 func (c *Cache) find(f Frame, writable bool) *cached {
 	for p := *c.chain(f); p != nil; p = p.next {
 		if p.frame == f && p.writable == writable {
@@ -274,9 +275,8 @@ func (c *Cache) find(f Frame, writable bool) *cached {
 	return nil
 }
 
-// insert keeps a page. If there are too many, it returns one that is to be
-// dropped for it: the clock's choice, one that wasn't used lately. All stripes
-// are locked here and below.
+// insert keeps a page. If there are too many, it returns the one to drop: the clock's
+// choice, which wasn't used lately. The caller holds all stripes, here and below.
 func (c *Cache) insert(p *cached) (old *cached) {
 	if c.timer == nil && c.age > 0 {
 		c.timer = time.AfterFunc(c.age, c.Invalidate)

@@ -5,8 +5,8 @@ import "fmt"
 // A Kind is a shape of page tables.
 type Kind uint8
 
-// The kinds of Intel SDM vol. 3, 4.1.1. With PAE an Intel CPU keeps the four
-// top-level entries in registers from a load of CR3 on (4.4.1); here they are
+// The kinds of page tables (Intel SDM vol. 3, 4.1.1). With PAE an Intel CPU keeps the
+// four top-level entries in registers from a load of CR3 on (4.4.1); here they are
 // read from memory like all others.
 const (
 	TwoLevel  Kind = iota + 1 // 32-bit paging: 4-byte entries, pages of 4 KiB and 4 MiB
@@ -15,6 +15,7 @@ const (
 	FiveLevel                 // 57-bit addresses, the same pages
 )
 
+// String returns the kind's name: "2-level", "PAE", "4-level" or "5-level".
 func (k Kind) String() string {
 	switch k {
 	case TwoLevel:
@@ -34,8 +35,7 @@ func (k Kind) String() string {
 // Mode{Kind: FourLevel, NXE: true}.
 //
 // CR0.WP is not part of it: it doesn't change the walk, only whether a kernel may
-// write to read-only pages, and kernels clear it for moments. Store takes it
-// as set.
+// write to read-only pages, and kernels clear it briefly. Store takes it as set.
 type Mode struct {
 	Kind Kind
 	// PSE is CR4.PSE: 2-level tables can have 4 MiB pages. The other kinds have
@@ -49,10 +49,10 @@ type Mode struct {
 	// highest that there can be. For 4 MiB pages it counts up to 40, and with 32
 	// the CPU has no PSE-36.
 	PhysBits int
-	// PV says that the guest is a Xen PV guest. With PAE the top-level entries
-	// of such a one are entries of Xen's own 4-level tables at the same time, so
-	// that their R/W, U/S and A bits are set and the rules for reserved bits are
-	// those of 4-level tables (adjust_guest_l3e, xen/arch/x86/mm.c).
+	// PV says that the guest is a Xen PV guest. With PAE, its top-level entries are
+	// also entries of Xen's own 4-level tables: their R/W, U/S and A bits are set,
+	// and the reserved bits are those of 4-level tables (adjust_guest_l3e,
+	// xen/arch/x86/mm.c).
 	PV bool
 	// EncryptMask has the bits of an entry, and of CR3, that are neither address
 	// nor reserved: the C-bit of AMD SME (CPUID 8000001FH, EBX bits 5:0). They must
@@ -117,13 +117,13 @@ const (
 	maxLevels = 5
 )
 
-// field returns a mask of the bits from lo up to, but not with, hi.
+// field returns a mask of the bits from lo to hi-1.
 func field(lo, hi uint) uint64 { return 1<<hi - 1<<lo }
 
-// A walker is a Mode made ready for walks.
+// A walker is a Mode prepared for walks.
 type walker struct {
 	mode   Mode
-	err    error // why there can be no walk
+	err    error // why no walk is possible
 	levels int
 	bits   uint // of a virtual address
 	index  uint // bits of it for each level
@@ -131,14 +131,14 @@ type walker struct {
 	level  [maxLevels + 1]level
 }
 
-// A level is what entries of a level's tables mean; level 1 is the lowest.
+// A level says what the entries of one level of tables mean; level 1 is the lowest.
 type level struct {
 	shift uint // lowest bit of the virtual address that chooses the entry
-	large bool // PS makes a page of an entry
+	large bool // an entry with PS is a page
 	// Bits that must be zero in an entry for a table (at level 1: for a page), and
 	// in an entry for a large page.
 	reserved, reservedLarge uint64
-	// Bits that count as set: an entry that restricts nothing.
+	// Bits that count as set, since they restrict nothing at this level.
 	grant uint64
 }
 
@@ -213,8 +213,8 @@ func (w *walker) top(root Root) (f Frame, off int) {
 	return root.Frame(), off
 }
 
-// canonical returns va with the bits that aren't translated made what they have
-// to be: copies of the highest one that is, or zero in the 32-bit modes.
+// canonical returns va with the untranslated bits as the CPU requires them: copies of
+// the highest translated bit, or zero in the 32-bit modes.
 func (w *walker) canonical(va VAddr) VAddr {
 	shift := 64 - w.bits
 	if w.bits == 32 {

@@ -25,12 +25,14 @@ const PageSize = 4096
 // A VAddr is a guest virtual address. In the 32-bit modes it is below 1<<32.
 type VAddr uint64
 
+// String returns the address in hexadecimal, with 16 digits.
 func (a VAddr) String() string { return fmt.Sprintf("0x%016x", uint64(a)) }
 
 // A PAddr is a guest physical address; for a PV guest, whose page tables know
 // no other, a machine address.
 type PAddr uint64
 
+// String returns the address in hexadecimal.
 func (a PAddr) String() string { return fmt.Sprintf("%#x", uint64(a)) }
 
 // A Frame is the number of a page frame as the guest's page tables name it: a
@@ -68,8 +70,8 @@ type FrameWriter interface {
 	WriteFrame(f Frame, off int, b []byte) error
 }
 
-// Errors of an access. No error is two of them, but ErrClosed comes in an
-// ErrNoFrame.
+// Errors of an access. An error matches only one of them, except that ErrClosed is
+// wrapped in an ErrNoFrame.
 var (
 	// ErrNotMapped: an entry on the way is not present. Error.Level says which.
 	ErrNotMapped = errors.New("address not mapped by the guest")
@@ -79,8 +81,8 @@ var (
 	ErrNonCanonical = errors.New("non-canonical address")
 	// ErrReserved: a present entry has a bit set that must be zero in this mode.
 	ErrReserved = errors.New("reserved bit set in page table")
-	// ErrNoFrame: a frame, a table's or the one asked for, can't be had: it
-	// isn't the guest's, or the hypervisor refuses it, which the error says.
+	// ErrNoFrame: a frame, of a page table or of the page itself, is not available:
+	// it isn't the guest's, or the hypervisor refuses it. The error says which.
 	ErrNoFrame = errors.New("frame not available")
 	// ErrProtected: the guest kernel itself could not do this store.
 	ErrProtected = errors.New("page is not writable by the guest kernel")
@@ -104,6 +106,7 @@ type Error struct {
 	Err   error
 }
 
+// Error implements error.
 func (e *Error) Error() string {
 	s := fmt.Sprintf("paging: %s %v (cr3 %#x", e.Op, e.Addr, uint64(e.Root))
 	if e.Level != 0 {
@@ -112,6 +115,7 @@ func (e *Error) Error() string {
 	return s + "): " + e.Err.Error()
 }
 
+// Unwrap returns e.Err.
 func (e *Error) Unwrap() error { return e.Err }
 
 // Protection is what the page tables allow, combined over all levels.
@@ -127,8 +131,8 @@ const (
 	Global
 )
 
-// String returns the bits in the manner of "WUXADG", a dash for each that isn't
-// there; X stands for what may be executed.
+// String returns the bits as in "WUXADG", with a dash for each that isn't set; X
+// means executable.
 func (p Protection) String() string {
 	const names = "WUXADG"
 	s := []byte(names)
@@ -151,7 +155,7 @@ type Translation struct {
 // Phys returns the physical address.
 func (t Translation) Phys() PAddr { return PAddr(uint64(t.Frame)<<pageShift | t.Offset) }
 
-// Memory is a guest's memory behind its page tables. It is safe for concurrent
+// Memory is a guest's memory, as its page tables map it. It is safe for concurrent
 // use if its Frames is.
 type Memory struct {
 	frames Frames

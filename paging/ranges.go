@@ -13,18 +13,18 @@ type Range struct {
 	Pages [4]uint64
 }
 
-// Last returns the last address. The one after it may be none: 1<<64.
+// Last returns the last address. The one after it may be 1<<64, which is no VAddr.
 func (r Range) Last() VAddr { return r.Addr + VAddr(r.Size-1) }
 
-// Ranges yields the mapped ranges from first to last, both included, in the
-// order of their addresses; non-canonical addresses between are none.
+// Ranges yields the mapped ranges from first to last, both included, in the order of
+// their addresses; non-canonical addresses are not among them.
 //
-// It reads each page-table page that maps some of them once, and at most tables
-// pages in all, so that tables which lead back to themselves can't hold it up: it
-// ends with ErrBudget then. A whole GiB, as Linux has for its kernel image, takes at
-// most 516 (all its pages of 4 KiB, 5-level tables). An entry that can't be used (ErrReserved, ErrNoFrame) is yielded as an
-// *Error with the first address that it would map, and the next one follows, if
-// the caller goes on; there are at most 1024 for each table.
+// It reads each page-table page that maps some of them once, and at most tables pages
+// in all, so that tables which lead back to themselves can't hold it up: it ends with
+// ErrBudget then. A whole GiB, as Linux has for its kernel image, takes at most 516
+// (all its pages of 4 KiB, 5-level tables). An entry that can't be used (ErrReserved,
+// ErrNoFrame) is yielded as an *Error with the first address that it would map, and
+// the scan continues after it; there are at most 1024 for each table.
 //
 // The guest may change its tables meanwhile: what is yielded is what each
 // table page held when it was read.
@@ -146,7 +146,7 @@ func (s *scan) flush() bool {
 	return r.Size == 0 || s.yield(r, nil)
 }
 
-// fail yields the run and an error that is met behind it.
+// fail yields the run, and then an error at va.
 func (s *scan) fail(va VAddr, level int, err error) bool {
 	return s.flush() && s.yield(Range{}, &Error{Op: "list", Addr: s.m.canonical(va), Root: s.root, Level: level, Err: err})
 }

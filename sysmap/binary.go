@@ -15,7 +15,7 @@ import (
 //	names     4 bytes, the length of that part
 //	banner    4 bytes, the length of that part
 //	banner    the kernel's "Linux version …"
-//	names     each after the other, without separators
+//	names     one after the other, without separators
 //	types     one byte for each symbol
 //	lengths   for each symbol a varint: twice the length of its name, plus one
 //	          if it is the end of the name before and not in names
@@ -81,22 +81,22 @@ func (m *Map) MarshalBinary() ([]byte, error) {
 	return b, nil
 }
 
-// sharesEnd says whether the bytes of e's name are the last ones of prev's.
+// sharesEnd reports whether the bytes of e's name are the last ones of prev's.
 func sharesEnd(prev, e entry) bool {
 	return e.n <= prev.n && e.off+uint32(e.n) == prev.off+uint32(prev.n)
 }
 
-// UnmarshalMap reads what MarshalBinary has made. It keeps no reference to data.
-// What is damaged, cut short, of another version, or could not have come from
-// MarshalBinary gives an error that matches ErrFormat.
+// UnmarshalMap reads what MarshalBinary has made. It keeps no reference to data. Data
+// that is damaged, cut short, of another version, or that MarshalBinary could not
+// have made gives an error that matches ErrFormat.
 func UnmarshalMap(data []byte) (*Map, error) {
 	fail := func(format string, args ...any) (*Map, error) {
-		return nil, fmt.Errorf("binary symbol table: %w", formatErr(format, args...))
+		return nil, formatErr("binary form: "+format, args...)
 	}
 	const version = len(binaryMagic) - 1
 	switch {
 	case len(data) < binaryHeader || string(data[:version]) != binaryMagic[:version]:
-		return fail("no such table")
+		return fail("wrong magic number")
 	case data[version] != binaryMagic[version]:
 		return fail("version %d, want %d", data[version], binaryMagic[version])
 	case len(data) > maxBinary:
@@ -142,12 +142,12 @@ func UnmarshalMap(data []byte) (*Map, error) {
 		case v&1 == 1 && length <= uint64(prev.n):
 			e.off = prev.off + uint32(prev.n) - uint32(length)
 		default:
-			return fail("symbol %d: name of %d bytes is not there", i, length)
+			return fail("symbol %d: its name of %d bytes is missing", i, length)
 		}
 		t.ent[i], prev = e, e
 	}
 	if next != names {
-		return fail("%d bytes of names are nobody's", names-next)
+		return fail("%d bytes of names are not used", names-next)
 	}
 	addr := uint64(0)
 	for i := range t.ent {

@@ -99,8 +99,8 @@ func TestUnmarshalMapErrors(t *testing.T) {
 		"empty name":         {set(types+n, 0), "symbol 0"},
 		"long name":          {set(types+n, 0xff, 0xff), "symbol 0"},
 		"first is shared":    {set(types+n, 3), "symbol 0"},
-		"names left":         {set(types+2*n-1, good[types+2*n-1]-2), "nobody's"},
-		"too few names":      {set(types+2*n-1, good[types+2*n-1]+2), "not there"},
+		"names left":         {set(types+2*n-1, good[types+2*n-1]-2), "not used"},
+		"too few names":      {set(types+2*n-1, good[types+2*n-1]+2), "missing"},
 		"address wraps":      {set(len(good)-1, 0xff), "bad address"},
 		"one symbol too few": {set(12, byte(n-1)), ""},
 	} {

@@ -215,8 +215,8 @@ func wanted(name []byte) bool {
 	return true
 }
 
-// letter returns what nm would print as the type of a symbol, or 0 for what is not
-// an address of the kernel.
+// letter returns what nm would print as the type of a symbol, or 0 for one that is
+// not an address in the kernel.
 func letter(f *elf.File, info byte, shndx elf.SectionIndex) byte {
 	typ, bind := elf.ST_TYPE(info), elf.ST_BIND(info)
 	if typ == elf.STT_FILE || typ == elf.STT_SECTION || typ == elf.STT_TLS {

@@ -39,6 +39,7 @@ type SyntaxError struct {
 	Msg  string // what is wrong with it
 }
 
+// Error implements error.
 func (e *SyntaxError) Error() string { return "line " + strconv.Itoa(e.Line) + ": " + e.Msg }
 
 // Is reports whether target is ErrFormat.
@@ -54,6 +55,7 @@ type AmbiguousError struct {
 // maxListed bounds how many candidates the message names.
 const maxListed = 20
 
+// Error implements error. It lists at most 20 candidates.
 func (e *AmbiguousError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "symbol %q is ambiguous, %d candidates:", e.Name, len(e.Candidates))

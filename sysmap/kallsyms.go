@@ -85,9 +85,9 @@ const (
 	maxPad     = 256
 	maxEncoded = 520      // bytes of an encoded name
 	maxSpan    = 16 << 20 // from the names to the tokens; 2.4 MB in 7.3
-	// slack is how far symbols may be beyond the kernel's last byte: its end
-	// may be rounded down by who cut the segments, and .brk and .init.scratch
-	// (2 MiB aligned) are given back at boot.
+	// slack is how far symbols may be beyond the kernel's last byte: its end may be
+	// rounded down by whoever cut the segments, and .brk and .init.scratch (2 MiB
+	// aligned) are given back at boot.
 	slack = 8 << 20
 	// maxWork bounds the elementary steps spent on one image, see image.spend.
 	// The tables of 6.12 take 2.6 million, those of 7.3 3.9.
@@ -129,14 +129,14 @@ func (im *image) finishSpan() {
 	}
 }
 
-// spend accounts for n steps. A hostile image can have any number of almost
-// correct tables, this bounds the time for all of them.
+// spend accounts for n steps. A hostile image can have any number of almost correct
+// tables; this bounds the time for all of them.
 func (im *image) spend(n int) bool {
 	im.work -= n
 	return im.work >= 0
 }
 
-// spent says whether a bound was reached, and any search is over.
+// spent reports whether a bound was reached, so that every search is over.
 func (im *image) spent() bool {
 	return im.work < 0 || im.hits >= maxHits || im.tables >= maxTables
 }
@@ -179,7 +179,7 @@ type kallsyms struct {
 	w  *window
 
 	tok        [256][]byte
-	badToken   [256]bool // has what no name has
+	badToken   [256]bool // contains a byte that no name has
 	tokenTable int
 	tokenEnd   int // after the index
 
@@ -299,8 +299,8 @@ func (k *kallsyms) decode() (*Map, *Tables) {
 	return nil, nil
 }
 
-// run checks for markers of so many bytes each at off: a zero, and ascending
-// numbers with the steps that 256 names can make.
+// run checks for markers of size bytes each at off: a zero, then ascending numbers in
+// steps that 256 names can make.
 func (k *kallsyms) run(off, size int) bool {
 	if (k.w.addr+uint64(off))&uint64(size-1) != 0 {
 		return false
@@ -385,8 +385,8 @@ func (k *kallsyms) next(p int) (name []byte, end int) {
 	return d[p : p+n], p + n
 }
 
-// walk checks all names against the markers, notes the types, and how many bytes
-// the names have. After it no name can fail.
+// walk checks all names against the markers, notes the types, and how many bytes the
+// names have. After it, decoding a name can't fail.
 func (k *kallsyms) walk() bool {
 	if !k.w.need(k.names, k.markers) {
 		return false
@@ -490,17 +490,17 @@ func (k *kallsyms) value(h *hypothesis, i int) uint64 {
 	return v
 }
 
-// outside says whether v cannot be the address of symbol i. Only absolute symbols
+// outside reports whether v cannot be the address of symbol i. Only absolute symbols
 // may be outside the kernel.
 func (k *kallsyms) outside(v uint64, i int) bool {
 	return (v < k.im.lo || v > k.im.hi) && k.types[i]|0x20 != 'a'
 }
 
-// faults counts what is wrong with a hypothesis, up to limit. What cannot be read
-// is wrong.
+// faults counts what is wrong with a hypothesis, up to limit. An address that cannot
+// be read is wrong.
 func (k *kallsyms) faults(h *hypothesis, limit int) int {
-	// The last ones first, which are close together: most hypotheses are wrong
-	// everywhere, and need not be read for that.
+	// The last addresses first, which are close together: most hypotheses are wrong
+	// everywhere, and a few addresses tell.
 	const few = 16
 	size := k.size(h.kind)
 	if !k.w.need(h.off+(k.n-few)*size, h.off+k.n*size) || !k.im.spend(few) {
@@ -542,7 +542,7 @@ func (k *kallsyms) addresses() (*Map, *Tables) {
 	size := len(k.w.data)
 	try := func(h hypothesis) {
 		if h.off >= 0 && h.off+k.n*k.size(h.kind) <= size && bestFaults > 0 && k.im.work >= 0 {
-			// Strictly fewer: of equals the one with the least padding stays.
+			// Strictly fewer: among equals the one with the least padding stays.
 			if f := k.faults(&h, bestFaults); f < bestFaults && k.bannerFits(&h) {
 				best, bestFaults = h, f
 			}

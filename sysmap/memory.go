@@ -15,9 +15,9 @@ type Range struct {
 	Writable, Exec bool
 }
 
-// Memory reads the virtual memory of a kernel: all of b, from addr on, or an
-// error. FromMemory asks for whole pages of 4 KiB, several at a time where it needs
-// neighbours, and only for such as are in the ranges it was given.
+// Memory reads the virtual memory of a kernel: all of b, from addr on, or an error.
+// FromMemory asks for whole pages of 4 KiB, several at a time where it needs
+// neighbours, and only for pages in the ranges it was given.
 type Memory interface {
 	Read(addr uint64, b []byte) error
 }
@@ -36,6 +36,7 @@ type Tables struct {
 	Pages      int    // pages of 4 KiB that were read, in the search too
 }
 
+// String returns where the tables are, on one line.
 func (t *Tables) String() string {
 	return fmt.Sprintf("%d symbols, names at %#x, tokens at %#x, addresses at %#x (%s), %d pages read",
 		t.Count, t.Names, t.TokenTable, t.Addresses, t.Layout, t.Pages)
@@ -58,17 +59,17 @@ const (
 )
 
 // FromMemory finds and decodes the symbol table in the memory of a running kernel.
-// ranges are the present pieces of the kernel's image, in address order; all of
-// them, for symbols outside count as wrong. The addresses are those of the running
-// kernel: no slide is to be added.
+// ranges are the present pieces of the kernel's image, in address order; all of them,
+// for symbols outside count as wrong. The addresses are those of the running kernel:
+// don't add a slide.
 //
-// The search reads few pages: 725 of 6.12, whose names and addresses have 707; 789
-// if the protections are all the same. It samples the image, first where it is
-// neither writable nor executable, for the table of addresses, whose pages are
-// ascending numbers that lie in the kernel; the tokens are next to it, or beyond
-// the names. Without such luck it reads everything. A page that cannot be read is
-// passed over in the search; in the tables it is an error, which wraps that of
-// Memory. All errors match ErrFormat, or are the context's.
+// The search reads few pages: 725 of Linux 6.12, whose names and addresses take 707,
+// or 789 if all protections are the same. It samples the image, read-only data first,
+// for the table of addresses, whose pages are ascending numbers that lie in the
+// kernel; the tokens are next to it, or beyond the names. If that fails it reads
+// everything. A page that cannot be read is skipped in the search; in the tables it
+// is an error, which wraps that of Memory. All errors match ErrFormat, or are the
+// context's.
 //
 // Everything in memory may be a lie. The search reads at most 65,536 pages, 256 MB,
 // takes 2^27 elementary steps (about a second in the worst case found), and has at
@@ -125,7 +126,7 @@ func newFinder(ctx context.Context, m Memory, ranges []Range, work int) (*finder
 	}
 	s := &finder{ctx: ctx, mem: m, im: image{lo: math.MaxUint64, word: 4, work: work}}
 	s.im.at = s.at
-	total, last := uint64(0), uint64(0) // last is the range before's last byte
+	total, last := uint64(0), uint64(0) // last is the last byte of the range before
 	for _, r := range ranges {
 		if r.Size == 0 {
 			continue
@@ -297,13 +298,13 @@ func (s *finder) wasFollowed(addr uint64) bool {
 	return false
 }
 
-// minRises is how many different addresses a page of the table must have to be
-// taken for one. (Some have one: 5.10 has 9,778 __kstrtabns_ symbols of the
-// same address.)
+// minRises is how many different addresses a page of the table must have to be taken
+// for one. (Some pages have only one: 5.10 has 9,778 __kstrtabns_ symbols of the same
+// address.)
 const minRises = 64
 
-// ascending says whether a page can be in the table of addresses of that kind: the
-// first and the last address, and how often there is a change.
+// ascending reports whether a page can be part of a table of addresses of that kind,
+// and returns its first and last address and how often neighbours differ.
 func (s *finder) ascending(kind meaning, addr uint64, b []byte) (first, last uint64, rises int, ok bool) {
 	le := binary.LittleEndian
 	size := 4
@@ -465,8 +466,8 @@ const (
 	pageFailed // its bytes are zeros
 )
 
-// need reads what is missing of data[from:to], as far as there is such data, and
-// says whether all of it is there.
+// need reads the missing pages of data[from:to], as far as data goes, and reports
+// whether all of it is there.
 func (w *window) need(from, to int) bool {
 	from, to = max(0, from), min(to, len(w.data))
 	if w.src == nil || from >= to {

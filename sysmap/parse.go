@@ -18,10 +18,10 @@ const (
 //	ffffffff81000000 T _stext
 //	ffffffffc0201000 t ext4_init	[ext4]
 //
-// Empty lines, lines starting with '#', carriage returns, surrounding blanks and
-// nm's undefined symbols are skipped over. The lines may be in any order. Other
-// errors are *SyntaxError with the line number, ErrStub for a distribution's
-// placeholder, or ErrRestricted if no address was disclosed.
+// Empty lines, lines starting with '#', carriage returns, surrounding blanks and nm's
+// undefined symbols are skipped. The lines may be in any order. Errors other than r's
+// are a *SyntaxError with the line number, ErrStub for a distribution's placeholder,
+// or ErrRestricted if no address was disclosed.
 func Parse(r io.Reader) (*Map, error) {
 	size := 0
 	if l, ok := r.(interface{ Len() int }); ok {
@@ -123,7 +123,7 @@ func (p *parser) line(l []byte) error {
 		addr = addr<<4 | uint64(d)
 	}
 	if i == start || i == len(l) || !blank(l[i]) {
-		// nm prints no address for what the file only refers to.
+		// nm prints no address for symbols that the file only refers to.
 		if f := bytes.Fields(l); len(f) == 2 && len(f[0]) == 1 && strings.IndexByte("UwvN", f[0][0]) >= 0 {
 			return nil
 		}

@@ -11,8 +11,8 @@ const (
 	maxEditName = 128
 )
 
-// purposes lists, for what people look for, the kernel functions that do it: of
-// new kernels first. Facts of Linux 2.6 to 7.3.
+// purposes lists, for names that people look for, the kernel functions that do the
+// work, those of new kernels first. Facts of Linux 2.6 to 7.3.
 var purposes = []struct {
 	asked []string // without sys_
 	funcs []string
@@ -144,7 +144,7 @@ func (m *Map) near(name string, d int, add func(string)) {
 // editDistance returns Levenshtein's distance of a and b, a change of case being
 // free, or most+1 if it is more than most. Both have at most maxEditName+2 bytes.
 func editDistance(a, b string, most int) int {
-	// What they have in common at both ends does not count.
+	// What they have in common at both ends makes no difference.
 	for a != "" && b != "" && lower(a[0]) == lower(b[0]) {
 		a, b = a[1:], b[1:]
 	}

@@ -32,11 +32,12 @@ type Symbol struct {
 	// longer tell code from data.
 	Type byte
 	Name string
-	// Module is the name of the module that has the symbol, "" for the
+	// Module is the name of the module that the symbol belongs to, "" for the
 	// kernel's own.
 	Module string
 }
 
+// String returns the symbol as a line of /proc/kallsyms.
 func (s Symbol) String() string {
 	if s.Module != "" {
 		return fmt.Sprintf("%016x %c %s [%s]", s.Addr, s.Type, s.Name, s.Module)
@@ -97,7 +98,7 @@ func (t *table) name(i int) string {
 	return t.names[e.off : e.off+uint32(e.n)]
 }
 
-// module returns whose a symbol is, "" for the kernel's own.
+// module returns the module that symbol i belongs to, "" for the kernel's own.
 func (t *table) module(i int) string {
 	if t.mod == nil {
 		return ""
@@ -242,13 +243,13 @@ func (m *Map) setModules(b *builder) {
 	m.mods.setLow(wide)
 }
 
-// printable says whether there is nothing in b that no name has: blanks, control
-// characters and bytes above 0x7e.
+// printable reports whether b has only bytes that names have: no blanks, control
+// characters or bytes above 0x7e.
 func printable(b []byte) bool {
 	const low, high = 0x0101010101010101, 0x8080808080808080
 	for ; len(b) >= 8; b = b[8:] {
-		// Of each byte, the top bit is to be 0, that of the byte plus one
-		// too, and that of the byte without 0x21, its top bit set, 1.
+		// For each byte c, 0x21 <= c <= 0x7e: the top bits of c and c+1 are 0, and
+		// that of (c|0x80)-0x21 is 1.
 		v := binary.LittleEndian.Uint64(b)
 		if (v|(v+low)|^((v|high)-0x21*low))&high != 0 {
 			return false
@@ -335,8 +336,8 @@ func (m *Map) Slide(delta uint64) *Map {
 // so call it again, on either map, when they have. Addresses are those of the
 // running kernel, so Slide before With.
 //
-// Left out is what /proc/kallsyms could not say: symbols without a module, names
-// that are empty, too long or hold blanks or control characters.
+// Symbols that /proc/kallsyms could not show are left out: those without a module,
+// and those whose names are empty, too long, or have blanks or control characters.
 func (m *Map) With(syms []Symbol) *Map {
 	b := newBuilder(0, 0)
 	for _, s := range syms {
@@ -387,7 +388,7 @@ func (v view) shift(a uint64) uint64 {
 	return a
 }
 
-// unshift is the inverse of shift. It fails for what no table can hold.
+// unshift is the inverse of shift. It fails for addresses that no table can hold.
 func (v view) unshift(a uint64) (uint64, bool) {
 	if !v.t.wide {
 		if a > math.MaxUint32 {
@@ -827,8 +828,8 @@ func (m *Map) Next(addr uint64) (uint64, bool) {
 	return next, found
 }
 
-// FuncEnd returns an upper bound for the end of the function addr is in: the next
-// symbol, or where Find stops to claim addresses. It fails where Find does.
+// FuncEnd returns an upper bound for the end of the function that addr is in: the
+// next symbol, or the end of what Find claims. It fails where Find does.
 func (m *Map) FuncEnd(addr uint64) (uint64, bool) {
 	_, _, end, ok := m.find(addr)
 	if !ok {

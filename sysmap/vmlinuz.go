@@ -3,10 +3,10 @@ package sysmap
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/vmprobes/vmprobes/internal/kimage"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
 )
 
 // FromVMLinuz reads the symbols of a bzImage, the vmlinuz of x86: it unpacks the
@@ -23,7 +23,7 @@ func FromVMLinuz(r io.ReaderAt, size int64) (*Map, error) {
 // imageErr makes an error about what was read match ErrFormat.
 func imageErr(err error) error {
 	if errors.Is(err, kimage.ErrNotBootImage) || errors.Is(err, kimage.ErrFormat) || errors.Is(err, kimage.ErrCompression) {
-		return fmt.Errorf("%w: %w", ErrFormat, err)
+		return sentinel.As(err, ErrFormat)
 	}
 	return err
 }

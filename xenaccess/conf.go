@@ -25,6 +25,7 @@ type SyntaxError struct {
 	Msg  string
 }
 
+// Error implements error.
 func (e *SyntaxError) Error() string {
 	return fmt.Sprintf("%s:%d:%d: %s", cmp.Or(e.File, "configuration"), e.Line, e.Col, e.Msg)
 }
@@ -32,8 +33,8 @@ func (e *SyntaxError) Error() string {
 // Is reports whether target is ErrConfig.
 func (e *SyntaxError) Is(target error) bool { return target == ErrConfig }
 
-// A Config is what configuration files say of guests. It is immutable, and so are to
-// be the maps that it gives out.
+// A Config is what configuration files say about guests. It is immutable; the maps in
+// it must not be changed.
 type Config struct {
 	domains  map[string]DomainConfig
 	warnings []string
@@ -42,19 +43,19 @@ type Config struct {
 // A DomainConfig is what is configured for one guest.
 type DomainConfig struct {
 	Name string
-	File string // that it is from, "" if it wasn't read from one
+	File string // in which it was found, "" if it wasn't read from one
 	Line int    // of the name
 
-	// OSType is ostype: "Linux", "Windows", "FreeBSD" or "OSX" in this
-	// spelling, or what else is written there.
+	// OSType is the value of ostype: "Linux", "Windows", "FreeBSD" or "OSX" in this
+	// spelling, or else what is written there.
 	OSType string
-	// Sysmap is sysmap: the path of the kernel's System.map, or of what stands
-	// for it.
+	// Sysmap is the value of sysmap: the path of the kernel's System.map, or of
+	// another file that Options.Symbols may name.
 	Sysmap string
-	// Types is volatility_ist: the path of a Volatility 3 symbol file.
+	// Types is the value of volatility_ist: the path of a Volatility 3 symbol file.
 	Types string
-	// Rekall is rekall_profile: the path of a Rekall profile, which had the same
-	// purpose.
+	// Rekall is the value of rekall_profile: the path of a Rekall profile, which had
+	// the same purpose. It is not used.
 	Rekall string
 	// Offsets are the numbers, by their keys: offsets in structures
 	// ("linux_tasks") and a few addresses ("kpgd"), in bytes.
@@ -92,8 +93,9 @@ const (
 	maxWarnings = 100     // the rest are counted
 )
 
-// LoadConfig reads configuration files. What an earlier one says of a domain counts.
-// The error is that of opening a file, which must exist, or a *SyntaxError.
+// LoadConfig reads configuration files. If several have the same domain, the first
+// one counts. The error is that of opening a file, all of which must exist, or a
+// *SyntaxError.
 func LoadConfig(paths ...string) (*Config, error) {
 	c := &Config{domains: map[string]DomainConfig{}}
 	for _, path := range paths {
@@ -138,9 +140,9 @@ func loadConfig(path string) (*Config, error) {
 // and a few signs. There are no escapes. The last assignment of a block may lack its
 // semicolon.
 //
-// Keys that aren't known are kept, of a key or a domain that is there twice the
-// last counts, as with LibVMI; [Config.Warnings] has both. At most 1 MiB is read.
-// The error is r's, or a *SyntaxError.
+// Unknown keys are kept. If a key or a domain occurs twice in one file, the last one
+// counts, as with LibVMI. [Config.Warnings] tells of both. At most 1 MiB is read. The
+// error is r's, or a *SyntaxError.
 func ParseConfig(r io.Reader) (*Config, error) { return parseConfig(r, "") }
 
 func parseConfig(r io.Reader, file string) (*Config, error) {
@@ -180,7 +182,7 @@ func (c *Config) Names() []string {
 	return names
 }
 
-// Warnings returns what is likely not meant as it is written, each with its place.
+// Warnings returns what was probably not meant as it is written, each with its place.
 func (c *Config) Warnings() []string { return slices.Clone(c.warnings) }
 
 type configParser struct {
@@ -215,7 +217,7 @@ func (p *configParser) parse() error {
 			return err
 		}
 		if first, ok := p.config.domains[d.Name]; ok {
-			p.warnf(name, "domain %q stands in line %d already: this one counts", d.Name, first.Line)
+			p.warnf(name, "domain %q is in line %d already: this one counts", d.Name, first.Line)
 		}
 		p.config.domains[d.Name] = d
 	}
@@ -248,7 +250,7 @@ func (p *configParser) block(d *DomainConfig) error {
 			return p.lex.at(value, "a value is expected here, not "+value.String())
 		}
 		if line, ok := seen[key.text]; ok {
-			p.warnf(key, "key %q stands in line %d already: this one counts", key.text, line)
+			p.warnf(key, "key %q is in line %d already: this one counts", key.text, line)
 		}
 		seen[key.text] = key.line
 		if err := p.assign(d, key, value); err != nil {
@@ -382,7 +384,7 @@ func (l *lexer) next() (token, error) {
 	case '"':
 		n := bytes.IndexAny(l.text[1:], "\"\n")
 		if n < 0 || l.text[1+n] == '\n' {
-			return t, l.errorf("the quote isn't closed in its line")
+			return t, l.errorf("the quote isn't closed on its line")
 		}
 		t.kind = tokenQuoted
 		err := l.take(&t, l.text[1:1+n])

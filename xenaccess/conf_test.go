@@ -121,8 +121,8 @@ g {
 	assert.Equal(t, DomainConfig{Name: "g", Line: 2, Sysmap: "c", Offsets: map[string]uint64{}, Unknown: map[string]string{"pagemode": "ia32e"}}, d, "the last counts, and alone")
 	assert.Equal(t, []string{
 		`configuration:3:3: key "pagemode" is not known`,
-		`configuration:4:17: key "sysmap" stands in line 4 already: this one counts`,
-		`configuration:2:1: domain "g" stands in line 1 already: this one counts`,
+		`configuration:4:17: key "sysmap" is in line 4 already: this one counts`,
+		`configuration:2:1: domain "g" is in line 1 already: this one counts`,
 	}, c.Warnings())
 
 	var b strings.Builder

@@ -7,14 +7,13 @@
 //	defer g.Close()
 //	tasks, err := g.Linux().Processes(false)
 //
-// [Open] takes a guest as every program of this module does: the name of a
-// domain, its id, or a name with a scheme, "file:" among them. What is understood
-// of its kernel is in [Guest.Linux], which found it in the guest's own memory.
-// Memory is read through a [Space]: the kernel's, a process', physical, or
-// machine memory.
+// [Open] takes a guest as every program of this module does: the name of a domain,
+// its id, or a name with a scheme, "file:" among them. [Guest.Linux] is its kernel,
+// as far as it is understood from the guest's own memory. Memory is read through a
+// [Space]: the kernel's, a process', physical, or machine memory.
 //
 // Nothing is changed in the guest unless Write is called. It isn't stopped either,
-// but for a QEMU guest, which stands still for a moment while it is opened.
+// except for a QEMU guest, which stands still for a moment while it is opened.
 //
 // # From C to Go
 //

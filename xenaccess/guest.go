@@ -35,7 +35,7 @@ type Options struct {
 	// Cache is a directory for what is expensive to work out about a kernel.
 	// Empty means /var/cache/vmprobes; "-" means none.
 	Cache string
-	// Lax has Open succeed where no Linux kernel is found, so that physical and
+	// Lax makes Open succeed where no Linux kernel is found, so that physical and
 	// machine memory can be read (XA_FAILSOFT). Guest.Err says what was missing.
 	Lax bool
 	// Logger receives debug records. Nil discards them.
@@ -58,32 +58,37 @@ type Guest struct {
 	raw    *paging.Memory // for physical and machine memory
 }
 
-// Open opens the domain called name, or with the numeric id that it spells, or
-// with a scheme before it another kind of guest: "file:PATH" is a saved image.
-// The Guest must be closed.
+// Open opens the domain called name, or the one whose id name spells, or, if name has
+// a scheme, another kind of guest: "file:PATH" is a saved image. The Guest must be
+// closed.
 func Open(ctx context.Context, name string, opts *Options) (*Guest, error) {
-	t, err := target.Open(ctx, name)
+	g, err := open(ctx, name, opts)
 	if err != nil {
-		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
-	}
-	g := New(ctx, t, opts)
-	if g.err != nil && (opts == nil || !opts.Lax) {
-		err := g.err
-		if cerr := g.Close(); cerr != nil {
-			err = errors.Join(err, cerr)
+		if name != "" {
+			name = " " + name
 		}
-		return nil, fmt.Errorf("xenaccess: open %s: %w", name, err)
+		return nil, fmt.Errorf("xenaccess: open%s: %w", name, err)
 	}
 	return g, nil
 }
 
-// New is Open for a guest that has been found already: it takes t over, and
-// succeeds always, as if Lax were set. It is there for package vmprobes, which attaches
-// to the guest as well: t is of an internal package, and New may change at any time.
-func New(ctx context.Context, t target.Guest, opts *Options) *Guest {
+func open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 	if opts == nil {
 		opts = new(Options)
 	}
+	t, err := target.Open(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	g := look(ctx, t, opts)
+	if g.err != nil && !opts.Lax {
+		return nil, errors.Join(g.err, g.Close())
+	}
+	return g, nil
+}
+
+// look returns t as a Guest, whose err says why no kernel was found.
+func look(ctx context.Context, t target.Guest, opts *Options) *Guest {
 	g := &Guest{target: t, raw: paging.New(t, paging.Mode{Kind: paging.FourLevel, NXE: true})}
 	if f, ok := t.(target.Freezer); ok {
 		if g.err = f.Freeze(); g.err != nil {
@@ -144,8 +149,8 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 	return k, nil
 }
 
-// parse reads a file, which takes seconds for one with debug information, or is given up
-// when ctx is done. Then what has begun goes on to its end, seen by nobody.
+// parse reads a file, which takes seconds for one with debug information. It returns
+// early when ctx is done; f then runs to its end unnoticed.
 func parse[T any](ctx context.Context, path string, f func(path string) (*T, error)) (*T, error) {
 	type result struct {
 		t   *T
@@ -215,8 +220,8 @@ func configured(name string, opts *Options) (DomainConfig, error) {
 	return d, nil
 }
 
-// Close gives back what the guest's memory is reached through. What came from
-// the Guest must not be used any more.
+// Close releases the guest's memory. Nothing that came from the Guest may be used
+// afterwards.
 func (g *Guest) Close() error { return g.target.Close() }
 
 // Name returns the guest's name.

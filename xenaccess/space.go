@@ -13,8 +13,8 @@ import (
 // ErrNoTerminator: a string is longer than the limit.
 var ErrNoTerminator = cstring.ErrNoTerminator
 
-// ErrNoPhysical: the guest is a PV one, and where its physical memory is isn't
-// known.
+// ErrNoPhysical: the physical-to-machine map of a PV guest isn't known, without which
+// its physical memory can't be found.
 var ErrNoPhysical = errors.New("the guest's physical-to-machine map is not known")
 
 // A Space is a way to address a guest's memory. The addresses are virtual ones of
@@ -37,8 +37,8 @@ func (g *Guest) Kernel() Space {
 	return Space{frames: g.target, mem: g.kernel.Memory(), root: g.kernel.Root()}
 }
 
-// User returns the virtual memory of the process with the given id. It can fail
-// at each access where pages are absent or swapped out.
+// User returns the virtual memory of the process with the given id. An access fails
+// where a page is absent or swapped out.
 func (g *Guest) User(pid int) (Space, error) {
 	if g.kernel == nil {
 		return Space{}, g.err
@@ -54,14 +54,14 @@ func (g *Guest) User(pid int) (Space, error) {
 	return Space{frames: g.target, mem: g.kernel.Memory(), root: root}, nil
 }
 
-// Machine returns machine memory: that which the guest's page tables name. For
-// an HVM or PVH guest it is its physical memory.
+// Machine returns machine memory, which is what the guest's page tables name. For an
+// HVM or PVH guest it is its physical memory.
 func (g *Guest) Machine() Space {
 	return Space{frames: g.target, mem: g.raw, phys: func(page uint64) (paging.Frame, error) { return paging.Frame(page), nil }}
 }
 
-// Physical returns the guest's physical memory. For a running PV guest it is
-// found by the guest's own map of it.
+// Physical returns the guest's physical memory. That of a running PV guest is found
+// through the guest's own physical-to-machine map.
 func (g *Guest) Physical() Space {
 	if m, ok := g.target.(interface {
 		PhysToMachine(page uint64) (paging.Frame, error)
@@ -77,8 +77,8 @@ func (g *Guest) Physical() Space {
 	return Space{frames: g.target, mem: g.raw, phys: g.kernel.PhysToMachine}
 }
 
-// Read fills b from addr on. n < len(b) if and only if err is not nil: n bytes are
-// before the first page that can't be read.
+// Read fills b from addr on. n < len(b) if and only if err is not nil; the first n
+// bytes have then been read.
 func (s Space) Read(addr uint64, b []byte) (n int, err error) {
 	if s.err != nil {
 		return 0, s.err
@@ -148,10 +148,10 @@ func (s Space) Uint64(addr uint64) (uint64, error) {
 	return binary.LittleEndian.Uint64(b[:]), err
 }
 
-// ReadString reads a NUL-terminated string. If none of the first limit bytes is a NUL,
-// it returns these and an error that wraps ErrNoTerminator; if not all of it can be
-// read, what is before that, and why. The bytes are the guest's: quote them before they
-// go to a terminal.
+// ReadString reads a NUL-terminated string. If none of the first limit bytes is a
+// NUL, it returns these and an error that wraps ErrNoTerminator; if only the
+// beginning can be read, it returns that and the error. The bytes are the guest's:
+// quote them before they go to a terminal.
 func (s Space) ReadString(addr uint64, limit int) (string, error) {
 	str, err := cstring.Read(s.Read, addr, limit)
 	if errors.Is(err, ErrNoTerminator) {
@@ -160,8 +160,8 @@ func (s Space) ReadString(addr uint64, limit int) (string, error) {
 	return str, err
 }
 
-// Translate returns the frame behind an address, which is machine memory of a PV guest
-// and physical memory of others, and for virtual addresses what the page tables allow
+// Translate returns the frame of an address: a machine frame of a PV guest, a guest
+// frame of others. For virtual addresses it also returns what the page tables allow
 // there.
 func (s Space) Translate(addr uint64) (paging.Translation, error) {
 	if s.err != nil {

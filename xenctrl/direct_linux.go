@@ -7,10 +7,10 @@ import (
 	"unsafe"
 )
 
-// directEvents makes three calls of libxenevtchn, those that each event takes, as
-// the system calls that they are (linux/include/uapi/xen/evtchn.h;
-// tools/libs/evtchn/linux.c): of a call through cgo Go's scheduler keeps account,
-// which costs several times what the call does. None of the three waits.
+// directEvents makes the three calls of libxenevtchn that each event takes as system
+// calls (linux/include/uapi/xen/evtchn.h; tools/libs/evtchn/linux.c). Go's scheduler
+// keeps account of calls through cgo, which costs several times as much as the calls.
+// None of the three waits.
 type directEvents struct {
 	eventLib
 	dev uintptr
@@ -25,8 +25,8 @@ const (
 	ioctlNotify = 'E'<<8 | 4 | 4<<16
 )
 
-// direct returns l with directEvents if its descriptor is the device, and l if it
-// isn't, or if that can't be told.
+// direct returns directEvents above l if l's descriptor is the device, and l if it
+// isn't or that can't be told.
 func direct(l eventLib) eventLib {
 	fd := l.fd()
 	if path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err != nil || path != fileEvtchn {
@@ -52,7 +52,7 @@ func (d *directEvents) notify(port uint32) error {
 	return nil
 }
 
-// whole is the error of a system call that passed n bytes of a port.
+// whole returns the error of a system call that has passed n bytes of a port number.
 func whole(n uintptr, e syscall.Errno) error {
 	switch {
 	case e != 0:

@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// domctls makes the control operations that a hit takes as hypercalls, and all else
-// through the library. Through cgo Go's scheduler keeps account of a call, and takes
-// the processor away from one that lasts: what it costs to get it back is more than
-// the operation.
+// domctls makes the control operations that a hit takes as hypercalls, and all others
+// through the library. Go's scheduler keeps account of calls through cgo, and takes
+// the processor away from one that lasts: getting it back costs more than the
+// operation.
 //
-// All of them return soon, as the scheduler doesn't hear of them and garbage
-// collection waits until they do: the hypervisor waits for a vCPU to leave its
-// processor at the most, or for another operation.
+// All of them return soon, as they must: the scheduler doesn't hear of them, and
+// garbage collection waits for them. At most the hypervisor waits until a vCPU has
+// left its processor, or for another operation.
 type domctls struct {
 	lib
 	dev  hypercaller
@@ -64,7 +64,7 @@ func newDomctls(l lib, dev hypercaller, mem []byte) (*domctls, error) {
 	}
 	p := unsafe.Pointer(unsafe.SliceData(mem))
 	d := &domctls{lib: l, dev: dev, mem: mem, m: (*domctlBuffers)(p), addr: uint64(uintptr(p))}
-	// The hypervisor does nothing but say EACCES if it has another interface.
+	// A hypervisor that has another interface does nothing and returns EACCES.
 	for d.face = domctlNewest; d.face >= domctlOldest; d.face-- {
 		_, err := d.domainInfo(DomID0)
 		if err != syscall.EACCES {
@@ -83,7 +83,8 @@ func (d *domctls) close() error {
 	return err
 }
 
-// begin begins an operation, of which do is the call and end the end.
+// begin starts an operation and returns its arguments; do makes the call, and end
+// finishes it.
 func (d *domctls) begin() *domctlArgs {
 	d.mu.Lock()
 	clear(d.m.op.u[:])
@@ -98,8 +99,8 @@ func (d *domctls) do(cmd uint32, id DomID) error {
 
 func (d *domctls) end() { d.mu.Unlock() }
 
-// firstDomain asks for the domain itself. If that isn't there, the answer is an error
-// or another domain, which depends on the release, and the library is asked.
+// firstDomain asks for the domain first itself. If there is none, the answer is an
+// error or another domain, depending on the release: then the library is asked.
 func (d *domctls) firstDomain(first DomID) (DomainInfo, bool, error) {
 	if info, err := d.domainInfo(first); err == nil && info.ID == first {
 		return info, true, nil
@@ -176,7 +177,7 @@ func (d *domctls) vcpuExtState(id DomID, vcpu int, s *ExtState) error {
 func (d *domctls) extRoom(id DomID, vcpu int) (mask, room uint64, err error) {
 	args := d.begin()
 	defer d.end()
-	// All else 0: what is the most it can be?
+	// With all other fields 0 Xen returns the largest possible size.
 	binary.LittleEndian.PutUint32(args[domctlVCPUOff:], uint32(vcpu))
 	err = d.do(domctlGetVCPUExtState, id)
 	return binary.LittleEndian.Uint64(args[domctlExtMaskOff:]), binary.LittleEndian.Uint64(args[domctlExtSizeOff:]), err

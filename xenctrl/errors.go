@@ -83,7 +83,7 @@ func (e *Error) Error() string {
 // Unwrap returns e.Err.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Is matches the sentinel that stands for the errno of e.
+// Is reports whether target is the sentinel that stands for the errno of e.
 func (e *Error) Is(target error) bool {
 	errno, ok := e.Err.(syscall.Errno)
 	if !ok {

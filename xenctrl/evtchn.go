@@ -46,8 +46,8 @@ func (c *EventChannels) do(op string, id DomID, f func(l eventLib) error) error 
 	return opErr(op, id, -1, f(c.l))
 }
 
-// BindVIRQ adds a port for a virtual interrupt, such as VIRQDebugger. A global
-// one has a single listener: EEXIST if it is taken.
+// BindVIRQ adds a port for a virtual interrupt, such as VIRQDebugger. A global one
+// has a single listener: the error is EEXIST if there is one already.
 func (c *EventChannels) BindVIRQ(virq uint32) (port uint32, err error) {
 	err = c.do("bind virq", domNone, func(l eventLib) (err error) {
 		port, err = l.bindVIRQ(virq)

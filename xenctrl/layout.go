@@ -36,8 +36,8 @@ const (
 )
 
 // The versions of the domctl interface (XEN_DOMCTL_INTERFACE_VERSION,
-// xen/include/public/domctl.h) of Xen 4.13 and of Xen 4.22. What is used of them
-// here is the same in all between.
+// xen/include/public/domctl.h) of Xen 4.13 and of Xen 4.22. What is used here is the
+// same in all of them.
 const (
 	domctlOldest = 0x12
 	domctlNewest = 0x18
@@ -67,7 +67,7 @@ type xenDomainInfo struct {
 	handle                   [16]byte
 }
 
-// info returns what is exported of i.
+// info returns the part of i that is exported.
 func (i *xenDomainInfo) info() DomainInfo {
 	return DomainInfo{
 		ID:              DomID(i.domain),

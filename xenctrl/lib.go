@@ -27,8 +27,8 @@ type lib interface {
 	vcpuInfo(id DomID, vcpu int, info *VCPUInfo) error
 	vcpuContext(id DomID, vcpu int, c *VCPUContext) error
 	setVCPUContext(id DomID, vcpu int, c *VCPUContext) error
-	// vcpuExtState reuses s.Data. What s holds of an earlier call tells how much
-	// room is needed, without a call more.
+	// vcpuExtState reuses s.Data. If s is from an earlier call, that tells how much
+	// room is needed and saves a call.
 	vcpuExtState(id DomID, vcpu int, s *ExtState) error
 	setVCPUExtState(id DomID, vcpu int, mask uint64, data []byte) error
 	hvmCPU(id DomID, vcpu int, rec *hvmHWCPU) error
@@ -39,8 +39,8 @@ type lib interface {
 	gdbsxMemory(id DomID, pgd3, va uint64, buf []byte, write bool) (remain int, err error)
 	translate(id DomID, vcpu int, va uint64) (frame uint64, err error)
 
-	// mapForeign maps the frames, and returns one errno for each in errs if
-	// any could not be mapped: then nothing is.
+	// mapForeign maps the frames. If any of them can't be mapped it maps none, and
+	// returns an errno for each in errs.
 	mapForeign(id DomID, writable bool, frames []uint64) (mem []byte, errs []int32, err error)
 	unmapForeign(mem []byte) error
 
@@ -57,9 +57,10 @@ type lib interface {
 	openStore() (storeLib, error)
 }
 
-// extStates is what vcpuExtState takes: how much the state can be, and the mask that
-// Xen wants to see with it; and the state in buf, with its size, which
-// setVCPUExtState wants to have again. It is EAGAIN or EINVAL if buf is too small.
+// extStates has the two calls that vcpuExtState takes. extRoom returns the mask that
+// Xen expects and the largest size of the state; extState stores the state in buf and
+// returns its size, which setVCPUExtState needs, and fails with EAGAIN or EINVAL if
+// buf is too small.
 type extStates interface {
 	extRoom(id DomID, vcpu int) (mask, room uint64, err error)
 	extState(id DomID, vcpu int, mask uint64, buf []byte) (size int, err error)
@@ -122,7 +123,7 @@ type eventLib interface {
 	close() error
 }
 
-// turn is how this domain gives away its vCPU's turn.
+// turn is how this domain gives up its vCPU's turn.
 type turn interface {
 	yield() bool
 	close()

@@ -189,8 +189,8 @@ static int vmp_vcpu_info(struct vmp *v, uint32_t dom, uint32_t vcpu, struct vmp_
 	return VMP_TRY(v->xc.xc_vcpu_getinfo(v->xch, dom, vcpu, info));
 }
 
-// The Go structure is copied, so that the library has memory with room behind
-// it that is not Go's.
+// The Go structure is copied, so that the library gets memory that is not Go's and
+// has room at its end.
 static int vmp_get_context(struct vmp *v, uint32_t dom, uint32_t vcpu, void *ctx)
 {
 	uint64_t buf[VMP_CONTEXT_ROOM / 8];
@@ -209,21 +209,21 @@ static int vmp_set_context(struct vmp *v, uint32_t dom, uint32_t vcpu, const voi
 	return VMP_TRY(v->xc.xc_vcpu_setcontext(v->xch, dom, vcpu, buf));
 }
 
-// vmp_ext_room stores how much a vCPU's extended state can be, and the mask that
-// Xen wants to see with it.
+// vmp_ext_room stores the largest size of a vCPU's extended state, and the mask that
+// Xen expects.
 static int vmp_ext_room(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t *mask, uint64_t *room)
 {
 	struct vmp_domctl d = { .cmd = VMP_DOMCTL_GETVCPUEXTSTATE, .domain = dom };
-	d.u.extstate.vcpu = vcpu; // all else 0: what is the most it can be?
+	d.u.extstate.vcpu = vcpu; // all else 0 asks for the largest size
 	int rc = VMP_TRY(v->xc.xc_domctl(v->xch, &d));
 	*mask = d.u.extstate.xfeature_mask;
 	*room = d.u.extstate.size;
 	return rc;
 }
 
-// vmp_get_extstate stores the state in room bytes at out, and its size, which is
-// what setvcpuextstate wants to have again. xc_vcpu_get_extstate keeps that to
-// itself, and asks for the room each time.
+// vmp_get_extstate stores the state in room bytes at out, and its size, which
+// setvcpuextstate needs. xc_vcpu_get_extstate doesn't return that, and asks for the
+// room each time.
 static int vmp_get_extstate(struct vmp *v, uint32_t dom, uint32_t vcpu, uint64_t mask,
 			    void *out, uint64_t room, uint64_t *size)
 {
@@ -448,7 +448,7 @@ static void vmp_store_close(struct vmp_store *s)
 
 static int vmp_store_fd(struct vmp_store *s) { return VMP_TRY(s->xs.xs_fileno(s->h)); }
 
-// The memory in *out is to be freed.
+// The caller frees the memory in *out.
 static int vmp_store_read(struct vmp_store *s, const char *path, void **out, unsigned *len)
 {
 	errno = 0;
@@ -584,7 +584,7 @@ func load(file, pkg string, f func(file, msg *C.char, n C.size_t) C.int) error {
 	defer C.free(unsafe.Pointer(name))
 	msg := (*C.char)(C.calloc(room, 1))
 	defer C.free(unsafe.Pointer(msg))
-	// dlerror is of the thread.
+	// dlerror is per thread.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if f(name, msg, room) == 0 {
@@ -671,7 +671,7 @@ func loadLib(name, pkg string) (*dlLib, error) {
 	return l, nil
 }
 
-// openedErr explains why a library could not connect. hint is a question to ask.
+// openedErr explains why a library could not connect. hint says what to look at.
 func openedErr(op, hint string, rc C.int) error {
 	err := errno(rc)
 	switch {

@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// privcmd is Linux's way to make hypercalls, /dev/xen/privcmd, of which Go's
-// scheduler isn't told: a call takes less time than that, or as long as others run.
+// privcmd makes hypercalls through Linux's /dev/xen/privcmd. Go's scheduler isn't
+// told of them: telling it would take longer than most calls, and a yield lasts only
+// while others run.
 type privcmd struct {
 	f  *os.File
 	fd uintptr

@@ -159,5 +159,5 @@ func (s *Store) DomainByName(name string) (DomID, error) {
 	case 1:
 		return found[0], nil
 	}
-	return 0, fmt.Errorf("domain %q: %w: %v", name, ErrAmbiguousName, found)
+	return 0, fmt.Errorf("domain %q: %w: name it by one of the ids %v", name, ErrAmbiguousName, found)
 }

@@ -10,9 +10,9 @@
 // [ErrUnsupportedPlatform], [ErrNotBuilt], [ErrNotControlDomain],
 // [ErrPermission] or [ErrLibraryNotFound].
 //
-// Of the calls, those that a hit in a PV guest takes are made without the libraries
-// where Linux and the hypervisor are known to be able to: they would cost several
-// times as much through cgo.
+// The calls that a hit in a PV guest takes are made without the libraries where Linux
+// and the hypervisor are known to allow it: through cgo they would cost several times
+// as much.
 //
 // Numbers and layouts are those of Xen's public headers; the source is named
 // at each. "go test -tags xenheaders" compares all of them, and the prototype
@@ -50,11 +50,12 @@ type Handle struct {
 	closed bool
 	ended  bool // l is closed too
 	refs   int  // mappings and monitors that are still open
-	turn   turn // nil: can't be given away
+	turn   turn // nil if it can't be given up
 }
 
-// Open loads the Xen libraries and connects to the hypervisor. The process has
-// to run as root in a control domain.
+// Open loads the Xen libraries and connects to the hypervisor. The process must run
+// in a control domain, as root or as a user with the right to read and write
+// /dev/xen/privcmd, /dev/xen/evtchn and /dev/xen/xenbus.
 func Open() (*Handle, error) {
 	l, err := openLib()
 	if err != nil {
@@ -130,8 +131,8 @@ func (h *Handle) doVCPU(op string, id DomID, vcpu int, f func(l lib) error) erro
 	return h.do(op, id, vcpu, f)
 }
 
-// Yield gives the rest of this vCPU's turn to others that wait for the same
-// physical processor, such as the vCPU of a guest that is waited for. It reports
+// Yield gives the rest of this vCPU's turn to others that wait for the same physical
+// processor, such as the vCPU of a guest that this program waits for. It reports
 // whether that is possible.
 func (h *Handle) Yield() bool {
 	h.mu.RLock()
@@ -139,7 +140,7 @@ func (h *Handle) Yield() bool {
 	return !h.closed && h.turns()
 }
 
-// turns is Yield for those who hold a reference.
+// turns is Yield for callers that hold a reference.
 func (h *Handle) turns() bool { return h.turn != nil && h.turn.yield() }
 
 // LibraryPath returns the file that libxenctrl was loaded from.

@@ -1,6 +1,6 @@
 // Package console speaks with the init of the lab's guests over their console, as
-// lab/guestinit describes it: a command is a line with a tag, and the answer has
-// the same tag, behind "DONE " or "ERR ".
+// lab/guestinit describes it: a command is a line with a tag, and the answer has the
+// same tag, followed by "DONE " or "ERR ".
 package console
 
 import (
@@ -70,7 +70,7 @@ func (c *Client) read(in *bufio.Reader) {
 	}
 }
 
-// line returns the next line of the guest's.
+// line returns the guest's next line.
 func (c *Client) line(ctx context.Context) (string, error) {
 	for {
 		c.mu.Lock()

@@ -32,22 +32,21 @@ const (
 )
 
 var (
-	// ErrNotBootImage means that a file is no bzImage with a kernel in it.
+	// ErrNotBootImage means that a file is not a bzImage with a kernel in it.
 	ErrNotBootImage = errors.New("not an x86 Linux boot image")
 	// ErrFormat means that a file is damaged, cut short or too large.
 	ErrFormat = errors.New("damaged boot image")
-	// ErrCompression means that a payload's compression, or a filter of it,
-	// isn't known here. For known ones that can't be read the error matches
-	// errors.ErrUnsupported too.
+	// ErrCompression means that a payload's compression, or a filter in it, can't be
+	// read. If it is a known one the error also matches errors.ErrUnsupported.
 	ErrCompression = errors.New("unreadable compression")
 
 	errUnsupported = fmt.Errorf("%w: %w", ErrCompression, errors.ErrUnsupported)
 )
 
-// IsELF says whether p begins as an ELF file.
+// IsELF reports whether p begins like an ELF file.
 func IsELF(p []byte) bool { return bytes.HasPrefix(p, []byte(ELFMagic)) }
 
-// IsBootImage says whether the first HeaderSize bytes of a file are those of a
+// IsBootImage reports whether the first HeaderSize bytes of a file are those of a
 // bzImage: the boot sector's signature and that of the setup header
 // (Documentation/arch/x86/boot.rst).
 func IsBootImage(head []byte) bool {
@@ -100,7 +99,7 @@ func unpackKernel(payload []byte) ([]byte, error) {
 		return nil, err
 	}
 	if !IsELF(img) {
-		return nil, fmt.Errorf("%w: what is in it is no ELF file (before 2.6.26 it is not)", ErrNotBootImage)
+		return nil, fmt.Errorf("%w: its payload is not an ELF file (nor is that of any kernel before 2.6.26)", ErrNotBootImage)
 	}
 	return img, nil
 }
@@ -110,7 +109,7 @@ func oldKernel(r io.ReaderAt, kernel, size int64) ([]byte, error) {
 	if n, err := r.ReadAt(data, kernel); n < len(data) {
 		return nil, fmt.Errorf("reading boot image: %w", err)
 	}
-	lastErr := fmt.Errorf("%w: no gzip payload in one of before 2.6.26", ErrNotBootImage)
+	lastErr := fmt.Errorf("%w: no gzip payload found (an image from before Linux 2.6.26 says no more)", ErrNotBootImage)
 	for off, tries := 0, 0; tries < 16; tries++ {
 		n := bytes.Index(data[off:], []byte("\x1f\x8b\x08"))
 		if n < 0 {
@@ -142,8 +141,7 @@ var packings = []struct {
 	{"\x89LZO", "lzo", nil},
 }
 
-// Packed says whether p begins as one of these formats does, so that Unpack is worth
-// a try.
+// Packed reports whether p begins like one of the formats that Unpack knows.
 func Packed(p []byte) bool { return packing(p) >= 0 }
 
 // packing returns the index in packings of what p starts as, or -1.
@@ -156,11 +154,11 @@ func packing(p []byte) int {
 	return -1
 }
 
-// Unpack decompresses a payload, or any file of one of these formats. Of an ELF file
-// it returns that. All formats but gzip (whose trailer has it
-// anyway) are followed by the unpacked size in four bytes; it tells the end of
-// the data from trailing bytes the format does not know, and spares the
-// decompressors allocating more than that for a dictionary.
+// Unpack decompresses a payload, or any file of one of these formats. It returns an
+// ELF file as it is. All formats but gzip (whose trailer has it anyway) are followed
+// by the unpacked size in four bytes; it tells the end of the data from trailing
+// bytes the format does not know, and spares the decompressors allocating more than
+// that for a dictionary.
 func Unpack(p []byte) ([]byte, error) {
 	if IsELF(p) {
 		return p, nil // CONFIG_KERNEL_UNCOMPRESSED
@@ -183,7 +181,8 @@ func Unpack(p []byte) ([]byte, error) {
 		return img, nil
 	}
 	if limit < MaxKernel && (err == nil || errors.Is(err, errLimit)) {
-		// What is at the end is no size: not the payload of a bzImage.
+		// The last four bytes are not a size, so this is not the payload of a
+		// bzImage.
 		img, err = f.unpack(p, MaxKernel)
 	}
 	switch {
@@ -202,7 +201,7 @@ func declaredSize(p []byte) int {
 	return int(binary.LittleEndian.Uint32(p[len(p)-4:]))
 }
 
-var errLimit = errors.New("unpacks to too much")
+var errLimit = errors.New("unpacks to more than is allowed")
 
 // drain reads r to its end, at most limit bytes. With an error it also returns
 // what came before.

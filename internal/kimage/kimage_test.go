@@ -137,7 +137,7 @@ func TestKernelErrors(t *testing.T) {
 		"no payload":  {testBzImage(nil, 0x20f), ErrFormat, "truncated"},
 		"unknown":     {testBzImage([]byte("some payload"), 0x20f), ErrCompression, "73 6f 6d 65"},
 		"LZO":         {testBzImage([]byte("\x89LZO\x00\x0d\x0a\x1a\x0a"), 0x20f), errors.ErrUnsupported, "lzop"},
-		"not ELF":     {testBzImage(packers()["gzip"]([]byte("no kernel")), 0x20f), ErrNotBootImage, "no ELF"},
+		"not ELF":     {testBzImage(packers()["gzip"]([]byte("no kernel")), 0x20f), ErrNotBootImage, "not an ELF"},
 		"old, none":   {testBzImage([]byte("x"), 0x204), ErrNotBootImage, "no gzip"},
 		"old, broken": {testBzImage([]byte("\x1f\x8b\x08\x00 and no more"), 0x204), ErrFormat, "gzip"},
 	} {

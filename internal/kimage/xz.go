@@ -17,7 +17,7 @@ import (
 // public domain). The xz package reads no file with a filter besides LZMA2, but
 // the kernel's scripts/xz_wrap.sh always adds the one for x86 code.
 
-var errXZ = errors.New("damaged xz data")
+var errXZ = errors.New("malformed xz")
 
 const (
 	xzX86   = 0x04
@@ -140,10 +140,10 @@ func xzBlockHeader(p []byte) (x86 bool, dict uint64, size int, err error) {
 }
 
 // unfilterX86 undoes, in place, what the x86 filter of LZMA and xz does to a whole
-// block: it replaces the relative targets of CALL and JMP (e8, e9) by absolute
-// ones, as those repeat. Only operands whose top byte is 00 or ff are touched, and
-// those only if no opcode closely before leaves it open whether e8 is one itself.
-// (The filter is Igor Pavlov's, in the public domain as part of the LZMA SDK.)
+// block: it replaces the relative targets of CALL and JMP (e8, e9) by absolute ones,
+// as those repeat. Only operands whose top byte is 00 or ff are touched, and those
+// only if no opcode shortly before makes it doubtful that this one is an opcode. (The
+// filter is Igor Pavlov's, in the public domain as part of the LZMA SDK.)
 func unfilterX86(b []byte) {
 	sign := func(c byte) bool { return c == 0x00 || c == 0xff }
 	// recent has a bit for each of the last three bytes that looked like an
@@ -160,8 +160,8 @@ func unfilterX86(b []byte) {
 			recent = recent << (d - 1) & 7
 		}
 		last = i
-		// How many bytes before the operand's end the earliest of them puts
-		// its own operand's top byte.
+		// depth is how far before the operand's end the earliest of them would have
+		// the top byte of its own operand.
 		var depth int
 		switch recent {
 		case 0:

@@ -82,15 +82,19 @@ func dial(ctx context.Context, name string, given *Options) (_ *VM, err error) {
 		}
 	}
 	c, err := connect(ctx, stubAt)
+	if err != nil && t.Monitor {
+		// Not the address that the caller has named.
+		return nil, fmt.Errorf("the gdbstub that the monitor has started at %s: %w", stubAt.Address, reason(err))
+	}
 	switch {
 	case err == nil:
 	case absent(err):
 		return nil, fmt.Errorf("%w (%w): start QEMU with -gdb unix:PATH,server=on,wait=off, or enter \"gdbserver unix:PATH,server=on,wait=off\" "+
-			"in its monitor, or use qemu+monitor:PATH with the monitor's socket", ErrNoStub, err)
+			"in its monitor, or use qemu+monitor:PATH with the monitor's socket", ErrNoStub, reason(err))
 	case errors.Is(err, ErrBusy):
 		return nil, fmt.Errorf("%w: end that one first (gdb, vmprobes)", err)
 	default:
-		return nil, err
+		return nil, fmt.Errorf("can't connect: %w", reason(err))
 	}
 	v.stub = &stub{c: c}
 	if err := v.open(ctx, &opts); err != nil {
@@ -120,9 +124,27 @@ func connect(ctx context.Context, t Target) (net.Conn, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, t.Network, t.Address)
 	if errors.Is(err, fs.ErrPermission) {
-		return nil, fmt.Errorf("this user may not connect to the VM's socket: run as root or as QEMU's user: %w", err)
+		return nil, fmt.Errorf("%w: run as root or as QEMU's user", reason(err))
 	}
 	return c, err
+}
+
+// reason returns why a network operation failed, without the operation and the
+// addresses, of which the error's reader knows.
+func reason(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		err = op.Err
+	}
+	var call *os.SyscallError
+	if errors.As(err, &call) {
+		err = call.Err
+	}
+	var dns *net.DNSError
+	if errors.As(err, &dns) {
+		err = errors.New(dns.Err)
+	}
+	return err
 }
 
 // absent reports whether err says that nobody listens at an address.
@@ -177,7 +199,7 @@ func (v *VM) open(ctx context.Context, opts *Options) (err error) {
 // connects.
 func (v *VM) handshake() error {
 	if err := v.stub.send(v.timeout, "qSupported:multiprocess+;vContSupported+"); err != nil {
-		return fmt.Errorf("%w (%w)", ErrNotStub, err)
+		return fmt.Errorf("%w (%w)", ErrNotStub, reason(err))
 	}
 	if err := v.stub.deadline(time.Now().Add(min(v.timeout, 5*time.Second))); err != nil {
 		return err
@@ -191,7 +213,7 @@ func (v *VM) handshake() error {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("no answer, probably because %w: end that one first (gdb, vmprobes)", ErrBusy)
 	case errors.Is(err, errProtocol), hungUp(err):
-		return fmt.Errorf("%w (%w)", ErrNotStub, err)
+		return fmt.Errorf("%w (%w)", ErrNotStub, reason(err))
 	case err != nil:
 		return err
 	}

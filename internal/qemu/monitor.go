@@ -37,11 +37,11 @@ func dialMonitor(ctx context.Context, t Target, timeout time.Duration) (*monitor
 	switch {
 	case err == nil:
 	case absent(err):
-		return nil, fmt.Errorf("%w at %s: %w (%w): start QEMU with -monitor unix:PATH,server=on,wait=off", ErrMonitor, t.Address, ErrNoStub, err)
+		return nil, fmt.Errorf("%w: %w (%w): start QEMU with -monitor unix:PATH,server=on,wait=off", ErrMonitor, ErrNoStub, reason(err))
 	case errors.Is(err, ErrBusy):
-		return nil, fmt.Errorf("%w at %s: %w: end that one first, unless it is libvirt: then %s", ErrMonitor, t.Address, err, libvirtHint)
+		return nil, fmt.Errorf("%w: %w: end that one first, unless it is libvirt: then %s", ErrMonitor, err, libvirtHint)
 	default:
-		return nil, fmt.Errorf("%w at %s can't be reached: %w", ErrMonitor, t.Address, err)
+		return nil, fmt.Errorf("%w: can't connect: %w", ErrMonitor, reason(err))
 	}
 	m := &monitor{c: c, r: bufio.NewReader(c), target: t, timeout: timeout}
 	stop := context.AfterFunc(ctx, func() { c.Close() })
@@ -52,10 +52,13 @@ func dialMonitor(ctx context.Context, t Target, timeout time.Duration) (*monitor
 	if err != nil {
 		c.Close()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, fmt.Errorf("%w at %s doesn't answer: is somebody else connected to it, or is it something else? "+
-				"(A libvirt guest's is libvirt's: %s)", ErrMonitor, t.Address, libvirtHint)
+			return nil, fmt.Errorf("%w doesn't answer: is somebody else connected to it, or is it something else? "+
+				"(A libvirt guest's is libvirt's: %s)", ErrMonitor, libvirtHint)
 		}
-		return nil, fmt.Errorf("%w at %s: %w", ErrMonitor, t.Address, err)
+		if hungUp(err) {
+			return nil, fmt.Errorf("%w has closed the connection (%w): is it a monitor's socket?", ErrMonitor, reason(err))
+		}
+		return nil, fmt.Errorf("%w: %w", ErrMonitor, reason(err))
 	}
 	return m, nil
 }
@@ -237,7 +240,7 @@ func listens(path string) bool {
 }
 
 func (m *monitor) failed(command string, err error) error {
-	return fmt.Errorf("%w at %s: %s: %w", ErrMonitor, m.target.Address, command, err)
+	return fmt.Errorf("%w: %s: %w", ErrMonitor, command, reason(err))
 }
 
 // stopStub ends the gdbstub that startStub started.

@@ -337,13 +337,13 @@ func (v *VM) broken(err error) error {
 	v.running = false
 	switch {
 	case hungUp(err):
-		err = fmt.Errorf("QEMU has closed the connection: the VM has ended, or its gdbserver was stopped or given to another (%w)", err)
+		err = fmt.Errorf("QEMU has closed the connection: the VM has ended, or its gdbserver was stopped or given to another (%w)", reason(err))
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = fmt.Errorf("QEMU hasn't answered for %v: if it lives, attach again, which clears the breakpoints and lets the VM run", v.timeout)
 	case errors.Is(err, net.ErrClosed):
 		err = ErrClosed
 	default:
-		err = fmt.Errorf("connection to the gdbstub: %w: attach again, which clears the breakpoints and lets the VM run", err)
+		err = fmt.Errorf("connection to the gdbstub: %w: attach again, which clears the breakpoints and lets the VM run", reason(err))
 	}
 	v.stub.c.Close()
 	return v.lose(err)

@@ -35,6 +35,10 @@ func openFile(_ context.Context, name string) (Guest, error) {
 	}
 	if err != nil {
 		// The caller has said the path.
+		var pe *fs.PathError
+		if errors.As(err, &pe) && pe.Path == path {
+			err = pe.Err
+		}
 		return nil, known(path, err)
 	}
 	g := &fileGuest{Image: m, info: Info{Name: filepath.Base(path), Kind: HVM}}

@@ -44,6 +44,8 @@ func TestBadNames(t *testing.T) {
 		assert.NotContains(t, err.Error(), name, "the caller says it")
 	}
 	t.Chdir(dir)
+	_, err = Open(t.Context(), "gdb")
+	require.ErrorContains(t, err, "the socket of that name is qemu:./gdb or qemu+monitor:./gdb", "a name that is taken for a path")
 	_, err = Open(t.Context(), "mem")
 	require.Error(t, err)
 	assert.NotErrorIs(t, err, ErrBadName, "it might be a domain")
@@ -89,6 +91,8 @@ func TestSameErrors(t *testing.T) {
 	assert.Equal(t, other, known("", other))
 	assert.NoError(t, known("", nil))
 	assert.EqualError(t, known("qemu:/x", fmt.Errorf("qemu:/x: %w", other)), "another one")
+	assert.EqualError(t, known("a3", fmt.Errorf("domain %q: %w", "a3", other)), "another one")
+	assert.EqualError(t, known("xen:a3", fmt.Errorf("domain %q: %w", "a3", other)), "another one")
 	if os.Geteuid() == 0 {
 		assert.Equal(t, fs.ErrPermission, explain(fs.ErrPermission), "root lacks something else")
 	} else {

@@ -113,9 +113,23 @@ var schemes = map[string]func(ctx context.Context, name string) (Guest, error){
 const names = "want the name or id of a Xen domain (xen:NAME if there is a colon in it), qemu:PATH or qemu:HOST:PORT " +
 	"(a gdbstub), qemu+monitor:PATH (a monitor), or file:PATH (a saved memory image)"
 
+// openedKey is the key of a context's opened guest.
+type openedKey struct{}
+
+// WithOpened returns a context with which Open returns g, whatever the name. Package
+// vmprobes hands its guest to xenaccess in this way, because an exported function would
+// need a parameter of a type that nobody outside this module can have. (Package net
+// does the same with its traces: internal/nettrace.)
+func WithOpened(ctx context.Context, g Guest) context.Context {
+	return context.WithValue(ctx, openedKey{}, g)
+}
+
 // Open opens the guest that name stands for: "scheme:name", or just the name or
 // the numeric id of a Xen domain. Its errors don't begin with the name.
 func Open(ctx context.Context, name string) (Guest, error) {
+	if g, ok := ctx.Value(openedKey{}).(Guest); ok {
+		return g, nil
+	}
 	if name == "" {
 		return nil, ErrNoName
 	}
@@ -167,6 +181,9 @@ func meant(name string) string {
 	case st.Mode().IsRegular():
 		return fmt.Sprintf("; the file of that name is file:%s", name)
 	case st.Mode()&fs.ModeSocket != 0:
+		if !strings.Contains(name, "/") {
+			name = "./" + name // else it isn't taken for a path
+		}
 		return fmt.Sprintf("; the socket of that name is qemu:%[1]s or qemu+monitor:%[1]s", name)
 	}
 	return ""
@@ -186,7 +203,8 @@ func known(name string, err error) error {
 			err = sentinel.As(err, k.is)
 		}
 	}
-	for _, prefix := range []string{name + ": ", strconv.Quote(name) + ": "} {
+	quoted := strconv.Quote(strings.TrimPrefix(name, "xen:"))
+	for _, prefix := range []string{name + ": ", quoted + ": ", "domain " + quoted + ": "} {
 		if text, ok := strings.CutPrefix(err.Error(), prefix); ok && text != "" {
 			err = sentinel.Say(err, text)
 		}

@@ -11,21 +11,22 @@ import (
 // §27.3.1.4, Checks on Guest RIP, RFLAGS, and SSP).
 const changeableFlags = arithFlags | FlagDF | FlagIF | FlagAC | FlagID
 
-// CheckChange says why a vCPU in kernel mode that has the registers before can't be
-// given those of r: RIP and RSP have to be canonical (48 bits, or 57 with la57),
-// most bits of RFLAGS stay, and CS, SS, the segment bases and CR3 can't be set.
+// CheckChange returns an error if a vCPU in kernel mode whose registers are before
+// can't be given those of r: RIP and RSP must be canonical (48 bits, or 57 with
+// la57), and most bits of RFLAGS, CS, SS, the segment bases and CR3 must be as they
+// were.
 func (r *Regs) CheckChange(before *Regs, la57 bool) error {
 	switch {
 	case !isCanonical(r.IP, la57):
-		return fmt.Errorf("RIP %#x, which isn't canonical", r.IP)
+		return fmt.Errorf("RIP %#x is not canonical", r.IP)
 	case !isCanonical(r.SP, la57):
-		return fmt.Errorf("RSP %#x, which isn't canonical", r.SP)
+		return fmt.Errorf("RSP %#x is not canonical", r.SP)
 	case (r.Flags^before.Flags)&^changeableFlags != 0:
 		return fmt.Errorf("RFLAGS %#x, was %#x: only %#x can be changed", r.Flags, before.Flags, uint64(changeableFlags))
 	case r.CS != before.CS, r.SS != before.SS:
-		return errors.New("another CS or SS")
+		return errors.New("CS or SS was changed")
 	case r.FSBase != before.FSBase, r.GSBase != before.GSBase, r.CR3 != before.CR3:
-		return errors.New("another FS base, GS base or CR3")
+		return errors.New("the FS base, the GS base or CR3 was changed")
 	}
 	return nil
 }

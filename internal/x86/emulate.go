@@ -297,9 +297,9 @@ func (in *Insn) shiftCount(p plan) uint8 {
 	return c & 31
 }
 
-// shiftDefined reports whether the operation is done by shift. Rotations
-// through carry, the undocumented /6, and counts of the operand size or more,
-// for which even CF is undefined, are left to the processor.
+// shiftDefined reports whether shift does the operation. Rotations through carry, the
+// undocumented /6, and counts of the operand size or more, for which even CF is
+// undefined, are left to the processor.
 func (p plan) shiftDefined(count uint8) bool {
 	switch p.sub {
 	case 0, 1, 4, 5, 7:
@@ -316,11 +316,10 @@ func (in *Insn) CanEmulate() bool { return in.plan().act != actNone }
 var scratch = sync.Pool{New: func() any { return new([8]byte) }}
 
 // Emulate executes the instruction on r, where r.IP is the address of the
-// instruction, and on m. Afterwards r is as the processor would have left it,
-// with IP at the successor and RF clear; the trap that TF in r.Flags asks for
-// is not raised. If it returns an error, nothing was changed. An error that
-// wraps [ErrNotEmulated] says that the instruction has to be executed by the
-// processor; others come from m.
+// instruction, and on m. Afterwards r is as the processor would have left it, with IP
+// at the successor and RF clear; the trap that TF in r.Flags asks for is not raised.
+// If it returns an error, nothing was changed. An error that wraps [ErrNotEmulated]
+// says that the processor has to execute the instruction; other errors come from m.
 //
 // It emulates, in 64-bit mode: NOPs and ENDBR; MOV, MOVZX, MOVSX, MOVSXD, LEA,
 // CMOVcc, SETcc; ADD, OR, ADC, SBB, AND, SUB, XOR, CMP and TEST with a register

@@ -10,8 +10,8 @@ import (
 )
 
 // String returns a short disassembly in GNU syntax with branch targets and
-// RIP-relative operands shown as if the instruction were at address 0, or its
-// bytes in hexadecimal where the disassembler is not sure. It is for people.
+// RIP-relative operands shown as if the instruction were at address 0, or its bytes
+// in hexadecimal where the disassembler is not sure. It is for display only.
 func (in *Insn) String() string {
 	if in.Len == 0 {
 		return "(none)"
@@ -149,18 +149,18 @@ func (in *Insn) MemoryOperand() bool {
 	return false
 }
 
-// emulatePrefixes stand before an instruction that the kernel wants emulated by a
-// hypervisor, Xen or (in tests of KVM) KVM: UD2 and three letters (Linux'
+// emulatePrefixes ask a hypervisor, Xen or (in KVM's own tests) KVM, to emulate the
+// instruction after them: UD2 and three letters (Linux'
 // arch/x86/include/asm/emulate_prefix.h; Xen's public/arch-x86/xen.h). The
-// hypervisor's handler of #UD looks at all of it, and goes on behind the
-// instruction that follows.
+// hypervisor's handler of #UD consumes the prefix and that instruction.
 var emulatePrefixes = [...][5]byte{
 	{0x0f, 0x0b, 'x', 'e', 'n'},
 	{0x0f, 0x0b, 'k', 'v', 'm'},
 }
 
-// unitLen returns how many bytes at the start of code Linux' decoder takes for one
-// instruction: those of an instruction with its emulate prefix, if it has one.
+// unitLen returns the length in bytes of what Linux' decoder takes for one
+// instruction at the start of code: an instruction with its emulate prefix, if it has
+// one.
 func unitLen(code []byte) (int, error) {
 	n := 0
 	for _, p := range emulatePrefixes {
@@ -172,12 +172,11 @@ func unitLen(code []byte) (int, error) {
 	return n + in.Len, err
 }
 
-// FindBoundary checks that target is the address of an instruction, given the
-// code of the function that begins at start. It decodes from start on, as
-// Linux' can_probe does, for which UD2, "xen" or "kvm", and the instruction that
-// follows are one: what is inside of these is executed by no processor. The error
-// wraps [ErrNotBoundary] and names the instruction that target is inside of, or
-// says why decoding did not reach it.
+// FindBoundary checks that target is the address of an instruction, given the code of
+// the function that begins at start. It decodes from start on, as Linux' can_probe
+// does, which counts an emulate prefix and the instruction after it as one: no
+// processor executes anything inside. The error wraps [ErrNotBoundary] and names the
+// instruction that target is inside of, or says why decoding did not reach it.
 func FindBoundary(code []byte, start, target uint64) error {
 	off := target - start
 	if target < start || off >= uint64(len(code)) {

@@ -216,13 +216,12 @@ func (in *Insn) setsIP() bool {
 	return in.op == 0xc2 || in.op == 0xc3 || in.op == 0xff && (in.ext() == 2 || in.ext() == 4)
 }
 
-// Relocate returns the bytes that do at address to what the instruction does
-// at address from when they are stepped there and [Insn.FinishStep] is called
-// afterwards. A RIP-relative displacement is adjusted; [ErrRange] means that
-// its target is more than 2 GiB from to. Relative branches and calls give
-// [ErrNotRelocatable]: [Insn.Emulate] does them. So does what CanStep refuses,
-// in which case the error wraps both. If from == to, the bytes are the
-// instruction's own.
+// Relocate returns the bytes to step at address to in place of the instruction at
+// address from. [Insn.FinishStep] must be called after the step. A RIP-relative
+// displacement is adjusted; [ErrRange] means that its target is more than 2 GiB from
+// to. Relative branches and calls give [ErrNotRelocatable]; [Insn.Emulate] executes
+// them. Instructions that CanStep refuses give [ErrNotRelocatable], too, and the
+// error wraps both. If from == to, the bytes are the instruction's own.
 func (in *Insn) Relocate(from, to uint64) (code []byte, err error) {
 	if err := in.CanStep(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotRelocatable, err)

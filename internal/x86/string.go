@@ -12,20 +12,21 @@ const (
 	Scas
 )
 
-// Source reports whether the instruction reads [RSI], Dest whether it accesses [RDI].
+// Source reports whether the instruction reads [RSI].
 func (k StringKind) Source() bool { return k == Movs || k == Cmps || k == Lods }
 
-// Dest is described at Source.
+// Dest reports whether the instruction accesses [RDI].
 func (k StringKind) Dest() bool { return k != Lods }
 
 // A StringOp describes a repeated string instruction with 64-bit addresses.
 type StringOp struct {
 	Kind StringKind
 	Size int // of an element: 1, 2, 4 or 8 bytes
-	// Segment is the override in force for the source, 0x64 (FS) or 0x65 (GS); 0 if
-	// its base is 0, as all others are in 64-bit mode.
+	// Segment is the override in force for the source, 0x64 (FS) or 0x65 (GS), or 0
+	// for any other: their bases are 0 in 64-bit mode.
 	Segment byte
-	// Equal is, for Cmps and Scas, the outcome on which it goes on: REPE or REPNE.
+	// Equal says, for Cmps and Scas, whether the repetition goes on while elements
+	// are equal (REPE) or while they differ (REPNE).
 	Equal bool
 }
 
