@@ -477,8 +477,8 @@ var onThePath = []string{
 
 // candidates finds instructions on the path of an openat that only the guest's
 // processor can execute: not NOPs, and not emulated.
-func candidates(t labTest, s *vmprobes.Session) []*vmprobes.Probe {
-	m, err := sysmap.ParseFile(t.g.KernelPath())
+func candidates(t testing.TB, s *vmprobes.Session, kernel string) []*vmprobes.Probe {
+	m, err := sysmap.ParseFile(kernel)
 	require.NoError(t, err)
 	var out []*vmprobes.Probe
 	for _, f := range onThePath {
@@ -513,7 +513,7 @@ func testStepped(t labTest) {
 	s := t.open(nil)
 	sample, n, inPlace := 50, t.hits(2000), t.hits(300) // holding the other vCPUs takes its time
 	var chosen []*vmprobes.Probe
-	all := candidates(t, s)
+	all := candidates(t, s, t.g.KernelPath())
 	for len(all) > 0 && len(chosen) < 3 {
 		batch := all[:min(len(all), 12)]
 		all = all[len(batch):]
@@ -888,6 +888,25 @@ func TestChild(t *testing.T) {
 			}
 			return vmprobes.Continue
 		},
+	}
+	if kind := os.Getenv("VMPROBES_TEST_STEPPING"); kind != "" {
+		step := map[string]vmprobes.Stepping{"auto": vmprobes.StepAuto, "out-of-line": vmprobes.StepOutOfLine, "in-place": vmprobes.StepInPlace}[kind]
+		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{Stepping: step})
+		require.NoError(t, err)
+		require.NoError(t, s.Register(p))
+		// Instructions that aren't emulated, too.
+		n := 0
+		for _, c := range candidates(t, s, os.Getenv("VMPROBES_TEST_KERNEL")) {
+			c.Post = func(*vmprobes.Probe, *vmprobes.Regs, vmprobes.Flags) vmprobes.Action { return vmprobes.Continue }
+			if s.Register(c) == nil {
+				n++
+			}
+			if n == 3 {
+				break
+			}
+		}
+		require.NoError(t, s.Loop(t.Context()))
+		return
 	}
 	require.NoError(t, vmprobes.Register(p))
 	err := vmprobes.Loop(t.Context(), p)

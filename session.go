@@ -46,9 +46,24 @@ type Options struct {
 	// Logger receives debug records of what happens (what -D_VERBOSE printed in
 	// C). Nil discards them.
 	Logger *slog.Logger
+	// NoGuardian has Open start no second process of this program. The guardian repairs a
+	// Xen guest as soon as this process dies without having closed its Session: by
+	// SIGKILL, for want of memory, by a crash. Without it such a guest stands still at
+	// its next hit, until somebody opens it, or runs vmprobes recover. Set it in a
+	// program that is told of its own death in another way, as a service with
+	// ExecStopPost=vmprobes recover. A process has one guardian for all its guests.
+	// For guests of other hypervisors there is none.
+	NoGuardian bool
 	// Stepping says how probed instructions are executed. Leave it alone except
 	// to measure.
 	Stepping Stepping
+}
+
+func (o *Options) logger() *slog.Logger {
+	if o.Logger == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return o.Logger
 }
 
 // Stepping is a way to have the instruction under a breakpoint executed.
@@ -171,17 +186,18 @@ func newSession(i target.Info, drv target.Driver, k *linux.Kernel, symErr error,
 	if opts == nil {
 		opts = new(Options)
 	}
-	log := opts.Logger
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
-	log = log.With("domain", d.Name)
+	log := opts.logger().With("domain", d.Name)
 	if d.ID != 0 {
 		log = log.With("domid", uint16(d.ID))
 	}
 	s := &Session{name: d.Name, domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
 		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
+	var j breakpoint.Journal
+	if d, ok := drv.(target.Journaled); ok {
+		j = d.Journal()
+	}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
+		Journal:   j,
 		Scratch:   func(_ uint64, try func(addr, size uint64) bool) { k.DeadCode(try) },
 		MayFault:  k.MayFault(s.unsafe),
 		Rewriting: k.Rewriting,

@@ -31,7 +31,7 @@ func attached(t *testing.T, m *xentest.Machine) (target.Guest, target.Driver) {
 	t.Helper()
 	g, err := target.Xen(m.Hypervisor())
 	require.NoError(t, err)
-	drv, err := g.Attach(t.Context())
+	drv, err := g.Attach(t.Context(), target.Setup{Lookup: m.Lookup})
 	require.NoError(t, err)
 	return g, drv
 }
@@ -46,10 +46,6 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	m.Poke(banner, []byte("Linux version 9.9.9-simulated\x00"))
 	m.Start()
 	g, drv := attached(t, m)
-	if d, ok := drv.(*xen.Debugger); ok {
-		d.SetVCPUInfo(m.VCPUInfo())
-	}
-
 	var b strings.Builder
 	fmt.Fprintf(&b, "%016x T _text\n%016x T _stext\n", uint64(xentest.TextBase), uint64(xentest.TextBase))
 	for _, s := range m.Symbols() {
@@ -466,9 +462,6 @@ func TestDomainDies(t *testing.T) {
 		m := xentest.New(cfg)
 		m.Start()
 		g, drv := attached(t, m)
-		if d, ok := drv.(*xen.Debugger); ok {
-			d.SetVCPUInfo(m.VCPUInfo())
-		}
 		s := newSession(g.Info(), drv, nil, ErrNoSymbols, &Options{IgnoreBlacklist: true}, g.Close)
 		p := &Probe{Addr: Addr(m.Symbol(entry))}
 		require.NoError(t, s.Register(p))
@@ -489,7 +482,7 @@ func TestNoRoute(t *testing.T) {
 	defer m.Stop()
 	g, err := target.Xen(m.Hypervisor())
 	require.NoError(t, err)
-	_, err = g.Attach(t.Context())
+	_, err = g.Attach(t.Context(), target.Setup{})
 	require.ErrorIs(t, err, ErrNoGDBSX)
 	assert.ErrorContains(t, err, "CONFIG_GDBSX=y")
 	assert.False(t, m.Attached(), "setdebugging must not have been called")
@@ -497,7 +490,7 @@ func TestNoRoute(t *testing.T) {
 
 	h := xentest.New(xentest.Config{Kind: xentest.HVM})
 	g, first := attached(t, h)
-	_, err = g.Attach(t.Context())
+	_, err = g.Attach(t.Context(), target.Setup{})
 	require.ErrorIs(t, err, ErrBusy)
 	require.NoError(t, newSession(g.Info(), first, nil, nil, nil, g.Close).Close())
 }
@@ -514,7 +507,7 @@ func TestNoMonitor(t *testing.T) {
 	defer m.Stop()
 	g, err := target.Xen(noEvents{m.Hypervisor()})
 	require.NoError(t, err)
-	_, err = g.Attach(t.Context())
+	_, err = g.Attach(t.Context(), target.Setup{})
 	require.ErrorIs(t, err, ErrNoMonitor)
 	xentest.Verify(t, m, before)
 }

@@ -34,7 +34,9 @@ import (
 	"log/slog"
 	"os"
 
+	"github.com/vmprobes/vmprobes/internal/guardian"
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
@@ -86,32 +88,36 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if err := guest.Err(); insufficient(opts, err) {
 		return nil, err
 	}
-	drv, err := g.Attach(ctx)
+	k := guest.Linux()
+	setup := known(k)
+	setup.Logger = opts.Logger
+	if !opts.NoGuardian {
+		setup.Guardian = func() error { return guardian.Start(opts.logger()) }
+	}
+	drv, err := g.Attach(ctx, setup)
 	if err != nil {
 		return nil, err
-	}
-	k := guest.Linux()
-	if k != nil {
-		syms := k.Symbols()
-		drv.SetKernelRoot(k.Root())
-		if d, ok := drv.(target.Identified); ok {
-			if sym, err := syms.Lookup("linux_banner"); err == nil && k.Banner() != "" {
-				if err := d.SetIdentity(sym.Addr, []byte(k.Banner())); err != nil {
-					return nil, errors.Join(err, drv.Close())
-				}
-			}
-		}
-		if d, ok := drv.(target.Symbolic); ok {
-			d.UseSymbols(func(name string) (uint64, bool) {
-				sym, err := syms.Lookup(name)
-				return sym.Addr, err == nil
-			})
-		}
 	}
 	s := newSession(g.Info(), drv, k, guest.Err(), opts, g.Close)
 	s.name, s.guest = name, guest
 	s.log.Debug("attached", "kind", s.domain.Kind.String(), "vcpus", s.domain.VCPUs)
 	return s, nil
+}
+
+// known is what a driver may know of the guest's kernel.
+func known(k *linux.Kernel) (known target.Setup) {
+	if k == nil {
+		return known
+	}
+	known.Root, known.BuildID = k.Root(), k.BuildID()
+	known.Lookup = func(name string) (uint64, bool) {
+		sym, err := k.Symbols().Lookup(name)
+		return sym.Addr, err == nil
+	}
+	if addr, ok := known.Lookup("linux_banner"); ok {
+		known.BannerAddr, known.Banner = addr, []byte(k.Banner())
+	}
+	return known
 }
 
 // insufficient reports whether err, of looking into the guest, is a reason not to

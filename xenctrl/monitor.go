@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -83,6 +84,50 @@ func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+// ReleaseMonitor detaches a domain's monitor whose owner has died
+// (XEN_DOMCTL_VM_EVENT_OP_MONITOR, XEN_VM_EVENT_DISABLE, xen/common/vm_event.c), which
+// turns its events off, and then gives answers to vCPUs that wait for those of the dead
+// owner: responses that nobody asked for, which Xen ignores for a vCPU that waits for none.
+// The domain should be paused. No monitor is attached afterwards.
+//
+// It fails with ErrBusy while vCPUs wait for room on the dead owner's ring: Xen doesn't
+// detach it then.
+func (h *Handle) ReleaseMonitor(id DomID, answers []Event) error {
+	err := h.do("detach a dead monitor", id, -1, func(l lib) error {
+		err := l.monitorDisable(id)
+		if errors.Is(err, syscall.EINVAL) {
+			return nil // there is none
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	m, err := h.OpenMonitor(id)
+	if err != nil {
+		return err
+	}
+	for part := range slices.Chunk(answers, ringSlots) {
+		for i := range part {
+			if err := m.unasked(&part[i]); err != nil {
+				return errors.Join(err, m.Close())
+			}
+		}
+		if err := m.Notify(); err != nil {
+			return errors.Join(err, m.Close())
+		}
+	}
+	return m.Close()
+}
+
+// unasked puts a response on the ring for which there was no request.
+func (m *Monitor) unasked(e *Event) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.ring.reqCons++ // as if there had been one
+	return opErr("respond", m.id, e.VCPU, m.ring.put(e))
 }
 
 // Domain returns the id of the domain.
@@ -176,7 +221,7 @@ const spinFor = time.Millisecond
 func (m *Monitor) look(ctx context.Context) (bool, error) {
 	m.looking.Lock()
 	defer m.looking.Unlock()
-	m.holder.Begin()
+	m.holder.Begin(spin.Clock())
 	defer m.holder.End()
 	for begin := spin.Clock(); ; {
 		// First of all: after Close there is no turn to give away.

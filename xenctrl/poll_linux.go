@@ -116,7 +116,7 @@ func (p *poller) wait(ctx context.Context) error {
 		return ErrClosed
 	}
 	if p.hot {
-		p.holder.Begin()
+		p.holder.Begin(spin.Clock())
 		ok, err := p.poll(hotPoll)
 		p.holder.End()
 		if ok || err != nil {

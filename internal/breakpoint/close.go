@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -33,13 +34,19 @@ func (e *Engine) Close() error {
 		return nil
 	}
 	e.closing = true
+	e.meet()
 	told, err := e.takeOut()
 	if errors.Is(err, ErrGone) {
 		return e.left(told)
 	}
 	e.drain()
 	told = errors.Join(told, e.endSlots())
-	if err := e.standStill(); errors.Is(err, ErrGone) {
+	err = e.standStill()
+	for begin := time.Now(); errors.Is(err, errInside) && time.Since(begin) < closeWait; {
+		e.serveFor(time.Millisecond)
+		err = e.standStill()
+	}
+	if errors.Is(err, ErrGone) {
 		return e.left(told)
 	} else if err != nil {
 		return errors.Join(told, fmt.Errorf("%w, or a byte not restored; still attached, close again: %w", ErrUnanswered, err))
@@ -143,6 +150,8 @@ func (e *Engine) drain() {
 			limit = failWait
 		case e.cheap:
 			limit = cheapWait // they are in no code of ours
+		case !slices.ContainsFunc(e.active, func(f *inflight) bool { return !f.lost || f.slot != nil }):
+			limit = failWait // a step of a process that died, which may not have begun
 		}
 		if time.Since(begin) > limit {
 			return
@@ -208,7 +217,7 @@ func (e *Engine) endSlots() error {
 	}
 	var errs error
 	for _, sl := range e.slotEnd {
-		if sl.busy > 0 {
+		if sl.busy.Load() > 0 {
 			errs = errors.Join(errs, e.endWithJump(sl))
 		}
 	}
@@ -230,6 +239,11 @@ func (e *Engine) standStill() error {
 	}
 	if errors.Is(errs, ErrGone) {
 		return errs
+	}
+	if errs == nil {
+		if errs = e.inside(); errs == nil {
+			e.settleAdopted()
+		}
 	}
 	errs = errors.Join(errs, e.cleanDirty())
 	for _, s := range e.sites {

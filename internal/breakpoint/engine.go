@@ -124,6 +124,9 @@ type Config struct {
 	// this moment. The guest is frozen then. Breakpoints are not inserted or removed
 	// meanwhile, as far as waiting for a moment helps. Nil: it never does.
 	Rewriting func() bool
+	// Journal is told of every change of the guest's text before it is made. Nil:
+	// nobody is.
+	Journal Journal
 	// Method is Auto except in tests.
 	Method Method
 	Logger *slog.Logger
@@ -166,6 +169,7 @@ type inflight struct {
 	post    bool // run post handlers
 	told    int  // owners that have counted it, or needn't
 	shifted int  // how many of the owners are; they are the first
+	lost    bool // taken over from a process that died; before isn't known, if it is in a slot
 }
 
 // An Engine owns the breakpoints of one guest.
@@ -181,6 +185,9 @@ type Engine struct {
 	slotEnd map[uint64]*slot
 	free    []*slot
 	dirty   []*slot // to be filled with int3 again, which failed
+	adopted []*slot // taken over from a process that died
+	back    []came  // likewise: vCPUs that may come to the end of a slot once more
+	marks   []*Mark // of the vCPUs, or none
 	scratch []region
 	active  []*inflight // on their way: a vCPU can have several, one for each interrupt level
 	idle    []*inflight // to be used again
@@ -222,6 +229,11 @@ func New(drv Driver, cfg Config) *Engine {
 		hidden:  caps.Hidden,
 	}
 	e.done = sync.NewCond(&e.mu)
+	if cfg.Journal != nil {
+		for v := range e.nvcpu {
+			e.marks = append(e.marks, cfg.Journal.Mark(v))
+		}
+	}
 	return e
 }
 
@@ -400,7 +412,13 @@ func (e *Engine) add(p *Probe) error {
 		if s, err = e.newSite(at); err != nil {
 			return err
 		}
+		if s.slot == nil { // with one it has been told
+			if _, err := e.tell(s, nil); err != nil {
+				return err
+			}
+		}
 		if err := e.drv.InsertBreak(s.addr, &s.insn); err != nil {
+			e.over(s.addr)
 			e.freeSlot(s)
 			return fmt.Errorf("insert breakpoint at %#x: %w", s.addr, err)
 		}
@@ -471,8 +489,37 @@ func (e *Engine) removeSite(s *site) error {
 	}
 	delete(e.sites, s.addr)
 	s.armed = false
+	e.over(s.addr)
 	e.freeSlot(s)
 	return err
+}
+
+// tell tells the journal of a breakpoint that is about to be inserted, and of its slot.
+func (e *Engine) tell(s *site, sl *slot) (*atomic.Int32, error) {
+	if e.cfg.Journal == nil {
+		return new(atomic.Int32), nil
+	}
+	b := LeftBreak{s.addr, s.insn.Bytes()}
+	var left *LeftSlot
+	if sl != nil {
+		left = &LeftSlot{Addr: sl.addr, Break: b, Code: sl.code[:], Len: int(sl.end - sl.addr)}
+	}
+	busy, err := e.cfg.Journal.Break(b, left)
+	if err != nil {
+		return nil, fmt.Errorf("breakpoint at %#x, in the journal before it is made: %w", s.addr, err)
+	}
+	return busy, nil
+}
+
+// over tells the journal that a breakpoint is out. Whoever reads it compares before he
+// writes, so one that it doesn't hear of does no harm.
+func (e *Engine) over(addr uint64) {
+	if e.cfg.Journal == nil {
+		return
+	}
+	if err := e.cfg.Journal.Removed(addr); err != nil {
+		e.log.Warn("the journal wasn't told that a breakpoint is out", "addr", hex(addr), "err", err)
+	}
 }
 
 // tries bounds the attempts that retry makes.

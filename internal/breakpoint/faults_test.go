@@ -287,7 +287,7 @@ func TestStepInterrupted(t *testing.T) {
 			before := m.Text()
 			m.Start()
 			defer m.Stop()
-			drv, err := xen.OpenDebugger(m.Hypervisor(), xentest.Frames(t, m.Hypervisor()))
+			drv, err := xen.OpenDebugger(m.Hypervisor(), xentest.Frames(t, m.Hypervisor()), xen.Config{})
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{MayFault: xentest.NoFaults}) // no dead code: it is stepped in place
 			stepped := &breakpoint.Probe{Addr: outOfLine(t, m)}

@@ -116,6 +116,9 @@ func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
 		e.stats.Reinjected++
 		return Continue, e.reinject(s)
 	}
+	if e.adopted != nil {
+		e.here(s)
+	}
 	return e.hit(s, m)
 }
 
@@ -167,7 +170,7 @@ func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
 func (e *Engine) depart(f *inflight, sl *slot) {
 	f.slot = sl
 	if sl != nil {
-		sl.busy++
+		sl.busy.Add(1)
 	}
 	e.active = append(e.active, f)
 }
@@ -175,7 +178,7 @@ func (e *Engine) depart(f *inflight, sl *slot) {
 // arrive ends what depart began.
 func (e *Engine) arrive(f *inflight) {
 	if f.slot != nil {
-		f.slot.busy--
+		f.slot.busy.Add(-1)
 	}
 	if i := slices.Index(e.active, f); i >= 0 {
 		e.active = slices.Delete(e.active, i, i+1)
@@ -192,12 +195,15 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
 			continue
 		}
-		n := 1
+		n := 2
+		if f.lost && f.vcpu >= 0 {
+			n = 1 // it may not be in the slot
+		}
 		if d := int64(f.before.SP - s.Regs.SP); d >= -64 && d <= 64 {
-			n += 4
+			n += 8
 		}
 		if f.vcpu == s.VCPU {
-			n += 2
+			n += 4
 		}
 		if n > score || n == score && f.before.SP == s.Regs.SP {
 			best, score = f, n
@@ -373,6 +379,9 @@ func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 	f.before = s.Regs
 	if sl := st.slot; sl != nil {
 		e.depart(f, sl)
+		if e.marks != nil { // the answer may not be given any more
+			*e.marks[s.VCPU] = Mark{Slot: sl.addr, SP: s.Regs.SP}
+		}
 		s.Regs.IP = sl.addr
 		e.stats.OutOfLine++
 		return Continue, e.resume(s)
@@ -489,6 +498,9 @@ func (e *Engine) finish(f *inflight, s *Stop, m mode) (v Verdict, err error) {
 
 // leaveSlot takes a vCPU back from out-of-line execution.
 func (e *Engine) leaveSlot(sl *slot, s *Stop, m mode) (Verdict, error) {
+	if e.back != nil && e.counted(sl, s) {
+		return e.complete(&inflight{vcpu: s.VCPU, site: sl.site, before: s.Regs}, s, sl.addr, m)
+	}
 	f := e.find(s, sl)
 	if f == nil {
 		// No vCPU is known to be there, but only our own int3 can be.
@@ -496,8 +508,14 @@ func (e *Engine) leaveSlot(sl *slot, s *Stop, m mode) (Verdict, error) {
 		s.Regs.IP = sl.site.addr + uint64(sl.site.insn.Len)
 		return Continue, e.resume(s)
 	}
+	if e.marks != nil { // before it is counted: the answer may not be given any more
+		*e.marks[s.VCPU] = Mark{Slot: sl.addr, SP: s.Regs.SP, Back: true}
+	}
 	e.arrive(f)
-	if sl.busy == 0 && !sl.site.armed {
+	if f.lost {
+		f.before = s.Regs // a copy in a slot has no step's flags
+	}
+	if sl.busy.Load() == 0 && !sl.site.armed {
 		defer e.freeSlot(sl.site)
 	}
 	return e.complete(f, s, sl.addr, m)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 )
 
 // int3 fills dead code, and ends a slot.
@@ -20,7 +21,7 @@ type slot struct {
 	addr, end uint64
 	code      [slotSize]byte // what is there
 	site      *site
-	busy      int // vCPUs in it
+	busy      *atomic.Int32 // vCPUs and tasks in it
 }
 
 // region is dead code that was taken for slots.
@@ -52,11 +53,16 @@ func (e *Engine) newSlot(s *site) (*slot, error) {
 	}
 	copy(sl.code[:], filled)
 	copy(sl.code[:], code)
+	sl.end = sl.addr + uint64(len(code))
+	if sl.busy, err = e.tell(s, sl); err != nil {
+		e.free = append(e.free, sl)
+		return nil, err
+	}
 	if err := e.retry(func() error { return e.drv.Patch(sl.addr, sl.code[:]) }); err != nil {
 		e.clean(sl) // part of it may have been written
 		return nil, err
 	}
-	sl.site, sl.end = s, sl.addr+uint64(len(code))
+	sl.site = s
 	e.slotEnd[sl.end] = sl
 	return sl, nil
 }
@@ -117,7 +123,7 @@ func inReach(a, b uint64) bool {
 // freeSlot gives back the slot of s, at once or when the last vCPU leaves it.
 func (e *Engine) freeSlot(s *site) {
 	sl := s.slot
-	if sl == nil || sl.busy > 0 {
+	if sl == nil || sl.busy.Load() > 0 {
 		return
 	}
 	s.slot = nil
@@ -133,7 +139,18 @@ func (e *Engine) clean(sl *slot) {
 		e.dirty = append(e.dirty, sl)
 		return
 	}
+	e.cleaned(sl)
+}
+
+// cleaned takes back a slot that is dead code again.
+func (e *Engine) cleaned(sl *slot) {
 	e.free = append(e.free, sl)
+	if e.cfg.Journal == nil {
+		return
+	}
+	if err := e.cfg.Journal.Cleaned(sl.addr); err != nil {
+		e.log.Warn("the journal wasn't told that dead code is so again", "addr", hex(sl.addr), "err", err)
+	}
 }
 
 // cleanDirty makes dead code of what could not be restored before.
@@ -145,7 +162,7 @@ func (e *Engine) cleanDirty() error {
 			errs = errors.Join(errs, fmt.Errorf("restore %d bytes of dead code at %#x: %w", slotSize, sl.addr, err))
 			return false
 		}
-		e.free = append(e.free, sl)
+		e.cleaned(sl)
 		return true
 	})
 	return errs

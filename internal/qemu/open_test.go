@@ -44,6 +44,11 @@ func TestOpenOptions(t *testing.T) {
 				return vmprobes.Continue
 			}}
 			require.NoError(t, s.Register(p))
+			if options == "" { // a second tool is told who is there
+				_, err := vmprobes.Open(t.Context(), name, noFiles)
+				require.ErrorIs(t, err, vmprobes.ErrBusy)
+				require.ErrorContains(t, err, fmt.Sprintf("process %d", os.Getpid()))
+			}
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error)
 			go func() { done <- s.Loop(ctx) }()

@@ -34,7 +34,7 @@ func others(h *Holder, d time.Duration) (n, due int) {
 		if Clock()-h.looked >= Every {
 			due++
 		}
-		h.Begin()
+		h.Begin(Clock())
 		for turn := Clock(); Clock()-turn < 100*time.Microsecond; {
 		}
 		h.End()
@@ -48,7 +48,7 @@ func others(h *Holder, d time.Duration) (n, due int) {
 func TestHolder(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(8))
 	var h Holder
-	h.Begin()
+	h.Begin(Clock())
 	h.End()
 	runtime.GOMAXPROCS(1)
 	n, due := others(&h, 200*time.Millisecond)

@@ -76,7 +76,7 @@ func parseFile(s string) (path string, opts *image.Options, err error) {
 
 func (g *fileGuest) Info() Info { return g.info }
 
-func (g *fileGuest) Attach(context.Context) (Driver, error) { return nil, ErrImage }
+func (g *fileGuest) Attach(context.Context, Setup) (Driver, error) { return nil, ErrImage }
 
 // CPUs implements [linux.Machine]. A format without registers has none.
 func (g *fileGuest) CPUs() ([]linux.CPU, error) {

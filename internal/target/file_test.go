@@ -52,7 +52,7 @@ func TestFile(t *testing.T) {
 	require.NoError(t, err)
 	assert.EqualValues(t, 42, page[0])
 	release()
-	_, err = g.Attach(t.Context())
+	_, err = g.Attach(t.Context(), Setup{})
 	assert.ErrorIs(t, err, ErrImage)
 
 	_, err = Open(t.Context(), "")

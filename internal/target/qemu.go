@@ -2,8 +2,11 @@ package target
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 
+	"github.com/vmprobes/vmprobes/internal/journal"
 	"github.com/vmprobes/vmprobes/internal/qemu"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
@@ -20,10 +23,29 @@ func openQEMU(ctx context.Context, name string) (Guest, error) {
 	// that. It takes a process on this machine, and the right to trace it.
 	vm, err := qemu.Dial(ctx, name, &qemu.Options{ProcMem: true, Fallback: true})
 	if err != nil {
+		if errors.Is(err, qemu.ErrAttached) || errors.Is(err, qemu.ErrBusy) {
+			err = ownedVM(name, err)
+		}
 		return nil, err
 	}
 	i := vm.Info()
 	return &qemuGuest{VM: vm, info: Info{Name: qemuName(i), Given: i.Name, Kind: HVM, VCPUs: i.VCPUs}}, nil
+}
+
+// ownedVM says who is attached to a VM, if that is known; else it returns err.
+func ownedVM(name string, err error) error {
+	socket, _, _ := strings.Cut(strings.TrimPrefix(name, "qemu:"), "?")
+	path := journal.Path(JournalDir(), "qemu:"+socket)
+	entries, lerr := journal.List(JournalDir())
+	if lerr != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Path == path && e.Err == nil && !e.Hot {
+			return owned(&journal.BusyError{Owner: e.Owner, Path: path})
+		}
+	}
+	return err
 }
 
 // qemuName returns a name that no other VM of this machine has. Whoever starts QEMU
@@ -41,12 +63,22 @@ func qemuName(i qemu.Info) string {
 func (g *qemuGuest) Info() Info { return g.info }
 
 // Attach implements [Guest].
-func (g *qemuGuest) Attach(ctx context.Context) (Driver, error) {
-	d, err := g.VM.Attach(ctx)
+func (g *qemuGuest) Attach(ctx context.Context, k Setup) (Driver, error) {
+	own, err := g.own(k)
 	if err != nil {
 		return nil, known("", err)
 	}
-	return d, nil
+	d, err := g.VM.Attach(ctx)
+	if err != nil {
+		return nil, errors.Join(known("", err), own.Remove())
+	}
+	d.SetKernelRoot(k.Root)
+	if len(k.Banner) > 0 {
+		if err := d.SetIdentity(k.BannerAddr, k.Banner); err != nil {
+			return nil, errors.Join(err, d.Close(), own.Remove())
+		}
+	}
+	return owner{d, own}, nil
 }
 
 // CPUs implements [linux.Machine].

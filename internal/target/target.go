@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"strconv"
 	"strings"
@@ -29,9 +30,8 @@ var (
 	ErrNotFound      = sentinel.New("no such domain", fs.ErrNotExist)
 	ErrBusy          = errors.New("another tool is attached to the guest")
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
-	ErrPaused        = errors.New("the domain is paused: if you have paused it, unpause it first (xl unpause); " +
-		"if a tool that had probes in it was killed, leave it so, as a PV guest would run on behind a breakpoint and die")
-	ErrPermission = sentinel.New("this program may not look into the guest", fs.ErrPermission)
+	ErrPaused        = errors.New("the domain is paused, and no tool has left it so: unpause it first (xl unpause)")
+	ErrPermission    = sentinel.New("this program may not look into the guest", fs.ErrPermission)
 )
 
 // Kind is how a guest is virtualized.
@@ -60,7 +60,7 @@ type Guest interface {
 	Info() Info
 	// Attach prepares the guest for breakpoints. The driver is closed before the
 	// Guest.
-	Attach(ctx context.Context) (Driver, error)
+	Attach(ctx context.Context, s Setup) (Driver, error)
 	Close() error
 }
 
@@ -68,7 +68,6 @@ type Guest interface {
 type Driver interface {
 	breakpoint.Driver
 	Translate(addr uint64) (paging.Translation, error)
-	SetKernelRoot(paging.Root)
 	// Write writes in spite of the guest's page protection, with the page tables
 	// of cr3, or with the kernel's own if that is 0.
 	Write(cr3, addr uint64, b []byte) (n int, err error)
@@ -88,16 +87,28 @@ type Sized interface {
 	PhysicalPages() (uint64, error)
 }
 
-// Identified is implemented by drivers of guests that may be reset under a probe.
-type Identified interface {
-	// SetIdentity names bytes that tell the guest's kernel from any other.
-	SetIdentity(addr uint64, b []byte) error
+// Setup is what a driver is told when it attaches. All of it is optional.
+type Setup struct {
+	// Root are the page tables through which kernel memory is reached outside of a hit.
+	Root paging.Root
+	// Lookup finds symbols: where the kernel keeps certain things, and what runs when.
+	Lookup func(name string) (addr uint64, ok bool)
+	// Banner are bytes at BannerAddr that tell this kernel from any other, for guests
+	// that may be reset under a probe.
+	BannerAddr uint64
+	Banner     []byte
+	BuildID    string // of the kernel, in hexadecimal digits
+	// Guardian is called before anything in the guest is changed, when there is a
+	// journal: it sees to it that somebody repairs the guest should this process die.
+	Guardian func() error
+	Logger   *slog.Logger
 }
 
-// Symbolic is implemented by drivers that work better when they know where the
-// kernel keeps certain things. lookup returns the address of a symbol.
-type Symbolic interface {
-	UseSymbols(lookup func(name string) (addr uint64, ok bool))
+func (s *Setup) log() *slog.Logger {
+	if s.Logger == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return s.Logger
 }
 
 // schemes are the prefixes of names, as in "xen:a3guest", with what opens such a

@@ -26,7 +26,7 @@ type xenGuest struct {
 	dom   xenctrl.DomainInfo
 	info  Info
 	pages func() (uint64, error)
-	lock  func() (release func() error, err error) // nil in tests
+	live  bool // a domain of this host, and not a test's
 	close func() error
 }
 
@@ -64,10 +64,6 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 		return nil, breakpoint.ErrGone
 	case dom.Suspended():
 		return nil, fmt.Errorf("%w: it is suspended, to be saved or migrated", ErrPaused)
-	case dom.Flags&xenctrl.DomainDebugged != 0:
-		return nil, xen.ErrBusy // it may be paused at a hit
-	case dom.Flags&xenctrl.DomainPaused != 0:
-		return nil, ErrPaused
 	}
 	if dom.Flags&xenctrl.DomainHVM == 0 {
 		if bits, err := h.GuestWidth(id); err != nil {
@@ -78,7 +74,7 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	}
 	g := newXen(xen.Live(h, id), dom)
 	g.close = h.Close
-	g.lock = func() (func() error, error) { return lockDomain(uint16(id)) }
+	g.live = true
 	g.pages = func() (uint64, error) {
 		n, err := h.MaxGPFN(id)
 		return n + 1, err
@@ -96,16 +92,12 @@ func openXen(_ context.Context, name string) (_ Guest, err error) {
 	return g, nil
 }
 
-// lockDir is where tools agree on who is attached to a domain. It is on a tmpfs, so
-// nothing of it survives the hypervisor.
-var lockDir = "/run/vmprobes"
-
 // explain says what a user other than root lacks, whose rights are those that the
 // files of Xen's devices give.
 func explain(err error) error {
 	if euid := os.Geteuid(); euid > 0 && errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("%w (this is user %d: to allow that without root, give the user the right to read and write "+
-			"/dev/xen/privcmd, /dev/xen/evtchn, /dev/xen/xenbus and the folder %s)", err, euid, lockDir)
+			"/dev/xen/privcmd, /dev/xen/evtchn, /dev/xen/xenbus and the folder %s)", err, euid, journalDir)
 	}
 	return err
 }
@@ -134,22 +126,53 @@ func (g *xenGuest) Info() Info { return g.info }
 // Close gives back what the guest's memory is reached through.
 func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()) }
 
-// Attach opens the route that the guest and its hypervisor offer.
-func (g *xenGuest) Attach(context.Context) (_ Driver, err error) {
+// Attach opens the route that the guest and its hypervisor offer. What a dead tool has
+// left in the guest is repaired first.
+func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 	defer func() { err = known("", explain(err)) }()
-	if g.lock != nil {
-		release, err := g.lock()
+	cfg := xen.Config{Root: s.Root, Lookup: s.Lookup}
+	if !g.live {
+		return g.open(cfg)
+	}
+	l, err := g.own(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
 		if err != nil {
+			err = errors.Join(err, l.Remove())
+		}
+	}()
+	// Nobody else is attached, but for tools that keep no journal, and who has paused the
+	// domain is no tool.
+	switch info, err := g.hv.Info(); {
+	case err != nil:
+		return nil, err
+	case info.Gone():
+		return nil, breakpoint.ErrGone
+	case info.Flags&xenctrl.DomainDebugged != 0:
+		return nil, xen.ErrBusy
+	case info.Flags&xenctrl.DomainPaused != 0:
+		return nil, ErrPaused
+	}
+	if s.Guardian != nil {
+		if err := s.Guardian(); err != nil {
 			return nil, err
 		}
-		// It is given back when the guest is left, with the driver closed before.
-		closeAll := g.close
-		g.close = func() error { return errors.Join(closeAll(), release()) }
 	}
+	cfg.State = l.DriverState()
+	drv, err := g.open(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return journaled{drv, l}, nil
+}
+
+func (g *xenGuest) open(cfg xen.Config) (Driver, error) {
 	if g.info.Kind == PV {
-		return xen.OpenDebugger(g.hv, g.Cache)
+		return xen.OpenDebugger(g.hv, g.Cache, cfg)
 	}
-	return xen.OpenMonitor(g.hv, g.Cache)
+	return xen.OpenMonitor(g.hv, g.Cache, cfg)
 }
 
 // PhysicalPages implements [Sized].

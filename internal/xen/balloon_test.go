@@ -50,7 +50,7 @@ func (p *past) Bytes() []byte { return p.bytes }
 func TestBallooned(t *testing.T) {
 	m := xentest.New(xentest.Config{Kind: xentest.HVM, IRQEvery: -1})
 	hv := &ballooning{Hypervisor: m.Hypervisor()}
-	drv, err := xen.OpenMonitor(hv, xentest.Frames(t, hv))
+	drv, err := xen.OpenMonitor(hv, xentest.Frames(t, hv), xen.Config{})
 	require.NoError(t, err)
 	defer drv.Close()
 	at := uint64(xentest.DataBase + 0x800)

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/spin"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -30,8 +29,8 @@ type Debugger struct {
 
 	nvcpu   int
 	vcpus   []vcpu
-	queue   []int // vCPUs whose stop waits to be returned by Wait
-	owed    int
+	queue   []int             // vCPUs whose stop waits to be returned by Wait
+	first   []breakpoint.Stop // that another process had left, to be returned first
 	pending int
 	step    *step
 	closed  bool
@@ -41,28 +40,19 @@ type Debugger struct {
 	pins    pins
 	pace    pace          // of the goroutine in Wait
 	alive   time.Duration // of spin.Clock: when checkAlive was called last; likewise
-
-	// vcpuInfo is the per-CPU symbol of the guest's struct vcpu_info, 0 if unknown.
-	vcpuInfo uint64
 }
 
-// vcpu is a stopped vCPU's context.
+// vcpu is a stopped vCPU's context. A change of it that failed halfway is taken up where
+// it was.
 type vcpu struct {
-	ctx     xenctrl.VCPUContext
-	stopped bool
-	reason  breakpoint.Reason
-	at      uint64 // address of the int3
-	dirty   bool   // Xen may have other registers than those of ctx
-	dr6     uint64 // as last seen; 0 after a debug exception was given to the guest
-	tick    uint64 // of pins, when it stopped
-	pinned  bool   // held by itself, whatever the domain's pause count is
-
-	// A change of context that failed halfway is taken up where it was: the
-	// extended state as it was before, and the guest's interrupt mask.
-	saved    bool
-	ext      xenctrl.ExtState
-	entering bool
-	mask     upcallMask
+	*sharedVCPU
+	ctx    xenctrl.VCPUContext
+	reason breakpoint.Reason
+	at     uint64           // address of the int3
+	dirty  bool             // Xen may have other registers than those of ctx
+	tick   uint64           // of pins, when it stopped
+	pinned bool             // held by itself, whatever the domain's pause count is
+	ext    xenctrl.ExtState // if saved: as it was before
 }
 
 // step is a StepOver in progress.
@@ -78,7 +68,7 @@ type step struct {
 // OpenDebugger attaches to a PV guest, whose memory it reaches through frames; they
 // stay the caller's, who closes them after the Debugger. It changes nothing in the
 // guest unless the hypervisor has what it takes.
-func OpenDebugger(hv Hypervisor, frames *paging.Cache) (*Debugger, error) {
+func OpenDebugger(hv Hypervisor, frames *paging.Cache, cfg Config) (*Debugger, error) {
 	info, err := hv.Info()
 	if err != nil {
 		return nil, mapErr(err)
@@ -94,12 +84,14 @@ func OpenDebugger(hv Hypervisor, frames *paging.Cache) (*Debugger, error) {
 	if info.Flags&xenctrl.DomainDebugged != 0 {
 		return nil, ErrBusy
 	}
-	d := &Debugger{guest: newGuest(hv, frames), nvcpu: info.MaxVCPUID + 1}
-	if d.nvcpu < 1 || d.nvcpu > xenctrl.MaxVCPUs {
-		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
+	d, err := newDebugger(hv, frames, info, cfg.State)
+	if err != nil {
+		return nil, err
 	}
-	d.vcpus = make([]vcpu, d.nvcpu)
-	d.roots = d.currentRoots
+	d.SetKernelRoot(cfg.Root)
+	if cfg.Lookup != nil {
+		d.useSymbols(cfg.Lookup)
+	}
 	for v := range d.vcpus {
 		if hv.VCPUContext(v, &d.scratch) == nil {
 			d.vcpus[v].dr6 = d.scratch.DebugReg[6]
@@ -112,23 +104,31 @@ func OpenDebugger(hv Hypervisor, frames *paging.Cache) (*Debugger, error) {
 	return d, nil
 }
 
-// SetVCPUInfo tells where the guest keeps its struct vcpu_info: the address of
-// the per-CPU variable xen_vcpu_info (arch/x86/xen/enlighten.c), to which the
-// vCPU's GS base is added. With it the virtual interrupt flag is seen and kept.
-func (d *Debugger) SetVCPUInfo(symbol uint64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.vcpuInfo = symbol
+func newDebugger(hv Hypervisor, frames *paging.Cache, info xenctrl.DomainInfo, state []byte) (*Debugger, error) {
+	n := info.MaxVCPUID + 1
+	if n < 1 || n > xenctrl.MaxVCPUs {
+		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
+	}
+	s, vs, err := stateIn(state, n)
+	if err != nil {
+		return nil, err
+	}
+	d := &Debugger{guest: newGuest(hv, frames, s), nvcpu: n, vcpus: make([]vcpu, n)}
+	for v := range d.vcpus {
+		d.vcpus[v].sharedVCPU = &vs[v]
+	}
+	d.roots = d.currentRoots
+	return d, nil
 }
 
-// UseSymbols finds struct vcpu_info, and the code that runs between a debug
-// exception and where its cause is read, by the kernel's symbols.
-func (d *Debugger) UseSymbols(lookup func(name string) (addr uint64, ok bool)) {
+// useSymbols finds struct vcpu_info, and the code that runs between a debug exception
+// and where its cause is read, by the kernel's symbols. The former is the per-CPU
+// variable xen_vcpu_info (arch/x86/xen/enlighten.c), to which the vCPU's GS base is
+// added. With it the virtual interrupt flag is seen and kept.
+func (d *Debugger) useSymbols(lookup func(name string) (addr uint64, ok bool)) {
 	if addr, ok := lookup("xen_vcpu_info"); ok {
-		d.SetVCPUInfo(addr)
+		d.vcpuInfo = addr
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.debug.useSymbols(lookup)
 }
 
@@ -188,18 +188,20 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 		if err != nil && !errors.Is(err, xenctrl.ErrNotSupported) {
 			return fmt.Errorf("vCPU %d: save extended state: %w", v, mapErr(err))
 		}
-		s.ext, s.saved = ext, true
+		s.keep(ext)
+		s.saved = true
 	}
+	s.want = c.User
+	s.setting = settingBegun
 	if err := attempts(func() error { return d.hv.SetVCPUContext(v, c) }); err != nil {
-		s.keepExt()
 		return fmt.Errorf("vCPU %d: set registers: %w", v, err)
 	}
 	if s.ext.Live() {
 		if err := attempts(func() error { return d.hv.SetVCPUExtState(v, s.ext) }); err != nil {
-			s.keepExt()
 			return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
 		}
 	}
+	s.setting = settingDone
 	s.saved, s.dirty = false, false
 	return nil
 }
@@ -207,15 +209,12 @@ func (d *Debugger) setContext(v int, c *xenctrl.VCPUContext) error {
 // aliveEvery is how often a wait looks whether the domain still lives.
 const aliveEvery = 100 * time.Millisecond
 
-// keepExt makes the saved state the vCPU's own: Hypervisor.VCPUExtState may use its
-// memory again.
-func (v *vcpu) keepExt() { v.ext.Data = slices.Clone(v.ext.Data) }
-
 // Wait implements breakpoint.Driver.
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	d.pace.start()
 	defer d.pace.end()
-	for now := d.pace.begin; ; now = spin.Clock() {
+	d.pins.slow.Store(int64(d.pace.spinFor()))
+	for now := d.pace.begin; ; {
 		if now-d.alive > aliveEvery {
 			if err := d.checkAlive(); err != nil {
 				return err
@@ -234,7 +233,7 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 			d.pace.done()
 			d.pace.start()
 		}
-		d.pace.rest(ctx)
+		now = d.pace.rest(ctx)
 	}
 }
 
@@ -242,6 +241,10 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if len(d.first) > 0 {
+		*s, d.first = d.first[0], d.first[1:]
+		return true, nil
+	}
 	if d.stepping() {
 		// Only the stepping vCPU runs; the queue waits until it's done.
 		return d.pollStep(s)
@@ -286,7 +289,11 @@ func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
 // not be lost, whatever fails next. If there is none, but the domain is paused, it may
 // be for a debug exception of the guest's own.
 func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
+	d.intent = intentAsk
 	err = attempts(func() (err error) { st, err = d.hv.GdbsxDomStatus(); return err })
+	if err != nil || st.VCPU < 0 || st.VCPU >= d.nvcpu {
+		d.intent = intentNone
+	}
 	if err != nil {
 		return st, err
 	}
@@ -307,7 +314,9 @@ func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
 	if v.stopped {
 		return st, fmt.Errorf("event on vCPU %d, which is stopped", st.VCPU)
 	}
+	v.setting = settingNone
 	v.stopped, v.dirty = true, false
+	d.intent = intentNone
 	v.tick = d.pins.tick
 	d.pending++
 	d.queue = append(d.queue, st.VCPU)
@@ -352,15 +361,39 @@ func (d *Debugger) release() error {
 				continue
 			}
 		}
-		if err := attempts(d.unpause); err != nil {
-			return fmt.Errorf("unpause: %w", err)
+		if err := d.pay(); err != nil {
+			return err
 		}
-		d.owed--
 	}
 	if d.pending == 0 && d.owed == 0 {
 		d.pins.loose = false
 	}
 	return nil
+}
+
+// pay makes one unpause of those that are owed.
+func (d *Debugger) pay() error {
+	d.intent = intentUnpause
+	err := attempts(d.unpause)
+	if err == nil {
+		d.owed--
+	}
+	d.intent = intentNone
+	if err != nil {
+		return fmt.Errorf("unpause: %w", err)
+	}
+	return nil
+}
+
+// pause pauses the domain, which is owed from then on.
+func (d *Debugger) pause() error {
+	return d.during(intentPause, func() error {
+		err := d.hv.Pause()
+		if err == nil {
+			d.owed++
+		}
+		return err
+	})
 }
 
 // keep is how many pauses of those that are owed are needed.
@@ -453,6 +486,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 		// others is latched, and can be taken: none will pause the domain again.
 		st = &step{vcpu: s.VCPU, patch: p, done: true}
 		d.step = st
+		d.shared.step.begin(s.VCPU, p, &s.Regs)
 		for o := range d.nvcpu {
 			if o == s.VCPU {
 				continue
@@ -466,6 +500,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 			return errors.Join(err, d.endStep())
 		}
 	}
+	d.shared.step.before, d.shared.step.phase = s.Regs, stepBegins
 	want := &d.want
 	*want = v.ctx
 	setRegs(&want.User, &s.Regs)
@@ -482,6 +517,7 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	// An interrupt between here and the step would run over the lifted byte.
 	m, err := d.upcallMask(&v.ctx)
 	if err == nil && m.known && m.value == 0 && st.masked == 0 {
+		d.shared.step.masked = m.addr
 		if err = d.write(v.ctx.CtrlReg[3], m.addr, []byte{1}); err == nil {
 			st.masked = m.addr
 		}
@@ -497,11 +533,13 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	}
 	st.done = false
 	d.pins.ran = true
+	d.shared.step.phase = stepRuns
 	v.stopped = false
 	d.pending--
 	// Everything owed: the other stops' vCPUs are held one by one now.
 	if err := d.release(); err != nil {
 		st.done = true
+		d.shared.step.phase = stepBegins
 		v.stopped = true
 		d.pending++
 		return errors.Join(err, d.endStep())
@@ -536,6 +574,7 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	v.ctx.User.RFLAGS &^= eflagTF
 	v.ctx.DebugReg[6] &^= dr6BS
 	// TF is still set in Xen, whatever an interrupt's hit on the way has done to it.
+	v.setting, d.shared.step.phase = settingNone, stepDone
 	v.stopped, v.reason, v.dirty, v.dr6 = true, breakpoint.Stepped, true, v.ctx.DebugReg[6]
 	v.tick = d.pins.tick
 	d.wakePins()
@@ -561,7 +600,7 @@ func (d *Debugger) endStep() error {
 		if err := attempts(func() error { return d.write(d.vcpus[st.vcpu].ctx.CtrlReg[3], st.masked, []byte{0}) }); err != nil {
 			return fmt.Errorf("vCPU %d: unmask events: %w", st.vcpu, err)
 		}
-		st.masked = 0
+		st.masked, d.shared.step.masked = 0, 0
 	}
 	for len(st.others) > 0 {
 		o := st.others[len(st.others)-1]
@@ -570,6 +609,7 @@ func (d *Debugger) endStep() error {
 		}
 		st.others = st.others[:len(st.others)-1]
 	}
+	d.shared.step.vcpu = 0
 	d.step = nil
 	return nil
 }
@@ -592,10 +632,9 @@ func (d *Debugger) paused(call func() error) error {
 			return err
 		}
 		d.owed = 0 // nothing is left of it
-		if err := d.hv.Pause(); err != nil {
+		if err := d.pause(); err != nil {
 			return err
 		}
-		d.owed++
 		return call()
 	})
 }

@@ -46,7 +46,7 @@ func TestDebugException(t *testing.T) {
 		t.Run(fmt.Sprintf("served=%v", serve), func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{})
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			var c xenctrl.VCPUContext
@@ -90,14 +90,15 @@ func TestPausedByOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2})
 			hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
-			require.NoError(t, err)
+			var cfg xen.Config
 			if c.symbols { // all of the text is what runs before DR6 is read
-				drv.UseSymbols(func(name string) (uint64, bool) {
+				cfg.Lookup = func(name string) (uint64, bool) {
 					addr, ok := map[string]uint64{"__noinstr_text_start": xentest.TextBase, "__noinstr_text_end": xentest.TextBase + 1<<20}[name]
 					return addr, ok
-				})
+				}
 			}
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), cfg)
+			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 			m.Run(100)
 			hv.dr6, hv.dr7 = c.dr6, c.dr7

@@ -24,9 +24,21 @@ var (
 	ErrNoMonitor = errors.New("this Xen doesn't offer vm_event software breakpoints for the guest: " +
 		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
 	// ErrBusy: somebody else debugs or monitors the guest.
-	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed its breakpoints are " +
-		"still there, and the guest stands still at the next one: leave it so (xl unpause would kill a PV guest there)")
+	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed, and keeps no journal, its " +
+		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there)")
 )
+
+// Config is what OpenDebugger and OpenMonitor may be told. All of it is optional.
+type Config struct {
+	// State is memory of [StateSize] bytes, all zero, that outlives this process: another
+	// one can take over then ([AdoptDebugger], [AdoptMonitor]).
+	State []byte
+	// Root are the page tables through which kernel memory is reached outside of a hit:
+	// the kernel's init_top_pgt, which never goes away. 0: those that a vCPU uses.
+	Root paging.Root
+	// Lookup finds the kernel's symbols.
+	Lookup func(name string) (addr uint64, ok bool)
+}
 
 // guest is what both routes have in common: memory and patched bytes.
 type guest struct {
@@ -45,8 +57,8 @@ type guest struct {
 	breaks   map[uint64]*patch
 	stepped  *patch // that is lifted for a step
 
-	mu     sync.Mutex // the route's own
-	frozen int        // Freezes without their Thaw
+	mu sync.Mutex // the route's own
+	*shared
 }
 
 // patch is a breakpoint in the guest's text.
@@ -57,29 +69,30 @@ type patch struct {
 	gone   bool // removed, if in the middle of a step
 }
 
-func newGuest(hv Hypervisor, frames *paging.Cache) *guest {
-	g := &guest{hv: hv, frames: frames, breaks: make(map[uint64]*patch)}
+func newGuest(hv Hypervisor, frames *paging.Cache, s *shared) *guest {
+	g := &guest{hv: hv, frames: frames, breaks: make(map[uint64]*patch), shared: s, root: s.kernel}
 	g.mem = paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}) // a 64-bit PV guest's
 	return g
 }
 
-// SetKernelRoot fixes the page-table root through which kernel memory is
-// reached outside of a hit: the kernel's init_top_pgt, which never goes away.
+// SetKernelRoot fixes Config.Root later.
 func (g *guest) SetKernelRoot(r paging.Root) {
 	g.rootMu.Lock()
 	defer g.rootMu.Unlock()
-	g.root = r
+	g.root, g.kernel = r, r
 }
 
 // Freeze implements breakpoint.Driver.
 func (g *guest) Freeze() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if err := g.hv.Pause(); err != nil {
-		return mapErr(err)
-	}
-	g.frozen++
-	return nil
+	return mapErr(g.during(intentPause, func() error {
+		err := g.hv.Pause()
+		if err == nil {
+			g.frozen++
+		}
+		return err
+	}))
 }
 
 // Thaw implements breakpoint.Driver.
@@ -89,11 +102,18 @@ func (g *guest) Thaw() error {
 	if g.frozen == 0 {
 		return nil
 	}
-	if err := g.unpause(); err != nil {
-		return mapErr(err)
-	}
-	g.frozen--
-	return nil
+	return mapErr(g.thaw())
+}
+
+// thaw undoes one Freeze.
+func (g *guest) thaw() error {
+	return g.during(intentUnpause, func() error {
+		err := g.unpause()
+		if err == nil {
+			g.frozen--
+		}
+		return err
+	})
 }
 
 // Translate resolves a kernel address.
@@ -327,10 +347,9 @@ func attempts(f func() error) (err error) {
 // thawAll undoes all Freezes; g.mu is held.
 func (g *guest) thawAll() error {
 	for g.frozen > 0 {
-		if err := attempts(g.unpause); err != nil {
+		if err := attempts(g.thaw); err != nil {
 			return err
 		}
-		g.frozen--
 	}
 	return nil
 }

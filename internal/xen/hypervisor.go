@@ -34,6 +34,9 @@ type Hypervisor interface {
 
 	MonitorCapabilities() (xenctrl.MonitorCaps, error)
 	OpenMonitor() (Monitor, error)
+	// ReleaseMonitor detaches the monitor of a process that died, if there is one, and
+	// gives answers to vCPUs that wait for its. A vCPU that waits for none isn't touched.
+	ReleaseMonitor(answers []xenctrl.Event) error
 	InjectEvent(vcpu int, vector, eventType uint8, errorCode, insnLen uint32, cr2 uint64) error
 	DebugControl(vcpu int, singleStep bool) error
 }

@@ -60,6 +60,10 @@ func (l *live) OpenMonitor() (Monitor, error) {
 	return m, nil
 }
 
+func (l *live) ReleaseMonitor(answers []xenctrl.Event) error {
+	return l.h.ReleaseMonitor(l.id, answers)
+}
+
 func (l *live) InjectEvent(vcpu int, vector, eventType uint8, errorCode, insnLen uint32, cr2 uint64) error {
 	return l.h.InjectEvent(l.id, vcpu, vector, eventType, errorCode, insnLen, cr2)
 }

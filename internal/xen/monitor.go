@@ -30,11 +30,14 @@ type MonitorRoute struct {
 	step    *step
 	trapMon bool // debug-exception events are on
 	left    bool // the ring is closed: no more stops
-	closed  bool
-	checked time.Time
-	online  int
-	in, out xenctrl.Event // the request and the response in hand
-	redo    bool          // in has been taken off the ring and isn't dealt with
+	// notified says, after a takeover, that the dead process had told Xen of every answer
+	// that it had begun to tell it of.
+	notified bool
+	closed   bool
+	checked  time.Time
+	online   int
+	in, out  xenctrl.Event // the request and the response in hand
+	redo     bool          // in has been taken off the ring and isn't dealt with
 
 	// Of the goroutine in Wait: when it looked last whether the domain is alive
 	// (spin.Clock), a context that ends when it is time to look again, and the one
@@ -53,7 +56,16 @@ type monitored struct {
 }
 
 // OpenMonitor attaches to an HVM or PVH guest.
-func OpenMonitor(hv Hypervisor, frames *paging.Cache) (_ *MonitorRoute, err error) {
+func OpenMonitor(hv Hypervisor, frames *paging.Cache, cfg Config) (*MonitorRoute, error) {
+	m, err := newMonitor(hv, frames, cfg.State)
+	if err != nil {
+		return nil, err
+	}
+	m.SetKernelRoot(cfg.Root)
+	return m, m.attach()
+}
+
+func newMonitor(hv Hypervisor, frames *paging.Cache, state []byte) (*MonitorRoute, error) {
 	info, err := hv.Info()
 	if err != nil {
 		return nil, mapErr(err)
@@ -68,25 +80,31 @@ func OpenMonitor(hv Hypervisor, frames *paging.Cache) (_ *MonitorRoute, err erro
 	if info.Flags&xenctrl.DomainDebugged != 0 {
 		return nil, ErrBusy // an attached debugger takes every int3 before vm_event does
 	}
-	m := &MonitorRoute{guest: newGuest(hv, frames), caps: caps, nvcpu: info.MaxVCPUID + 1}
-	if m.nvcpu < 1 || m.nvcpu > xenctrl.MaxVCPUs {
+	n := info.MaxVCPUID + 1
+	if n < 1 || n > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
-	m.vcpus = make([]monitored, m.nvcpu)
-	m.roots = m.currentRoots
-	if err := m.findMode(); err != nil {
+	s, _, err := stateIn(state, n)
+	if err != nil {
 		return nil, err
 	}
-	if m.mon, err = hv.OpenMonitor(); err != nil {
+	m := &MonitorRoute{guest: newGuest(hv, frames, s), caps: caps, nvcpu: n, vcpus: make([]monitored, n)}
+	m.roots = m.currentRoots
+	return m, m.findMode()
+}
+
+// attach opens the ring.
+func (m *MonitorRoute) attach() (err error) {
+	if m.mon, err = m.hv.OpenMonitor(); err != nil {
 		if errors.Is(err, xenctrl.ErrBusy) {
-			return nil, fmt.Errorf("%w (%w)", ErrBusy, err)
+			return fmt.Errorf("%w (%w)", ErrBusy, err)
 		}
-		return nil, fmt.Errorf("attach monitor: %w", mapErr(err))
+		return fmt.Errorf("attach monitor: %w", mapErr(err))
 	}
 	if err := attempts(func() error { return already(m.mon.SetSoftwareBreakpoint(true)) }); err != nil {
-		return nil, errors.Join(fmt.Errorf("monitor software breakpoints: %w", err), m.mon.Close())
+		return errors.Join(fmt.Errorf("monitor software breakpoints: %w", err), m.mon.Close())
 	}
-	return m, nil
+	return nil
 }
 
 // already ignores EEXIST: the setting was in effect (xen/arch/x86/monitor.c), as a
@@ -250,7 +268,7 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 				if err := attempts(func() error { return m.dropAfterStep(st.patch) }); err != nil {
 					return false, err
 				}
-				st.done = true
+				st.done, m.shared.step.phase = true, stepDone
 				s.Reason = breakpoint.Stepped
 				m.redo = false
 				return true, nil
@@ -304,7 +322,10 @@ func (m *MonitorRoute) flush() error {
 	if !m.notify {
 		return nil
 	}
-	if err := attempts(m.mon.Notify); err != nil {
+	m.intent = intentNotify
+	err := attempts(m.mon.Notify)
+	m.intent = intentNone
+	if err != nil {
 		return fmt.Errorf("notify Xen: %w", err)
 	}
 	m.notify = false
@@ -340,6 +361,9 @@ func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 	err = m.answer(v, ev, flags)
 	if ended && v.responded {
 		m.step = nil
+		if err == nil {
+			m.shared.step.vcpu = 0
+		}
 	}
 	return err
 }
@@ -389,14 +413,17 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	if ev.Regs != v.ev.Regs {
 		flags |= xenctrl.EventSetRegisters
 	}
+	m.shared.step.begin(s.VCPU, p, &s.Regs)
 	if err := attempts(func() error { return m.liftForStep(p) }); err != nil {
+		m.shared.step.vcpu = 0
 		return err
 	}
 	m.step = &step{vcpu: s.VCPU, patch: p}
 	if err := m.answer(v, ev, flags); err != nil && !v.responded {
-		m.step = nil
+		m.step, m.shared.step.vcpu = nil, 0
 		return errors.Join(err, m.dropAfterStep(p))
 	}
+	m.shared.step.phase = stepRuns
 	return nil
 }
 
@@ -450,7 +477,7 @@ func (m *MonitorRoute) leave() error {
 	}
 	// A domain that somebody has paused in the middle of a step: its vCPU has TF, and
 	// there is no call to take it back. With the monitor trap flag there is.
-	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && !m.dead() {
+	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && m.trapped(st.vcpu) && !m.dead() {
 		return fmt.Errorf("vCPU %d has not made its step yet", st.vcpu)
 	}
 	if !m.left {
@@ -460,6 +487,13 @@ func (m *MonitorRoute) leave() error {
 		m.left = true
 	}
 	return m.thawAll()
+}
+
+// trapped reports whether a vCPU has TF. A step that a process had begun which died may
+// not have come to that.
+func (m *MonitorRoute) trapped(v int) bool {
+	c, err := m.hv.HVMCPU(v)
+	return err != nil || c.RFLAGS&eflagTF != 0
 }
 
 func (m *MonitorRoute) detach() error {

@@ -2,13 +2,14 @@ package xen
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
-// pinTick is how often stops are looked at that wait for their answer. When one has
-// waited for a whole tick, all are pinned.
+// pinTick is how often stops are looked at that wait for their answer, on a machine that
+// isn't slow (pace). When one has waited for a whole tick, all are pinned.
 const pinTick = 4 * time.Millisecond
 
 // pins guard a PV guest against an administrator's "xl unpause" while a handler
@@ -26,6 +27,7 @@ type pins struct {
 	cpuTime uint64 // the domain's, when it was seen paused: it doesn't change as long as it is
 	ran     bool   // a vCPU has stepped since then
 	loose   bool
+	slow    atomic.Int64 // pace.spinFor of the goroutine in Wait
 
 	awake bool
 	wake  chan struct{}
@@ -63,7 +65,7 @@ func (d *Debugger) watchPins() {
 			return
 		case <-d.pins.wake:
 		}
-		t := time.NewTicker(pinTick)
+		t := time.NewTicker(pinTick * max(1, time.Duration(d.pins.slow.Load())/paceSpin))
 		for idle := 0; idle < idleTicks; idle++ {
 			select {
 			case <-d.pins.stop:
@@ -200,18 +202,13 @@ func (d *Debugger) count(v int) error {
 			return mapErr(err)
 		case info.Flags&xenctrl.DomainPaused == 0:
 			d.owed = 0
-			if err := attempts(d.hv.Pause); err != nil {
-				return err
-			}
-			d.owed++
-			return nil
+			return attempts(d.pause)
 		case d.owed <= 1:
 			return nil
 		}
-		if err := attempts(d.unpause); err != nil {
-			return fmt.Errorf("unpause: %w", err)
+		if err := d.pay(); err != nil {
+			return err
 		}
-		d.owed--
 	}
 }
 
@@ -234,10 +231,9 @@ func (d *Debugger) checkPins() error {
 		d.owed = 0 // nothing is left of it
 	}
 	// From here on nothing moves, until our own pause is undone.
-	if err := attempts(d.hv.Pause); err != nil {
+	if err := attempts(d.pause); err != nil {
 		return err
 	}
-	d.owed++
 	if err := d.takeAll(); err != nil {
 		return err
 	}

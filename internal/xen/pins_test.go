@@ -37,7 +37,7 @@ func TestDebugExceptionUnpauseFails(t *testing.T) {
 	m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, IRQEvery: -1})
 	fails := &stubborn{Hypervisor: m.Hypervisor()}
 	hv := &debugHandler{Hypervisor: fails, address: m.Symbol("int3_entry")}
-	drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
+	drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{})
 	require.NoError(t, err)
 	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 	var c xenctrl.VCPUContext
@@ -130,7 +130,7 @@ func TestUnpausedInStep(t *testing.T) {
 			defer m.Stop()
 			require.NoError(t, m.Quiesce(t.Context()))
 			hv := m.Hypervisor()
-			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv)) // events can't be masked
+			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{}) // events can't be masked
 			require.NoError(t, err)
 			e := breakpoint.New(drv, breakpoint.Config{MayFault: xentest.NoFaults}) // no dead code: steps in place
 			var addr uint64

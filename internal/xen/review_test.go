@@ -52,7 +52,7 @@ func TestNoDebugFrame(t *testing.T) {
 		va := m.Gaps()[0].VA + 0x100
 		m.Load(va, []byte{0x90, 0x90, 0x90, 0x90})
 		hv := &debugHandler{Hypervisor: m.Hypervisor(), address: m.Symbol("int3_entry")}
-		drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
+		drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{})
 		require.NoError(t, err)
 		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 		var c xenctrl.VCPUContext

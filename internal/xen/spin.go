@@ -13,8 +13,10 @@ import (
 // time.
 type pace struct {
 	begin  time.Duration
-	near   bool // the last answer came within paceSpin
+	near   bool // the last answer came within spinFor
 	sleep  time.Duration
+	asked  time.Duration // when it was asked last without rest, or 0
+	turn   time.Duration // what asking once takes, about
 	holder spin.Holder
 	held   bool // from start to end, but not in a sleep
 	timer  *time.Timer
@@ -23,8 +25,11 @@ type pace struct {
 const (
 	// paceSpin is how long answers are asked for without rest when the last one
 	// came as soon: a guest that hits so often would run half as fast otherwise.
+	// On a slow machine it is paceTurns times what asking once takes, up to paceSlow.
 	// paceFirst is that time after an answer that came later.
 	paceSpin  = 2 * time.Millisecond
+	paceTurns = 50
+	paceSlow  = 10 * time.Millisecond
 	paceFirst = 50 * time.Microsecond
 
 	// Sleeps double from the first of these to the second, and in a wait that is
@@ -38,16 +43,21 @@ const (
 // start is called when a wait begins, done when it has its answer, and end when
 // there is no other.
 func (p *pace) start() {
-	p.begin, p.sleep = spin.Clock(), paceMin
-	p.hold()
+	p.begin, p.sleep, p.asked = spin.Clock(), paceMin, 0
+	p.hold(p.begin)
 }
-func (p *pace) done() { p.near = spin.Clock()-p.begin < paceSpin }
-func (p *pace) end()  { p.free() }
+func (p *pace) done() { p.near = spin.Clock()-p.begin < p.spinFor() }
 
-func (p *pace) hold() {
+// spinFor is how long to ask without rest.
+func (p *pace) spinFor() time.Duration {
+	return min(max(paceSpin, paceTurns*p.turn), paceSlow)
+}
+func (p *pace) end() { p.free() }
+
+func (p *pace) hold(now time.Duration) {
 	if !p.held {
 		p.held = true
-		p.holder.Begin()
+		p.holder.Begin(now)
 	}
 }
 
@@ -58,14 +68,21 @@ func (p *pace) free() {
 	}
 }
 
-// rest returns when it is time to ask again, or ctx is done.
-func (p *pace) rest(ctx context.Context) {
+// rest returns when it is time to ask again, or ctx is done, and says what time it is.
+// On a slow machine to read a clock takes as long as much of a hit.
+func (p *pace) rest(ctx context.Context) (now time.Duration) {
 	p.free()
-	defer p.hold()
-	waited := spin.Clock() - p.begin
-	if waited < paceFirst || p.near && waited < paceSpin {
-		return
+	defer func() { p.hold(now) }()
+	now = spin.Clock()
+	if p.asked != 0 {
+		p.turn += (now - p.asked - p.turn) / 8
 	}
+	p.asked = now
+	waited := now - p.begin
+	if waited < paceFirst || p.near && waited < p.spinFor() {
+		return now
+	}
+	p.asked = 0
 	if p.timer == nil {
 		p.timer = time.NewTimer(p.sleep)
 	} else {
@@ -81,4 +98,6 @@ func (p *pace) rest(ctx context.Context) {
 		limit = paceRest
 	}
 	p.sleep = min(2*p.sleep, limit)
+	now = spin.Clock()
+	return now
 }

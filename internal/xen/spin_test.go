@@ -98,7 +98,7 @@ func (a *asking) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 // them on two processors let others run; and no longer.
 func TestDebuggerHoldsProcessor(t *testing.T) {
 	a := new(asking)
-	d, err := OpenDebugger(a, NewFrames(a))
+	d, err := OpenDebugger(a, NewFrames(a), Config{})
 	require.NoError(t, err)
 	a.d, a.polls = d, 0
 	d.pace.near = true
@@ -129,7 +129,7 @@ func (q *quiet) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 // of the context ends it; and garbage is collected meanwhile.
 func TestDebuggerWaitsAsleep(t *testing.T) {
 	q := new(quiet)
-	d, err := OpenDebugger(q, NewFrames(q))
+	d, err := OpenDebugger(q, NewFrames(q), Config{})
 	require.NoError(t, err)
 	for _, procs := range []int{2, 1} {
 		old := runtime.GOMAXPROCS(procs)

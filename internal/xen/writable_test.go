@@ -41,7 +41,7 @@ func (m *typed) Unmap() error {
 func TestNothingStaysWritable(t *testing.T) {
 	m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, IRQEvery: -1})
 	hv := &typing{Hypervisor: m.Hypervisor()}
-	d, err := xen.OpenDebugger(hv, xentest.Frames(t, hv))
+	d, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{})
 	require.NoError(t, err)
 	at := uint64(xentest.DataBase + 0x800)
 	_, err = d.Write(0, at, []byte{1, 2})

@@ -17,13 +17,10 @@ func (m *Machine) Attach(hv xen.Hypervisor) (breakpoint.Driver, error) {
 	}
 	frames := xen.NewFrames(hv)
 	if m.cfg.Kind != PV {
-		d, err := xen.OpenMonitor(hv, frames)
+		d, err := xen.OpenMonitor(hv, frames, xen.Config{})
 		return attached{d, frames}, err
 	}
-	d, err := xen.OpenDebugger(hv, frames)
-	if err == nil {
-		d.SetVCPUInfo(m.VCPUInfo())
-	}
+	d, err := xen.OpenDebugger(hv, frames, xen.Config{Lookup: m.Lookup})
 	return attached{d, frames}, err
 }
 

@@ -387,6 +387,30 @@ func (h hypervisor) OpenMonitor() (mon xen.Monitor, err error) {
 	return mon, err
 }
 
+// ReleaseMonitor is several calls on a real Xen. They have the same effect if they end
+// early and are made again.
+func (h hypervisor) ReleaseMonitor(answers []xenctrl.Event) error {
+	m := h.m
+	return m.do("release monitor", -1, func() error {
+		if m.pv() {
+			return syscall.EOPNOTSUPP
+		}
+		for _, v := range m.v {
+			if v.ringWait != nil {
+				return syscall.EBUSY
+			}
+		}
+		if m.mon != nil {
+			m.mon.closed = true
+			m.mon = nil
+		}
+		for i := range answers {
+			m.respond(&answers[i])
+		}
+		return nil
+	})
+}
+
 func (h hypervisor) InjectEvent(vcpu int, vector, eventType uint8, _, insnLen uint32, _ uint64) error {
 	m := h.m
 	return m.do("inject event", vcpu, func() error {

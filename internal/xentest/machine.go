@@ -432,6 +432,11 @@ func (m *Machine) upcallMask(v *vcpu) *byte {
 // does: the symbol of a per-CPU variable, to which a vCPU's GS base is added.
 func (m *Machine) VCPUInfo() uint64 { return pcVCPUInfo }
 
+// Lookup is a Config's Lookup: the symbol that the debugger route wants of a PV guest.
+func (m *Machine) Lookup(name string) (addr uint64, ok bool) {
+	return pcVCPUInfo, name == "xen_vcpu_info"
+}
+
 // runnable reports whether the vCPU is inside the guest, or on its way out.
 func (m *Machine) runnable(v *vcpu) bool {
 	if v.half {

@@ -1,0 +1,327 @@
+package breakpoint
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
+)
+
+// A Journal is told what the engine changes in the guest's text before it does, so that
+// another process can undo it when this one has died. Its methods return when what they
+// were told outlives this process; a change that can't be told isn't made.
+type Journal interface {
+	// Break: a breakpoint is about to be put on an instruction, and before that its copy
+	// into a slot, if slot isn't nil. busy is where the engine counts who is in the
+	// slot: memory that outlives this process, and costs no call.
+	Break(b LeftBreak, slot *LeftSlot) (busy *atomic.Int32, err error)
+	// Removed: the byte under the breakpoint is back; Cleaned: a slot is dead code again.
+	Removed(addr uint64) error
+	Cleaned(addr uint64) error
+	// Mark is where the engine notes which slot it is sending a vCPU to, in memory
+	// that outlives this process.
+	Mark(vcpu int) *Mark
+}
+
+// A Mark says that a vCPU is counted as in a slot though the answer that sends it there
+// may not have been given yet, or no longer though it may be at the slot's end still.
+type Mark struct {
+	Slot uint64 // its address, or 0
+	SP   uint64 // the vCPU's stack pointer when it stopped
+	Back bool   // it has come back
+}
+
+// A LeftBreak is a breakpoint that an engine had in its guest when its process died, or
+// was about to put there.
+type LeftBreak struct {
+	Addr uint64
+	Insn []byte // that it is on
+}
+
+// A LeftSlot is a copy of an instruction in dead code.
+type LeftSlot struct {
+	Addr  uint64
+	Break LeftBreak     // of the instruction
+	Code  []byte        // what is there: the copy, and int3s up to the end of the slot
+	Len   int           // of the copy
+	Busy  *atomic.Int32 // vCPUs and tasks in it, where that is counted; nil in Journal.Break
+}
+
+// An Underway is a step in place that a process had begun when it died.
+type Underway struct {
+	VCPU   int
+	Break  LeftBreak // which may have been removed since
+	Before x86.Regs  // with IP at it
+}
+
+// An Adopter is a Driver that takes over from a process that died.
+type Adopter interface {
+	Driver
+	// AdoptBreak makes a breakpoint of the dead process the driver's own, and reports
+	// whether it is in the guest. ErrTextChanged says that the guest has something else
+	// there, which is left alone.
+	AdoptBreak(addr uint64, in *x86.Insn) (there bool, err error)
+	// Underway is the step that hasn't come to its end.
+	Underway() (u Underway, ok bool)
+	// IPs are the instruction pointers of the vCPUs. The guest is frozen.
+	IPs() ([]uint64, error)
+	// Answered reports whether the last answer to a vCPU has been given: it goes on, or
+	// will. If known is false it will come back to its breakpoint if it wasn't.
+	Answered(vcpu int) (answered, known bool)
+}
+
+// Adopt makes breakpoints and slots of a process that died e's own. It writes nothing:
+// the guest has what it had. Close, called next, takes them out, and answers the stops
+// that the driver has found. What Adopt returns doesn't keep Close from doing that: it is
+// what isn't ours any more, because the guest has changed its code.
+func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	drv, ok := e.drv.(Adopter)
+	if !ok {
+		return fmt.Errorf("take over from a process that died: %w", errors.ErrUnsupported)
+	}
+	if err := e.retry(e.drv.Freeze); err != nil {
+		return fmt.Errorf("pause the guest: %w", err)
+	}
+	a := adoption{e: e, drv: drv, sites: make(map[uint64]*site)}
+	var told error
+	if u, ok := drv.Underway(); ok {
+		s, err := a.site(u.Break)
+		if err != nil {
+			told = fmt.Errorf("step over %#x: %w", u.Break.Addr, err)
+		} else {
+			e.active = append(e.active, &inflight{vcpu: u.VCPU, site: s, before: u.Before, lost: true})
+		}
+	}
+	for _, b := range breaks {
+		if err := a.adoptBreak(b); err != nil {
+			told = errors.Join(told, fmt.Errorf("breakpoint at %#x: %w", b.Addr, err))
+		}
+	}
+	for i := range slots {
+		if err := a.adoptSlot(&slots[i]); err != nil {
+			told = errors.Join(told, fmt.Errorf("slot at %#x: %w", slots[i].Addr, err))
+		}
+	}
+	for v, m := range marks {
+		if m.Slot != 0 && v < e.nvcpu {
+			if err := a.adoptMark(v, m); err != nil {
+				told = errors.Join(told, fmt.Errorf("breakpoint of the copy at %#x: %w", m.Slot, err))
+			}
+		}
+	}
+	return errors.Join(told, e.thaw())
+}
+
+// adoption is an Adopt in progress.
+type adoption struct {
+	e     *Engine
+	drv   Adopter
+	sites map[uint64]*site // in the guest or not
+}
+
+// site returns the site of a breakpoint.
+func (a *adoption) site(b LeftBreak) (*site, error) {
+	if s := a.sites[b.Addr]; s != nil && bytes.Equal(s.insn.Bytes(), b.Insn) {
+		return s, nil
+	}
+	in, err := x86.Decode(b.Insn)
+	if err != nil || in.Len != len(b.Insn) {
+		return nil, fmt.Errorf("%w: % x", ErrBadInsn, b.Insn)
+	}
+	s := &site{addr: b.Addr, insn: in}
+	a.sites[b.Addr] = s
+	return s, nil
+}
+
+func (a *adoption) adoptBreak(b LeftBreak) error {
+	s, err := a.site(b)
+	if err != nil {
+		return err
+	}
+	return a.e.retry(func() error {
+		there, err := a.drv.AdoptBreak(s.addr, &s.insn)
+		if there && err == nil {
+			s.armed = true
+			a.e.sites[s.addr] = s
+		}
+		return err
+	})
+}
+
+func (a *adoption) adoptSlot(l *LeftSlot) error {
+	e := a.e
+	s, err := a.site(l.Break)
+	if err != nil {
+		return err
+	}
+	busy := l.Busy.Load()
+	if len(l.Code) != slotSize || l.Len < 1 || l.Len > x86.MaxLen || busy < 0 || busy > maxActive {
+		return fmt.Errorf("%w: a copy of %d bytes, of %d, with %d in it", ErrBadInsn, l.Len, len(l.Code), busy)
+	}
+	sl := &slot{addr: l.Addr, end: l.Addr + uint64(l.Len), site: s, busy: l.Busy}
+	copy(sl.code[:], l.Code)
+	var now [slotSize]byte
+	if err := e.retry(func() error { _, err := e.drv.Read(0, sl.addr, now[:]); return err }); err != nil {
+		return err
+	}
+	for i, c := range now { // each of which may have been written or not
+		if c != sl.code[i] && c != int3 {
+			return fmt.Errorf("%w: it holds % x, not the copy % x", ErrTextChanged, now, sl.code)
+		}
+	}
+	if bytes.Equal(now[:], filled) {
+		return nil // nothing of it is there
+	}
+	// A vCPU may be at its end. So it is made dead code when those that have stopped are
+	// answered, whoever else is in it.
+	e.slotEnd[sl.end] = sl
+	e.adopted = append(e.adopted, sl)
+	for range busy {
+		e.active = append(e.active, &inflight{vcpu: -1, site: s, slot: sl, lost: true})
+	}
+	return nil
+}
+
+// adoptMark finds out whether a vCPU is in the slot in which it was counted.
+func (a *adoption) adoptMark(v int, m Mark) error {
+	e := a.e
+	answered, known := a.drv.Answered(v)
+	if answered && known {
+		return nil
+	}
+	if m.Back {
+		e.back = append(e.back, came{v, m, known})
+		return nil
+	}
+	for _, f := range e.active {
+		if f.slot == nil || f.slot.addr != m.Slot || f.vcpu >= 0 {
+			continue
+		}
+		f.vcpu, f.before.SP = v, m.SP
+		if known {
+			e.away(f)
+			return nil
+		}
+		// It comes to its breakpoint again, or to the slot's end: here tells.
+		return a.rearm(f.site)
+	}
+	return nil
+}
+
+// rearm puts a breakpoint back that was removed when a vCPU may have been at it.
+func (a *adoption) rearm(s *site) error {
+	if s.armed || a.e.sites[s.addr] != nil {
+		return nil
+	}
+	if _, err := a.e.tell(s, nil); err != nil {
+		return err
+	}
+	if err := a.e.retry(func() error { return a.drv.InsertBreak(s.addr, &s.insn) }); err != nil {
+		return err
+	}
+	s.armed = true
+	a.e.sites[s.addr] = s
+	return nil
+}
+
+// came is a vCPU whose return from a slot was counted by the process that died.
+type came struct {
+	vcpu int
+	mark Mark
+	sure bool // that it comes to its end once more
+}
+
+// counted reports whether the return with s from sl was counted before.
+func (e *Engine) counted(sl *slot, s *Stop) bool {
+	i := slices.IndexFunc(e.back, func(c came) bool {
+		return c.vcpu == s.VCPU && c.mark.Slot == sl.addr && c.mark.SP == s.Regs.SP
+	})
+	if i < 0 {
+		return false
+	}
+	e.back = slices.Delete(e.back, i, i+1)
+	return true
+}
+
+// here is told of each stop. It ends the hit of a vCPU that was counted as in a slot, and
+// is at the breakpoint still.
+func (e *Engine) here(s *Stop) {
+	for _, f := range e.active {
+		if f.lost && f.slot != nil && f.vcpu == s.VCPU && f.site.addr == s.Regs.IP && f.before.SP == s.Regs.SP {
+			e.away(f)
+			return
+		}
+	}
+}
+
+// away says that f's vCPU isn't in the slot in which it was counted.
+func (e *Engine) away(f *inflight) {
+	if e.marks != nil {
+		e.marks[f.vcpu].Slot = 0 // first: one too many that is counted does no harm
+	}
+	e.arrive(f)
+}
+
+// errInside: a vCPU is in a slot that was taken over, or at its end, and hasn't stopped.
+var errInside = errors.New("a vCPU is in the copy of an instruction")
+
+// inside looks whether a vCPU is in a slot that was taken over. Nobody may have counted
+// it: it had stopped at its end, and comes to the int3 there once more. The guest is
+// frozen.
+func (e *Engine) inside() error {
+	if len(e.adopted) == 0 {
+		return nil
+	}
+	var ips []uint64
+	if err := e.retry(func() (err error) { ips, err = e.drv.(Adopter).IPs(); return err }); err != nil {
+		return err
+	}
+	for _, sl := range e.adopted {
+		for _, ip := range ips {
+			if ip >= sl.addr && ip <= sl.end && e.slotEnd[sl.end] == sl {
+				return fmt.Errorf("%w at %#x", errInside, sl.addr)
+			}
+		}
+	}
+	return nil
+}
+
+// settleAdopted makes dead code of the slots that were taken over and that nobody is in.
+// The guest is frozen, and all that had stopped is answered.
+func (e *Engine) settleAdopted() {
+	e.adopted = slices.DeleteFunc(e.adopted, func(sl *slot) bool {
+		if sl.busy.Load() > 0 {
+			return false
+		}
+		if e.slotEnd[sl.end] == sl { // it isn't, if it was left with a jump
+			delete(e.slotEnd, sl.end)
+			e.dirty = append(e.dirty, sl)
+		}
+		return true
+	})
+}
+
+// meet waits for vCPUs that were taken over: those that may be in a slot or at their
+// breakpoint still, which tell as long as its byte is there, and those that come to the
+// end of a slot once more.
+func (e *Engine) meet() {
+	waits := func() time.Duration {
+		switch {
+		case slices.ContainsFunc(e.back, func(c came) bool { return c.sure }):
+			return closeWait
+		case len(e.back) > 0,
+			slices.ContainsFunc(e.active, func(f *inflight) bool { return f.lost && f.slot != nil && f.vcpu >= 0 }):
+			return failWait
+		}
+		return 0
+	}
+	for begin := time.Now(); time.Since(begin) < waits(); {
+		e.serveFor(time.Millisecond)
+	}
+}

@@ -1,0 +1,250 @@
+//go:build linux
+
+package recovery_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/recovery"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// victim is a tool with a journal, on a simulated Xen, that dies at some call.
+type victim struct {
+	m       *xentest.Machine
+	mortal  *xentest.Mortal
+	log     *recovery.Log
+	dir     string
+	died    chan struct{} // closed when it has
+	journal []byte        // as it was at that moment; nil if there was none
+	path    string
+}
+
+// records makes each record of the journal a call at which the tool may die.
+type records struct {
+	*recovery.Log
+	m *xentest.Mortal
+}
+
+func (r records) Break(b breakpoint.LeftBreak, s *breakpoint.LeftSlot) (busy *atomic.Int32, err error) {
+	r.m.Call(func() { busy, err = r.Log.Break(b, s) })
+	return busy, err
+}
+
+func (r records) Removed(addr uint64) (err error) {
+	r.m.Call(func() { err = r.Log.Removed(addr) })
+	return err
+}
+
+func (r records) Cleaned(addr uint64) (err error) {
+	r.m.Call(func() { err = r.Log.Cleaned(addr) })
+	return err
+}
+
+// TestKilled kills a tool at a random call or record, with probes of all kinds, and
+// repairs the guest from the journal, as it was at that moment: the guest is as before,
+// and runs on. Every second time the one who repairs is killed, too.
+//
+// VMPROBES_KILLS is how many kill points to try, over all guests; VMPROBES_SEED runs one.
+func TestKilled(t *testing.T) {
+	var cfgs []xentest.Config
+	for _, n := range []int{1, 2, 4} {
+		cfgs = append(cfgs,
+			xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: n},
+			xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: n},
+			xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true, VCPUs: n})
+	}
+	kills := 900
+	if testing.Short() {
+		kills = 180
+	}
+	if n, err := strconv.Atoi(os.Getenv("VMPROBES_KILLS")); err == nil {
+		kills = n
+	}
+	for i, cfg := range cfgs {
+		kind := []string{"pv", "hvm-tf", "hvm-mtf"}[i%3]
+		t.Run(fmt.Sprintf("%s/%d", kind, cfg.VCPUs), func(t *testing.T) {
+			t.Parallel()
+			var left atomic.Int64
+			left.Store(int64(max(1, kills/len(cfgs))))
+			var failed atomic.Int64
+			var wg sync.WaitGroup
+			for range 2 {
+				wg.Go(func() {
+					for left.Add(-1) >= 0 && failed.Load() < 3 {
+						seed := rand.Uint64()
+						if n, err := strconv.ParseUint(os.Getenv("VMPROBES_SEED"), 10, 64); err == nil {
+							seed = n
+						}
+						if !t.Run(fmt.Sprint(seed), func(t *testing.T) { kill(t, cfg, seed) }) {
+							failed.Add(1)
+						}
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
+
+// kill is one round of TestKilled.
+func kill(t *testing.T, cfg xentest.Config, seed uint64) {
+	cfg.Seed = seed
+	r := rand.New(rand.NewPCG(seed, 2))
+	m := xentest.New(cfg)
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	require.NoError(t, m.Quiesce(t.Context()))
+	dir := filepath.Join(t.TempDir(), "vmprobes")
+	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1")}
+	v.mortal = xentest.NewMortal(m.Hypervisor())
+	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() {
+		if b, err := os.ReadFile(v.path); err == nil {
+			v.journal = b
+		}
+		close(v.died)
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { v.run(t, ctx, &wg, r) })
+	m.Release()
+	select {
+	case <-v.died:
+	case <-time.After(time.Minute):
+		t.Errorf("the tool doesn't die: %s", m.State())
+		return
+	}
+	cancel()
+	wg.Wait()
+	if v.log != nil {
+		require.NoError(t, v.log.Close())
+	}
+	var log strings.Builder
+	for deaths, then := r.IntN(3), v.journal; then != nil; deaths-- {
+		fmt.Fprintf(&log, "--- %s\n", m.State())
+		then = repairs(t, m, then, r, deaths > 0, &log)
+	}
+	m.Release()
+	xentest.Verify(t, m, before)
+	if n := m.Pauses(); n != 0 {
+		t.Errorf("the domain is paused %d times", n)
+	}
+	if m.Attached() || m.MonitorOpen() {
+		t.Error("debugger or monitor is attached still")
+	}
+	if t.Failed() {
+		t.Logf("state: %s", m.State())
+		t.Log(log.String())
+		for _, c := range m.CallLog() {
+			t.Log(c)
+		}
+	}
+}
+
+// repairs repairs the guest from a journal, unless whoever does so dies, too: then it
+// returns the journal as it was at that moment. The journal is in a file of its own, as
+// goroutines of the dead may still write to theirs.
+func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool, log *strings.Builder) (then []byte) {
+	path := filepath.Join(t.TempDir(), "domain-1.journal")
+	require.NoError(t, os.WriteFile(path, b, 0o600))
+	f, err := journal.Open(path)
+	require.NoError(t, err)
+	mortal := xentest.NewMortal(m.Hypervisor())
+	if dies {
+		mortal.Die(int(r.ExpFloat64()*60), r.IntN(2) == 0, func() { then, _ = os.ReadFile(path) })
+	}
+	done := make(chan error, 1)
+	go func() {
+		err := errDied
+		defer func() { done <- err }()
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		defer cancel()
+		rep, rerr := recovery.Repair(ctx, mortal, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		err = errors.Join(rerr, rep.Changed)
+	}()
+	if err = <-done; err == errDied {
+		return then
+	}
+	if err != nil {
+		t.Errorf("repair: %v", err)
+	}
+	if _, err := os.Stat(path); err == nil {
+		t.Error("the journal is still there")
+	}
+	return nil
+}
+
+var errDied = fmt.Errorf("whoever repaired died")
+
+// run is the tool: it attaches, registers probes and unregisters some, serves hits, and
+// closes.
+func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *rand.Rand) {
+	info, err := v.mortal.Info()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	vcpus := info.MaxVCPUID + 1
+	v.mortal.Call(func() {
+		v.log, err = recovery.Create(v.dir, "domain-1", recovery.Identity("a3guest", "", info), vcpus, xen.StateSize(vcpus))
+	})
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	frames := xen.NewFrames(v.mortal)
+	var drv breakpoint.Driver
+	if info.Flags&xenctrl.DomainHVM == 0 {
+		drv, err = xen.OpenDebugger(v.mortal, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
+	} else {
+		drv, err = xen.OpenMonitor(v.mortal, frames, xen.Config{State: v.log.DriverState()})
+	}
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	method := breakpoint.Method(r.IntN(3))
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal}})
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = e.Serve(ctx, true)
+		}
+	})
+	insns := v.m.Insns()
+	var probes []*breakpoint.Probe
+	for ctx.Err() == nil {
+		in := insns[r.IntN(len(insns))]
+		if in.VA == v.m.Symbol("int3_entry") {
+			continue // where the simulated guest looks how it came there
+		}
+		p := &breakpoint.Probe{Addr: in.VA, Pre: func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }}
+		if e.Register(p) == nil {
+			probes = append(probes, p)
+		}
+		if len(probes) > 6 {
+			_ = e.Unregister(probes[0])
+			probes = probes[1:]
+		}
+		time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
+	}
+}

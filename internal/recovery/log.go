@@ -1,0 +1,240 @@
+// Package recovery undoes what a process that died has left in a guest. A [Log] tells a
+// journal what is about to change; [Repair] reads it, takes the dead process' place, and
+// leaves the guest as it was.
+package recovery
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/x86"
+)
+
+// Kinds of records.
+const (
+	kindBreak   = iota + 1 // a breakpoint
+	kindSlot               // a slot and the breakpoint whose instruction is copied to it
+	kindRemoved            // the byte under a breakpoint is back
+	kindCleaned            // a slot is dead code again
+)
+
+// The state of a journal begins with the engine's: one mark for each vCPU, and how many
+// are in each slot. The driver's follows.
+const (
+	maxSlots = 4096
+	markSize = int(unsafe.Sizeof(breakpoint.Mark{}))
+)
+
+// stateSize is the size of the state for a guest with so many vCPUs, of which the
+// driver's part has driver bytes.
+func stateSize(vcpus, driver int) int { return engineSize(vcpus) + driver }
+
+func engineSize(vcpus int) int { return vcpus*markSize + 4*maxSlots }
+
+// Log keeps the journal of one guest. It implements breakpoint.Journal.
+type Log struct {
+	f     *journal.File
+	vcpus int
+
+	mu     sync.Mutex
+	breaks map[uint64]breakpoint.LeftBreak
+	slots  map[uint64]slotAt
+	free   []int // indexes of counters
+	next   int
+}
+
+// slotAt is a slot and where it is counted who is in it.
+type slotAt struct {
+	breakpoint.LeftSlot
+	index int
+}
+
+// Create makes the journal of a guest, as [journal.Create] does. The driver's part of its
+// state has driver bytes.
+func Create(dir, name string, guest journal.Identity, vcpus, driver int) (*Log, error) {
+	f, err := journal.Create(dir, name, guest, stateSize(vcpus, driver))
+	if err != nil {
+		return nil, err
+	}
+	return newLog(f, vcpus), nil
+}
+
+func newLog(f *journal.File, vcpus int) *Log {
+	return &Log{f: f, vcpus: vcpus, breaks: make(map[uint64]breakpoint.LeftBreak), slots: make(map[uint64]slotAt)}
+}
+
+// DriverState returns the driver's part of the state.
+func (l *Log) DriverState() []byte { return l.f.State()[engineSize(l.vcpus):] }
+
+// Remove ends the journal: the guest is as it was.
+func (l *Log) Remove() error { return l.f.Remove() }
+
+// Close leaves the journal to whoever repairs the guest.
+func (l *Log) Close() error { return l.f.Close() }
+
+// Mark implements breakpoint.Journal.
+func (l *Log) Mark(vcpu int) *breakpoint.Mark {
+	return (*breakpoint.Mark)(unsafe.Pointer(&l.f.State()[vcpu*markSize]))
+}
+
+func (l *Log) counter(i int) *atomic.Int32 {
+	return (*atomic.Int32)(unsafe.Pointer(&l.f.State()[l.vcpus*markSize+4*i]))
+}
+
+// Break implements breakpoint.Journal.
+func (l *Log) Break(b breakpoint.LeftBreak, s *breakpoint.LeftSlot) (*atomic.Int32, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s == nil {
+		if err := l.append(journal.Record{Kind: kindBreak, Data: encodeBreak(nil, b)}); err != nil {
+			return nil, err
+		}
+		l.breaks[b.Addr] = b
+		return nil, nil
+	}
+	at := slotAt{*s, l.next}
+	if n := len(l.free); n > 0 {
+		at.index = l.free[n-1]
+	}
+	if at.index == maxSlots {
+		return nil, fmt.Errorf("the journal counts in %d slots and no more", maxSlots)
+	}
+	busy := l.counter(at.index)
+	busy.Store(0)
+	if err := l.append(journal.Record{Kind: kindSlot, Data: encodeSlot(at)}); err != nil {
+		return nil, err
+	}
+	if at.index == l.next {
+		l.next++
+	} else {
+		l.free = l.free[:len(l.free)-1]
+	}
+	l.breaks[b.Addr], l.slots[s.Addr] = b, at
+	return busy, nil
+}
+
+// Removed implements breakpoint.Journal.
+func (l *Log) Removed(addr uint64) error { return l.over(kindRemoved, addr) }
+
+// Cleaned implements breakpoint.Journal.
+func (l *Log) Cleaned(addr uint64) error { return l.over(kindCleaned, addr) }
+
+func (l *Log) over(kind uint8, addr uint64) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if kind == kindRemoved {
+		delete(l.breaks, addr)
+	} else if s, ok := l.slots[addr]; ok {
+		delete(l.slots, addr)
+		l.free = append(l.free, s.index)
+	}
+	return l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
+}
+
+// append appends a record, and makes the log short again when it is long; l.mu is held.
+func (l *Log) append(r journal.Record) error {
+	const long = 256 << 10
+	if l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
+		if err := l.f.Replace(l.all()...); err != nil {
+			return err
+		}
+	}
+	return l.f.Append(r)
+}
+
+// all says in records what there is.
+func (l *Log) all() []journal.Record {
+	var rs []journal.Record
+	for _, b := range l.breaks {
+		rs = append(rs, journal.Record{Kind: kindBreak, Data: encodeBreak(nil, b)})
+	}
+	for _, s := range l.slots {
+		rs = append(rs, journal.Record{Kind: kindSlot, Data: encodeSlot(s)}, // which brings its breakpoint along
+			journal.Record{Kind: kindRemoved, Data: binary.LittleEndian.AppendUint64(nil, s.Break.Addr)})
+		if b, ok := l.breaks[s.Break.Addr]; ok {
+			rs = append(rs, journal.Record{Kind: kindBreak, Data: encodeBreak(nil, b)})
+		}
+	}
+	return rs
+}
+
+func encodeBreak(b []byte, l breakpoint.LeftBreak) []byte {
+	b = binary.LittleEndian.AppendUint64(b, l.Addr)
+	b = append(b, byte(len(l.Insn)))
+	return append(b, l.Insn...)
+}
+
+func encodeSlot(s slotAt) []byte {
+	le := binary.LittleEndian
+	b := le.AppendUint64(nil, s.Addr)
+	b = le.AppendUint32(b, uint32(s.index))
+	b = append(b, byte(s.Len), byte(len(s.Code)))
+	b = append(b, s.Code...)
+	return encodeBreak(b, s.Break)
+}
+
+var errRecord = errors.New("a record that this program doesn't write")
+
+func decodeBreak(b []byte) (l breakpoint.LeftBreak, err error) {
+	if len(b) < 9 || len(b) != 9+int(b[8]) || b[8] == 0 || b[8] > x86.MaxLen {
+		return l, errRecord
+	}
+	return breakpoint.LeftBreak{Addr: binary.LittleEndian.Uint64(b), Insn: append([]byte(nil), b[9:]...)}, nil
+}
+
+func decodeSlot(b []byte) (s slotAt, err error) {
+	if len(b) < 14 || len(b) < 14+int(b[13]) {
+		return s, errRecord
+	}
+	le := binary.LittleEndian
+	s.Addr, s.index, s.Len = le.Uint64(b), int(le.Uint32(b[8:])), int(b[12])
+	n := 14 + int(b[13])
+	s.Code = append([]byte(nil), b[14:n]...)
+	if s.index >= maxSlots {
+		return s, errRecord
+	}
+	s.Break, err = decodeBreak(b[n:])
+	return s, err
+}
+
+// load reads what the journal says.
+func (l *Log) load() error {
+	return l.f.Records(func(r journal.Record) error {
+		err := error(nil)
+		switch r.Kind {
+		case kindBreak:
+			var b breakpoint.LeftBreak
+			if b, err = decodeBreak(r.Data); err == nil {
+				l.breaks[b.Addr] = b
+			}
+		case kindSlot:
+			var s slotAt
+			if s, err = decodeSlot(r.Data); err == nil {
+				l.slots[s.Addr], l.breaks[s.Break.Addr] = s, s.Break
+				l.next = max(l.next, s.index+1)
+			}
+		case kindRemoved, kindCleaned:
+			if len(r.Data) != 8 {
+				return fmt.Errorf("%w: %w", journal.ErrUnreadable, errRecord)
+			}
+			addr := binary.LittleEndian.Uint64(r.Data)
+			if r.Kind == kindRemoved {
+				delete(l.breaks, addr)
+			} else {
+				delete(l.slots, addr)
+			}
+		default:
+			err = errRecord
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w", journal.ErrUnreadable, err)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,140 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// ErrOtherGuest: the guest that a journal is about isn't there any more.
+var ErrOtherGuest = errors.New("the journal is another guest's")
+
+// A Report says what a repair found.
+type Report struct {
+	Guest        journal.Identity
+	Owner        journal.Owner // who died
+	Breaks       int           // breakpoints that the journal names
+	Slots        int
+	StillPaused  bool  // by somebody else
+	Changed      error // what the guest has changed itself since, and was left alone; or nil
+	Took         time.Duration
+	NothingThere bool // no such guest runs any more
+}
+
+// Repair undoes what the owner of a hot journal has left in its guest, behind hv, and
+// ends the journal. If it fails it may be called again, by another process, too: the
+// journal stays.
+//
+// It never writes where something else is than the journal says.
+func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.Logger) (r Report, err error) {
+	begin := time.Now()
+	r.Guest, r.Owner = f.Guest(), f.Owner()
+	info, err := hv.Info()
+	if err != nil {
+		if errors.Is(err, xenctrl.ErrNoDomain) {
+			r.NothingThere = true
+			return r, f.Remove()
+		}
+		return r, err
+	}
+	if info.Gone() {
+		r.NothingThere = true
+		return r, f.Remove()
+	}
+	if now := Identity("", "", info); !r.Guest.Same(now) {
+		return r, fmt.Errorf("%s: %w: domain %d with UUID %x", f.Path(), ErrOtherGuest, now.Domain, now.Handle)
+	}
+	l := newLog(f, info.MaxVCPUID+1)
+	if want := stateSize(l.vcpus, xen.StateSize(l.vcpus)); len(f.State()) < want {
+		return r, fmt.Errorf("%s: %w: state of %d bytes, want %d for %d vCPUs", f.Path(), journal.ErrUnreadable, len(f.State()), want, l.vcpus)
+	}
+	if err := l.load(); err != nil {
+		return r, err
+	}
+	var breaks []breakpoint.LeftBreak
+	for _, b := range l.breaks {
+		breaks = append(breaks, b)
+	}
+	var slots []breakpoint.LeftSlot
+	var ends []uint64
+	for _, s := range l.slots {
+		ends = append(ends, s.Addr+uint64(s.Len))
+		s.Busy = l.counter(s.index)
+		slots = append(slots, s.LeftSlot)
+	}
+	marks := make([]breakpoint.Mark, l.vcpus)
+	for v := range marks {
+		marks[v] = *l.Mark(v)
+	}
+	r.Breaks, r.Slots = len(breaks), len(slots)
+	for _, b := range breaks {
+		log.Debug("left: breakpoint", "addr", fmt.Sprintf("%#x", b.Addr), "insn", fmt.Sprintf("% x", b.Insn))
+	}
+	for _, s := range slots {
+		log.Debug("left: slot", "addr", fmt.Sprintf("%#x", s.Addr), "len", s.Len, "of", fmt.Sprintf("%#x", s.Break.Addr), "busy", s.Busy.Load())
+	}
+	for v, m := range marks {
+		if m.Slot != 0 {
+			log.Debug("left: on its way to a slot", "vcpu", v, "slot", fmt.Sprintf("%#x", m.Slot))
+		}
+	}
+
+	frames := xen.NewFrames(hv)
+	drv, others, err := adopt(hv, frames, info, xen.Left{State: l.DriverState(), Breaks: breaks, Ends: ends})
+	if err != nil {
+		return r, errors.Join(err, frames.Close())
+	}
+	r.StillPaused = others > 0
+	e := breakpoint.New(drv, breakpoint.Config{Journal: l, Logger: log})
+	r.Changed = e.Adopt(breaks, slots, marks)
+	if err := drv.Thaw(); err != nil {
+		return r, errors.Join(fmt.Errorf("resume the guest: %w", err), frames.Close())
+	}
+	err = leave(ctx, e)
+	if e.Left() {
+		r.Changed = errors.Join(r.Changed, err)
+		err = f.Remove()
+	}
+	r.Took = time.Since(begin)
+	return r, errors.Join(err, frames.Close())
+}
+
+// adopt takes the dead process' place.
+func adopt(hv xen.Hypervisor, frames *paging.Cache, info xenctrl.DomainInfo, left xen.Left) (drv breakpoint.Driver, others int, err error) {
+	if info.Flags&xenctrl.DomainHVM != 0 {
+		drv, err = xen.AdoptMonitor(hv, frames, left)
+		return drv, 0, err
+	}
+	return xen.AdoptDebugger(hv, frames, left)
+}
+
+// leave closes the engine, however often that has to be tried.
+func leave(ctx context.Context, e *breakpoint.Engine) (err error) {
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		if err = e.Close(); e.Left() {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		}
+	}
+}
+
+// Identity describes a Xen guest.
+func Identity(name, build string, info xenctrl.DomainInfo) journal.Identity {
+	kind := "pv"
+	if info.Flags&xenctrl.DomainHVM != 0 {
+		kind = "hvm"
+	}
+	return journal.Identity{Name: name, Kind: kind, Domain: uint16(info.ID), Handle: info.Handle[:], Build: build}
+}

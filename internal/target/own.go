@@ -1,0 +1,170 @@
+package target
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/qemu"
+	"github.com/vmprobes/vmprobes/internal/recovery"
+	"github.com/vmprobes/vmprobes/internal/sentinel"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// journalDir is where tools write down what they have in a guest, for who comes after
+// them, and agree on who is attached. It is on a tmpfs: nothing of it survives the
+// hypervisor, as nothing in a guest does.
+var journalDir = "/run/vmprobes"
+
+// JournalDir returns the folder of the journals: that of root, or of the user who runs
+// VMs without being root.
+func JournalDir() string {
+	if os.Geteuid() <= 0 {
+		return journalDir
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "vmprobes")
+	}
+	return filepath.Join(os.TempDir(), fmt.Sprintf("vmprobes-%d", os.Geteuid()))
+}
+
+// domainJournal is the name of a domain's journal.
+func domainJournal(id xenctrl.DomID) string { return fmt.Sprintf("domain-%d", id) }
+
+// repairFor bounds how long Attach tries to repair a guest whose last owner died.
+const repairFor = 30 * time.Second
+
+// own makes this process the guest's owner, in its journal. If its last owner died the
+// guest is repaired first.
+func (g *xenGuest) own(ctx context.Context, s Setup) (*recovery.Log, error) {
+	dom := g.dom
+	id := recovery.Identity(g.info.Name, s.BuildID, dom)
+	vcpus := dom.MaxVCPUID + 1
+	name := domainJournal(dom.ID)
+	for try := 0; ; try++ {
+		l, err := recovery.Create(journalDir, name, id, vcpus, xen.StateSize(vcpus))
+		if err == nil {
+			return l, nil
+		}
+		var busy *journal.BusyError
+		switch {
+		case errors.As(err, &busy):
+			return nil, owned(busy)
+		case !errors.Is(err, journal.ErrHot) || try == 3:
+			return nil, fmt.Errorf("write down who owns the guest: %w", err)
+		}
+		ctx, cancel := context.WithTimeout(ctx, repairFor)
+		r, err := Recover(ctx, journal.Path(journalDir, name), s.log())
+		cancel()
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // somebody else has
+		case errors.As(err, &busy):
+			// Its guardian is at it, and doesn't take long.
+			time.Sleep(200 * time.Millisecond)
+		case err != nil:
+			return nil, fmt.Errorf("repair the guest, whose last owner, %v, died: %w", r.Owner, err)
+		}
+	}
+}
+
+// owned is the error of a guest that has an owner.
+func owned(busy *journal.BusyError) error {
+	return sentinel.As(fmt.Errorf("%v is attached to the guest: end it first", busy.Owner), ErrBusy)
+}
+
+// Recover repairs the guest of the journal at path, whose owner died: each byte is given
+// back, each vCPU that waited goes on. It fails with a *journal.BusyError if the owner
+// lives, and with fs.ErrNotExist if there is no such journal.
+func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Report, err error) {
+	f, err := journal.Open(path)
+	if err != nil {
+		return r, err
+	}
+	r.Guest, r.Owner = f.Guest(), f.Owner()
+	if r.Guest.Kind == "qemu" {
+		// Its gdbstub takes the breakpoints out when the next tool connects.
+		return r, f.Remove()
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	h, err := xenctrl.Open()
+	if err != nil {
+		return r, explain(err)
+	}
+	defer func() { err = errors.Join(err, h.Close()) }()
+	r, err = recovery.Repair(ctx, xen.Live(h, xenctrl.DomID(r.Guest.Domain)), f, log)
+	if err == nil {
+		log.Info("repaired a guest whose owner died", "domain", r.Guest.Name, "owner", r.Owner.String(),
+			"breakpoints", r.Breaks, "slots", r.Slots, "took", r.Took)
+	}
+	if r.Changed != nil {
+		log.Warn("left alone what the guest has changed since", "domain", r.Guest.Name, "what", r.Changed)
+	}
+	return r, err
+}
+
+// own writes down who is attached to a VM. Its gdbstub takes one tool, and takes the
+// breakpoints of a dead one out by itself when the next one connects. Where that can't be
+// written down the VM is probed all the same.
+func (g *qemuGuest) own(s Setup) (*journal.File, error) {
+	i := g.VM.Info()
+	id := journal.Identity{Name: g.info.Name, Kind: "qemu", Handle: []byte(i.UUID)}
+	name := "qemu:" + i.Socket
+	for range 3 {
+		f, err := journal.Create(JournalDir(), name, id, 0)
+		var busy *journal.BusyError
+		switch {
+		case err == nil:
+			return f, nil
+		case errors.As(err, &busy):
+			return nil, owned(busy)
+		case errors.Is(err, journal.ErrHot):
+			if _, err := Recover(context.Background(), journal.Path(JournalDir(), name), s.log()); err == nil || errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
+		s.log().Debug("not written down who owns the VM", "err", err)
+		break
+	}
+	return nil, nil
+}
+
+// owner is the driver of a VM whose owner is written down.
+type owner struct {
+	*qemu.Driver
+	journal *journal.File
+}
+
+func (d owner) Close() error {
+	err := d.Driver.Close()
+	if err == nil || errors.Is(err, breakpoint.ErrGone) {
+		err = errors.Join(err, d.journal.Remove())
+	}
+	return err
+}
+
+// A Journaled driver writes down what the engine changes.
+type Journaled interface{ Journal() breakpoint.Journal }
+
+// journaled is a driver with a journal, which goes when the guest is left.
+type journaled struct {
+	Driver
+	log *recovery.Log
+}
+
+func (d journaled) Journal() breakpoint.Journal { return d.log }
+
+func (d journaled) Close() error {
+	err := d.Driver.Close()
+	if err == nil || errors.Is(err, breakpoint.ErrGone) {
+		err = errors.Join(err, d.log.Remove())
+	}
+	return err
+}

@@ -1,0 +1,150 @@
+package target
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"strings"
+
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// States of a guest.
+const (
+	Served   = "served"   // its owner lives
+	Left     = "left"     // its owner died, and it is not repaired
+	Paused   = "paused"   // by somebody who is no owner
+	Debugged = "debugged" // by a tool that keeps no journal
+	Unknown  = "unknown"  // its journal can't be read
+)
+
+// State is a guest that somebody has attached to, or has paused.
+type State struct {
+	Name    string
+	Kind    string // "pv", "hvm", "qemu"
+	State   string
+	Owner   string // a program, "" if none is known
+	Journal string // path
+}
+
+// Status returns the guests of this host that are not just running. Without Xen these are
+// QEMU's. An error doesn't mean that there are none.
+func Status() (guests []State, errs error) {
+	dirs := []string{journalDir}
+	if dir := JournalDir(); dir != journalDir {
+		dirs = append(dirs, dir)
+	}
+	known := map[xenctrl.DomID]bool{}
+	for _, dir := range dirs {
+		entries, err := journal.List(dir)
+		if err != nil && !errors.Is(err, fs.ErrPermission) {
+			errs = errors.Join(errs, err)
+		}
+		for _, e := range entries {
+			s := State{Name: e.Guest.Name, Kind: e.Guest.Kind, State: Served, Owner: e.Owner.String(), Journal: e.Path}
+			switch {
+			case e.Err != nil:
+				s.State, s.Name = Unknown, e.Path
+				errs = errors.Join(errs, e.Err)
+			case e.Hot:
+				s.State = Left
+			}
+			if e.Guest.Kind != "qemu" {
+				known[xenctrl.DomID(e.Guest.Domain)] = true
+			}
+			guests = append(guests, s)
+		}
+	}
+	more, err := foreign(known)
+	if err != nil && !noXen(err) {
+		errs = errors.Join(errs, explain(err))
+	}
+	return append(guests, more...), errs
+}
+
+// foreign returns the domains that are paused or debugged without a journal.
+func foreign(known map[xenctrl.DomID]bool) (guests []State, err error) {
+	h, err := xenctrl.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	store, err := xenctrl.OpenStore()
+	if err != nil {
+		return nil, err
+	}
+	defer store.Close()
+	doms, err := h.Domains()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range doms {
+		s := State{Kind: "pv"}
+		switch {
+		case d.ID == xenctrl.DomID0 || known[d.ID]:
+			continue
+		case d.Flags&xenctrl.DomainDebugged != 0:
+			s.State = Debugged
+		case d.Flags&xenctrl.DomainPaused != 0 && !d.Gone() && !d.Suspended():
+			s.State = Paused
+		default:
+			continue
+		}
+		if d.Flags&xenctrl.DomainHVM != 0 {
+			s.Kind = "hvm"
+		}
+		if s.Name, err = store.DomainName(d.ID); err != nil || s.Name == "" {
+			s.Name = domainJournal(d.ID)
+		}
+		guests = append(guests, s)
+	}
+	return guests, nil
+}
+
+// RecoverGuest repairs a guest whose owner died, by its name, its domain's id, or the
+// path of its journal. done is false if it needs no repair.
+func RecoverGuest(ctx context.Context, name string, log *slog.Logger) (done bool, err error) {
+	path := name
+	if !strings.HasPrefix(name, "/") {
+		if path, err = journalOf(strings.TrimPrefix(name, "xen:")); err != nil || path == "" {
+			return false, err
+		}
+	}
+	_, err = Recover(ctx, path, log)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if errors.Is(err, journal.ErrBusy) {
+		var busy *journal.BusyError
+		if errors.As(err, &busy) {
+			err = owned(busy)
+		}
+	}
+	return err == nil, err
+}
+
+// journalOf returns the path of a guest's journal, or "" if it has none. A domain that is
+// gone may have one still.
+func journalOf(name string) (string, error) {
+	entries, err := journal.List(JournalDir())
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		if e.Err == nil && e.Guest.Name == name {
+			return e.Path, nil
+		}
+	}
+	store, err := xenctrl.OpenStore()
+	if err != nil {
+		return "", err
+	}
+	defer store.Close()
+	id, err := findDomain(store, name)
+	if err != nil {
+		return "", err
+	}
+	return journal.Path(JournalDir(), domainJournal(id)), nil
+}

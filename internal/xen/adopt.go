@@ -1,0 +1,566 @@
+package xen
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"syscall"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/xenctrl"
+)
+
+// Left is what a process that died had in the guest, as far as a driver has to know.
+type Left struct {
+	State  []byte // what it was given to OpenDebugger or OpenMonitor
+	Breaks []breakpoint.LeftBreak
+	Ends   []uint64 // addresses of the int3s that end slots
+}
+
+// AdoptBreak implements breakpoint.Adopter.
+func (g *guest) AdoptBreak(addr uint64, in *x86.Insn) (there bool, err error) {
+	g.breaksMu.Lock()
+	defer g.breaksMu.Unlock()
+	cur := make([]byte, in.Len)
+	if err := g.read(0, addr, cur); err != nil {
+		return false, err
+	}
+	orig := in.Bytes()
+	p := &patch{addr: addr, insn: *in}
+	if st := g.stepped; st != nil && st.addr == addr {
+		p = st
+		p.lifted, p.gone = bytes.Equal(cur, orig), false
+	}
+	switch {
+	case p.lifted || cur[0] == int3 && orig[0] != int3 && bytes.Equal(cur[1:], orig[1:]):
+		g.breaks[addr] = p
+		return true, nil
+	case bytes.Equal(cur, orig):
+		return false, nil
+	}
+	return false, fmt.Errorf("%w: %#x holds % x, neither the breakpoint nor % x", breakpoint.ErrTextChanged, addr, cur, orig)
+}
+
+// Underway implements breakpoint.Adopter.
+func (g *guest) Underway() (u breakpoint.Underway, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	st := &g.shared.step
+	if st.vcpu == 0 || st.phase == stepBegins {
+		return u, false
+	}
+	return breakpoint.Underway{
+		VCPU: st.vcpu - 1, Break: breakpoint.LeftBreak{Addr: st.addr, Insn: st.insn[:st.len]}, Before: st.before,
+	}, true
+}
+
+// AdoptDebugger takes the place of a process that died with its debugger attached to a PV
+// guest. The guest is frozen afterwards, and to be thawed once. The stops which that
+// process hadn't answered are returned by Wait then, as if they had just come.
+//
+// others is how many pauses of the domain's were somebody else's, as "xl pause" makes
+// them: those stay.
+func AdoptDebugger(hv Hypervisor, frames *paging.Cache, left Left) (_ *Debugger, others int, err error) {
+	info, err := hv.Info()
+	if err != nil {
+		return nil, 0, mapErr(err)
+	}
+	d, err := newDebugger(hv, frames, info, left.State)
+	if err != nil {
+		return nil, 0, err
+	}
+	a := &takeover{Debugger: d, left: &left, attached: info.Flags&xenctrl.DomainDebugged != 0}
+	if err := a.run(); err != nil {
+		return nil, 0, err
+	}
+	d.startPins()
+	return d, a.unknown, nil
+}
+
+// takeover is an AdoptDebugger in progress. Another process can take over from it, too:
+// what it finds out is written down before it is acted on.
+type takeover struct {
+	*Debugger
+	left     *Left
+	attached bool // the dead process was
+	unknown  int  // pauses that nothing explains
+}
+
+func (a *takeover) run() error {
+	a.tries++
+	if err := a.recount(); err != nil {
+		return err
+	}
+	a.unknown -= min(a.maybe, max(a.unknown, 0)) // calls that seem to have been made
+	if !a.attached {
+		// It had not begun, or had taken everything out and left.
+		a.shared.step.vcpu = 0
+		return a.commit()
+	}
+	if err := attempts(func() error { return a.hv.SetDebugging(true) }); err != nil {
+		return fmt.Errorf("attach debugger: %w", err)
+	}
+	for v := range a.vcpus {
+		s := &a.vcpus[v]
+		if err := attempts(func() error { return a.hv.VCPUContext(v, &s.ctx) }); err != nil {
+			return fmt.Errorf("vCPU %d: read registers: %w", v, err)
+		}
+		s.ext = xenctrl.ExtState{Mask: s.extMask, Data: s.extData[:min(max(s.extLen, 0), maxExt)]}
+	}
+	if a.stepMade() {
+		a.unknown-- // for that the domain was paused
+	}
+	for {
+		v, sure := a.taken()
+		if v < 0 || !sure && (a.asked == 0 || a.unknown <= 0) {
+			break
+		}
+		a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
+		a.latched++
+		a.unknown--
+		a.asked = max(a.asked-1, 0)
+	}
+	for v := range a.vcpus {
+		if s := &a.vcpus[v]; s.stopped && s.setting != settingNone {
+			if err := a.answer(v); err != nil {
+				return err
+			}
+		}
+	}
+	if err := a.resumeStep(); err != nil {
+		return err
+	}
+	for v := range a.vcpus {
+		if !a.vcpus[v].stopped {
+			continue
+		}
+		a.pending++
+		if !slices.ContainsFunc(a.first, func(s breakpoint.Stop) bool { return s.VCPU == v }) {
+			a.queue = append(a.queue, v)
+		}
+	}
+	return a.commit()
+}
+
+// commit makes the account that of a driver that has attached just now: all pauses but
+// one have been undone, and that one is owed.
+func (a *takeover) commit() error {
+	if a.tries > 1 {
+		a.unknown = 0 // one of those who tried before may have made it
+	}
+	a.owed, a.frozen, a.undone, a.latched, a.asked, a.maybe, a.tries, a.counted = 1, 0, 0, 0, 0, 0, 0, false
+	if a.unknown > 0 && a.attached {
+		n, err := a.giveDebugExceptions()
+		if err != nil {
+			return err
+		}
+		a.unknown -= n
+	}
+	a.unknown = max(a.unknown, 0)
+	for range a.unknown {
+		if err := attempts(a.hv.Pause); err != nil {
+			return err
+		}
+	}
+	if err := attempts(a.Freeze); err != nil {
+		return err
+	}
+	return a.release()
+}
+
+// recount finds out how often the domain was paused, and leaves it paused once. Meanwhile
+// every vCPU is held by itself. What was latched is taken.
+func (a *takeover) recount() error {
+	switch a.intent {
+	case intentAsk:
+		a.asked++
+	case intentPause:
+		a.maybe++
+	}
+	a.intent = intentNone
+	paused := func() (bool, error) {
+		var info xenctrl.DomainInfo
+		err := attempts(func() (err error) { info, err = a.hv.Info(); return err })
+		return info.Flags&xenctrl.DomainPaused != 0, err
+	}
+	if !a.counted {
+		is, err := paused()
+		if err != nil {
+			return err
+		}
+		if !is {
+			// So no event was taken, and no pause made, that nobody wrote down.
+			a.asked, a.maybe = 0, 0
+			if err := attempts(a.Freeze); err != nil {
+				return fmt.Errorf("pause the guest: %w", err)
+			}
+		}
+		for v := range a.nvcpu {
+			if err := attempts(func() error { return a.hv.GdbsxPauseVCPU(v) }); err != nil {
+				return fmt.Errorf("hold vCPU %d: %w", v, err)
+			}
+		}
+		const most = 4096 // for what is worse than a few tools' pauses
+		for is = true; is; {
+			if a.undone > most {
+				return fmt.Errorf("the domain is paused more than %d times", most)
+			}
+			if err := attempts(func() error {
+				return a.during(intentUnpause, func() error {
+					err := a.unpause()
+					if err == nil {
+						a.undone++
+					}
+					return err
+				})
+			}); err != nil {
+				return fmt.Errorf("unpause: %w", err)
+			}
+			if is, err = paused(); err != nil {
+				return err
+			}
+		}
+		a.counted = true
+	}
+	switch is, err := paused(); {
+	case err != nil:
+		return err
+	case !is:
+		if err := attempts(a.hv.Pause); err != nil {
+			return fmt.Errorf("pause the guest: %w", err)
+		}
+	}
+	for range 4 * a.nvcpu {
+		var st xenctrl.DomStatus
+		a.intent = intentAsk
+		if err := attempts(func() (err error) { st, err = a.hv.GdbsxDomStatus(); return err }); err != nil {
+			a.intent = intentNone
+			return err
+		}
+		if st.VCPU >= 0 {
+			a.latched++
+			if st.VCPU < a.nvcpu {
+				a.vcpus[st.VCPU].setting, a.vcpus[st.VCPU].stopped = settingNone, true
+			}
+		}
+		a.intent = intentNone
+		if st.VCPU < 0 {
+			break
+		}
+	}
+	a.unknown = a.undone - a.owed - a.frozen - a.latched
+	for v := range a.nvcpu {
+		if err := a.free(v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// free undoes every hold of a vCPU by itself.
+func (a *takeover) free(v int) error {
+	for range 64 {
+		none := false
+		err := attempts(func() error {
+			err := a.hv.GdbsxUnpauseVCPU(v)
+			if none = errors.Is(err, syscall.EINVAL); none {
+				return nil
+			}
+			return err
+		})
+		if err != nil || none {
+			return err
+		}
+	}
+	return fmt.Errorf("vCPU %d is held more than 64 times", v)
+}
+
+// taken returns a vCPU whose event the dead process had taken without writing that
+// down, or -1. Such a vCPU is one byte behind an int3. It is sure if it can be there only
+// because of it: that is not the beginning of an instruction.
+func (a *takeover) taken() (vcpu int, sure bool) {
+	best, score := -1, 0
+	for v := range a.vcpus {
+		s := &a.vcpus[v]
+		if s.stopped || s.ctx.Flags&vgcfInKernel == 0 {
+			continue
+		}
+		at := s.ctx.User.RIP - 1
+		n := 0
+		if slices.Contains(a.left.Ends, at) {
+			n = 3
+		} else if i := slices.IndexFunc(a.left.Breaks, func(b breakpoint.LeftBreak) bool { return b.Addr == at }); i >= 0 {
+			n = 3
+			if len(a.left.Breaks[i].Insn) == 1 {
+				n = 2
+			}
+		} else {
+			// Not what is between functions, behind which one begins.
+			var b [2]byte
+			if a.read(s.ctx.CtrlReg[3], at-1, b[:]) == nil && b[1] == int3 && b[0] != int3 {
+				n = 1
+			}
+		}
+		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
+			n = 0 // it hasn't moved since its last answer
+		}
+		if n > score {
+			best, score = v, n
+		}
+	}
+	return best, score == 3
+}
+
+// sameRegs reports whether a vCPU has the registers that it was given. What Xen changes
+// in them isn't looked at.
+func sameRegs(a, b *xenctrl.UserRegs) bool {
+	const flags = x86.FlagTF | 0xcd5 // CF, PF, AF, ZF, SF, DF, OF
+	x, y := *a, *b
+	return x.RIP == y.RIP && x.RSP == y.RSP && x.RFLAGS&flags == y.RFLAGS&flags &&
+		x.RAX == y.RAX && x.RBX == y.RBX && x.RCX == y.RCX && x.RDX == y.RDX && x.RSI == y.RSI && x.RDI == y.RDI && x.RBP == y.RBP &&
+		x.R8 == y.R8 && x.R9 == y.R9 && x.R10 == y.R10 && x.R11 == y.R11 && x.R12 == y.R12 && x.R13 == y.R13 && x.R14 == y.R14 && x.R15 == y.R15
+}
+
+// answer finds out how far the answer to v's stop had come: if its registers were set it
+// is given.
+func (a *takeover) answer(v int) error {
+	s := &a.vcpus[v]
+	if s.setting == settingBegun {
+		if !sameRegs(&s.want, &s.ctx.User) {
+			return nil // not set: it is stopped as it was
+		}
+		if s.saved && s.ext.Live() {
+			if err := attempts(func() error { return a.hv.SetVCPUExtState(v, s.ext) }); err != nil {
+				return fmt.Errorf("vCPU %d: restore extended state: %w", v, err)
+			}
+		}
+	}
+	s.saved = false
+	if st := &a.shared.step; st.vcpu == v+1 && st.phase == stepBegins && s.ctx.User.RIP == st.addr {
+		return nil // to execute the instruction under the breakpoint, which is there still
+	}
+	s.stopped, s.entering = false, false
+	return nil
+}
+
+// stepMade reports whether the vCPU of a step has executed its instruction, and nobody
+// has seen that yet.
+func (a *takeover) stepMade() bool {
+	sh := &a.shared.step
+	if sh.vcpu < 1 || sh.vcpu > a.nvcpu || sh.phase != stepRuns {
+		return false
+	}
+	s := &a.vcpus[sh.vcpu-1]
+	return !s.stopped && s.ctx.DebugReg[6]&dr6BS != 0 && s.ctx.User.RFLAGS&eflagTF != 0
+}
+
+// resumeStep takes up a step where it was.
+func (a *takeover) resumeStep() error {
+	sh := &a.shared.step
+	if sh.vcpu < 1 || sh.vcpu > a.nvcpu {
+		sh.vcpu = 0
+		return nil
+	}
+	p, err := sh.patch()
+	if err != nil {
+		return err
+	}
+	v := sh.vcpu - 1
+	s := &a.vcpus[v]
+	st := &step{vcpu: v, patch: p, masked: sh.masked, done: true}
+	a.stepped = p // until AdoptBreak has looked
+	for o := range a.nvcpu {
+		if o == v {
+			continue
+		}
+		if err := a.hold(o); err != nil {
+			return fmt.Errorf("hold vCPU %d: %w", o, err)
+		}
+		st.others = append(st.others, o)
+	}
+	a.step = st
+	ip, made := s.ctx.User.RIP, a.stepMade()
+	s.ctx.User.RFLAGS &^= eflagTF
+	stop := breakpoint.Stop{VCPU: v, Regs: regsOf(&s.ctx)}
+	switch {
+	case s.stopped && ip == sh.addr && sh.phase != stepDone:
+		// It has TF, and was to be let go.
+		s.dirty, s.reason, s.at = true, breakpoint.Hit, ip
+		stop.Reason = breakpoint.Hit
+		sh.phase = stepBegins
+		a.first = append(a.first, stop)
+	case s.stopped && sh.phase == stepDone:
+		s.ctx.DebugReg[6] &^= dr6BS
+		s.dirty, s.reason = true, breakpoint.Stepped
+		stop.Reason = breakpoint.Stepped
+		a.first = append(a.first, stop)
+	case sh.phase == stepDone || sh.phase == stepBegins && !s.stopped:
+		return a.endStep() // answered
+	case sh.phase == stepBegins:
+		// It is at its int3, as any that has stopped.
+	case made:
+		s.ctx.DebugReg[6] &^= dr6BS
+		s.dirty, s.reason, s.stopped, s.setting = true, breakpoint.Stepped, true, settingNone
+		sh.phase = stepDone
+		stop.Reason = breakpoint.Stepped
+		a.first = append(a.first, stop)
+	default:
+		st.done = false
+	}
+	return nil
+}
+
+// IPs implements breakpoint.Adopter.
+func (d *Debugger) IPs() ([]uint64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ips := make([]uint64, d.nvcpu)
+	for v := range ips {
+		if err := d.hv.VCPUContext(v, &d.scratch); err != nil {
+			return nil, mapErr(err)
+		}
+		ips[v] = d.scratch.User.RIP
+	}
+	return ips, nil
+}
+
+// IPs implements breakpoint.Adopter.
+func (m *MonitorRoute) IPs() ([]uint64, error) {
+	ips := make([]uint64, m.nvcpu)
+	for v := range ips {
+		c, err := m.hv.HVMCPU(v)
+		if err != nil {
+			return nil, mapErr(err)
+		}
+		ips[v] = c.RIP
+	}
+	return ips, nil
+}
+
+// Answered implements breakpoint.Adopter.
+func (d *Debugger) Answered(vcpu int) (answered, known bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return !d.vcpus[vcpu].stopped, true
+}
+
+// AdoptMonitor takes the place of a process that died with its monitor attached to an HVM
+// or PVH guest. Every vCPU that waited for an answer of that process goes on where it
+// was: at a breakpoint, which it then meets again. So nothing is lost with the ring that
+// the dead process alone could read. The guest is frozen afterwards, and to be thawed once.
+func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute, error) {
+	m, err := newMonitor(hv, frames, left.State)
+	if err != nil {
+		return nil, err
+	}
+	if m.intent == intentPause { // thaw takes one too many for none
+		m.frozen++
+	}
+	m.notified = m.intent != intentNotify
+	m.intent = intentNone
+	if err := attempts(m.Freeze); err != nil {
+		return nil, fmt.Errorf("pause the guest: %w", err)
+	}
+	mtf := m.caps&xenctrl.MonitorSingleStep != 0
+	answers := make([]xenctrl.Event, 0, m.nvcpu)
+	for v := range m.nvcpu {
+		e := xenctrl.Event{Flags: xenctrl.EventVCPUPaused, Reason: xenctrl.ReasonSoftwareBreakpoint, VCPU: v}
+		switch {
+		case mtf:
+			if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
+				return nil, fmt.Errorf("vCPU %d: end single steps: %w", v, err)
+			}
+		case m.shared.step.vcpu == v+1:
+			if err := m.resumeStep(&e); err != nil {
+				return nil, err
+			}
+		}
+		answers = append(answers, e)
+	}
+	if mtf {
+		m.shared.step.vcpu = 0 // the instruction is executed where it stands
+	}
+	if err := attempts(func() error { return hv.ReleaseMonitor(answers) }); err != nil {
+		return nil, fmt.Errorf("release the guest from the monitor of a dead process: %w", err)
+	}
+	if m.step == nil {
+		m.shared.step.vcpu = 0
+	}
+	if err := m.attach(); err != nil {
+		return nil, err
+	}
+	if m.step != nil {
+		if err := attempts(func() error { return already(m.mon.SetDebugExceptions(true, true)) }); err != nil {
+			return nil, fmt.Errorf("monitor single steps: %w", err)
+		}
+		m.trapMon = true
+	}
+	return m, m.thawLeft()
+}
+
+// thawLeft undoes what the dead process has paused.
+func (m *MonitorRoute) thawLeft() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for m.frozen > 1 {
+		if err := attempts(m.thaw); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// resumeStep takes up a step by TF. e is the answer that its vCPU will be given.
+func (m *MonitorRoute) resumeStep(e *xenctrl.Event) error {
+	p, err := m.shared.step.patch()
+	if err != nil {
+		return err
+	}
+	v, sh := e.VCPU, &m.shared.step
+	var c xenctrl.HVMCPU
+	if err := attempts(func() (err error) { c, err = m.hv.HVMCPU(v); return err }); err != nil {
+		return fmt.Errorf("vCPU %d: read registers: %w", v, err)
+	}
+	if c.RFLAGS&eflagTF == 0 || c.RIP == sh.addr {
+		// It hasn't made the step, and will, or will not any more.
+		m.step = &step{vcpu: v, patch: p}
+		m.stepped, sh.phase = p, stepRuns
+		return nil
+	}
+	r := x86.Regs{
+		R15: c.R15, R14: c.R14, R13: c.R13, R12: c.R12, BP: c.RBP, BX: c.RBX,
+		R11: c.R11, R10: c.R10, R9: c.R9, R8: c.R8, AX: c.RAX, CX: c.RCX, DX: c.RDX, SI: c.RSI, DI: c.RDI,
+		IP: c.RIP, CS: uint64(c.CS), Flags: c.RFLAGS, SP: c.RSP, SS: uint64(c.SS), CR3: c.CR3,
+	}
+	if err := p.insn.FinishStep(&r, sh.addr, sh.addr, virtual{m.guest, c.CR3}, &sh.before); err != nil {
+		if !errors.Is(err, x86.ErrStepLost) {
+			return fmt.Errorf("vCPU %d: finish its step over %#x: %w", v, sh.addr, err)
+		}
+		// It is in the guest's handler of a fault.
+		r.Flags = r.Flags&^(eflagTF|eflagIF) | sh.before.Flags&(eflagTF|eflagIF)
+	}
+	setEventRegs(&e.Regs, &r)
+	e.Flags |= xenctrl.EventSetRegisters
+	return nil
+}
+
+// virtual is memory as a vCPU with these page tables sees it.
+type virtual struct {
+	g   *guest
+	cr3 uint64
+}
+
+func (m virtual) ReadVirt(addr uint64, b []byte) error  { return m.g.read(m.cr3, addr, b) }
+func (m virtual) WriteVirt(addr uint64, b []byte) error { return m.g.Store(m.cr3, addr, b) }
+
+// Answered implements breakpoint.Adopter. An answer that Xen hadn't been told of is gone
+// with the ring.
+func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, m.notified }
+
+var (
+	_ breakpoint.Adopter = (*Debugger)(nil)
+	_ breakpoint.Adopter = (*MonitorRoute)(nil)
+)
