@@ -34,6 +34,7 @@ help:
 	@echo 'make vm          a Linux guest in QEMU to try things on'
 	@echo 'make fuzz        fuzz every target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make interleave  INTERLEAVINGS=$(INTERLEAVINGS) interleavings on the simulated Xen (hours)'
+	@echo 'make kill        KILLS=$(KILLS) tools killed on the simulated Xen, and their guests repaired (hours)'
 	@echo 'make bench       benchmarks (BENCH=pattern); with BASE=revision, compared with it'
 	@echo 'make bench-lab   hits a second beside a minimal C loop, on a real Xen (HOST=pv or hvm)'
 	@echo 'make deps        install the Debian packages that all this needs'
@@ -111,6 +112,12 @@ bench:
 # Random operations and failures on the simulated Xen, with fresh seeds: the nightly
 # form of a test that "make check" runs in short.
 INTERLEAVINGS = 1000000
+# How often to kill a tool on the simulated Xen.
+KILLS = 1000000
+.PHONY: kill
+kill: deps-go
+	VMPROBES_KILLS=$(KILLS) $(GO) test -count=1 -timeout 24h -run '^TestKilled$$' ./internal/recovery
+
 .PHONY: interleave
 interleave: deps-go
 	VMPROBES_INTERLEAVINGS=$(INTERLEAVINGS) $(GO) test -count=1 -timeout 24h -run '^TestInterleaved$$' -v ./internal/breakpoint

@@ -1,0 +1,171 @@
+// Command vmprobes looks after guests that have probes in them: it shows who has
+// attached to which guest, and repairs guests whose tool died.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"unicode"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmprobes/vmprobes/internal/target"
+)
+
+// Exit statuses.
+const (
+	failed = 1
+	usage  = 2
+)
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+func run(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := command()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	began := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { began = true }
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(stderr, "vmprobes: %s\n", harmless(err.Error()))
+	if !began {
+		return usage
+	}
+	return failed
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "vmprobes",
+		Short: "Look after guests that have probes in them",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cmd.Help()
+		},
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(statusCommand(), recoverCommand())
+	return root
+}
+
+func statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show who is attached to which guest, and which guests need a repair",
+		Long: `Show who is attached to which guest, and which guests need a repair.
+
+A guest is "served" while the program that has attached to it lives, and "left" when
+that has died: "vmprobes recover" repairs it. Domains that are paused, or that have a
+debugger attached, without a program that is known are shown, too. They may be so for
+a good reason.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			guests, err := target.Status()
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "GUEST\tKIND\tSTATE\tPROGRAM")
+			for _, g := range guests {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", quote(g.Name), g.Kind, g.State, quote(g.Owner))
+			}
+			return errors.Join(err, w.Flush())
+		},
+	}
+}
+
+func recoverCommand() *cobra.Command {
+	var all, verbose bool
+	cmd := &cobra.Command{
+		Use:   "recover GUEST | --all",
+		Short: "Repair a guest whose tool died",
+		Long: `Repair a guest whose tool died: give it every byte back that a probe has
+replaced, and let go what waits for an answer. GUEST is a domain's name or id, or
+the path of a journal.
+
+It is done by itself as soon as a tool dies, by its guardian, and else when the next
+tool opens the guest. To do it by hand is right when neither will happen: as a
+service's ExecStopPost, or when the guest stands still. A guest whose tool lives, or
+that needs no repair, is left alone. It may be called any number of times.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			switch {
+			case all && len(args) > 0:
+				return errors.New("either a guest or --all")
+			case !all && len(args) != 1:
+				return errors.New("which guest? (or --all)")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			level := slog.LevelInfo
+			if verbose {
+				level = slog.LevelDebug
+			}
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
+			if all {
+				return recoverAll(cmd.Context(), cmd.OutOrStdout(), log)
+			}
+			done, err := target.RecoverGuest(cmd.Context(), args[0], log)
+			return tell(cmd.OutOrStdout(), args[0], done, err)
+		},
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "every guest on this host")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log every step")
+	return cmd
+}
+
+// recoverAll repairs what there is to be repaired.
+func recoverAll(ctx context.Context, out io.Writer, log *slog.Logger) error {
+	guests, errs := target.Status()
+	for _, g := range guests {
+		if g.State != target.Left {
+			continue
+		}
+		done, err := target.RecoverGuest(ctx, g.Journal, log)
+		errs = errors.Join(errs, tell(out, g.Name, done, err))
+	}
+	return errs
+}
+
+// tell says what was done about a guest.
+func tell(out io.Writer, name string, done bool, err error) error {
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", name, err)
+	case done:
+		_, err = fmt.Fprintf(out, "%s: repaired\n", quote(name))
+	default:
+		_, err = fmt.Fprintf(out, "%s: needs no repair\n", quote(name))
+	}
+	return err
+}
+
+// quote quotes a name that a terminal might take for more than that.
+func quote(s string) string {
+	if s != "" && harmless(s) == s && !strings.Contains(s, "\n") {
+		return s
+	}
+	return fmt.Sprintf("%q", s)
+}
+
+// harmless takes out of a text what a terminal obeys: a guest's name may have it.
+func harmless(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && (unicode.IsControl(r) || !unicode.IsPrint(r) && r != ' ') {
+			return '?'
+		}
+		return r
+	}, s)
+}
