@@ -118,7 +118,7 @@ func (a *takeover) run() error {
 		if v < 0 || !sure && (a.asked == 0 || a.unknown <= 0) {
 			break
 		}
-		a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
+		a.stop(v)
 		a.latched++
 		a.unknown--
 		a.asked = max(a.asked-1, 0)
@@ -243,7 +243,7 @@ func (a *takeover) recount() error {
 		if st.VCPU >= 0 {
 			a.latched++
 			if st.VCPU < a.nvcpu {
-				a.vcpus[st.VCPU].setting, a.vcpus[st.VCPU].stopped = settingNone, true
+				a.stop(st.VCPU)
 			}
 		}
 		a.intent = intentNone
@@ -258,6 +258,12 @@ func (a *takeover) recount() error {
 		}
 	}
 	return nil
+}
+
+// stop says that a vCPU has stopped since its last answer.
+func (a *takeover) stop(v int) {
+	a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
+	a.fresh = append(a.fresh, v)
 }
 
 // free undoes every hold of a vCPU by itself.
@@ -444,7 +450,7 @@ func (m *MonitorRoute) IPs() ([]uint64, error) {
 func (d *Debugger) Answered(vcpu int) (answered, known bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return !d.vcpus[vcpu].stopped, true
+	return !d.vcpus[vcpu].stopped || slices.Contains(d.fresh, vcpu), true
 }
 
 // AdoptMonitor takes the place of a process that died with its monitor attached to an HVM
@@ -459,7 +465,7 @@ func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute
 	if m.intent == intentPause { // thaw takes one too many for none
 		m.frozen++
 	}
-	m.notified = m.intent != intentNotify
+	m.unsure = m.unsure || m.intent == intentNotify
 	m.intent = intentNone
 	if err := attempts(m.Freeze); err != nil {
 		return nil, fmt.Errorf("pause the guest: %w", err)
@@ -558,7 +564,7 @@ func (m virtual) WriteVirt(addr uint64, b []byte) error { return m.g.Store(m.cr3
 
 // Answered implements breakpoint.Adopter. An answer that Xen hadn't been told of is gone
 // with the ring.
-func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, m.notified }
+func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, !m.unsure }
 
 var (
 	_ breakpoint.Adopter = (*Debugger)(nil)
