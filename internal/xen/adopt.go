@@ -532,7 +532,7 @@ func (m *MonitorRoute) resumeStep(e *xenctrl.Event) error {
 	}
 	if c.RFLAGS&eflagTF == 0 || c.RIP == sh.addr {
 		// It hasn't made the step, and will, or will not any more.
-		m.step = &step{vcpu: v, patch: p}
+		m.step = &step{vcpu: v, patch: p, maybe: true}
 		m.stepped, sh.phase = p, stepRuns
 		return nil
 	}

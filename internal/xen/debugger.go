@@ -64,6 +64,7 @@ type step struct {
 	done   bool   // the Stepped stop has been returned
 	ending bool   // not all others are held any more
 	masked uint64 // address of an upcall mask that was 0 and has been set, or 0
+	maybe  bool   // of a process that died: the vCPU may not have been told of it
 }
 
 // OpenDebugger attaches to a PV guest, whose memory it reaches through frames; they

@@ -474,7 +474,7 @@ func (m *MonitorRoute) leave() error {
 	}
 	// A domain that somebody has paused in the middle of a step: its vCPU has TF, and
 	// there is no call to take it back. With the monitor trap flag there is.
-	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && m.trapped(st.vcpu) && !m.dead() {
+	if st := m.step; st != nil && !st.done && m.caps&xenctrl.MonitorSingleStep == 0 && !m.dead() && !(st.maybe && !m.trapped(st.vcpu)) {
 		return fmt.Errorf("vCPU %d has not made its step yet", st.vcpu)
 	}
 	if !m.left {
@@ -486,8 +486,7 @@ func (m *MonitorRoute) leave() error {
 	return m.thawAll()
 }
 
-// trapped reports whether a vCPU has TF. A step that a process had begun which died may
-// not have come to that.
+// trapped reports whether a vCPU has TF. What it has been given shows only when it has run.
 func (m *MonitorRoute) trapped(v int) bool {
 	c, err := m.hv.HVMCPU(v)
 	return err != nil || c.RFLAGS&eflagTF != 0
