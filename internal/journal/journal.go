@@ -134,6 +134,7 @@ type file interface {
 	sync() error
 	size() (int64, error)
 	truncate(n int64) error
+	reserve(n int64) error
 	mapShared(n int) ([]byte, error)
 	unmap(b []byte) error
 	// forget gives back the space of a range, which nobody reads any more.
@@ -175,6 +176,9 @@ func create(fl file, path string, info information, state int) (*File, error) {
 		return nil, err
 	}
 	if err := fl.truncate(int64(headerSize + state)); err != nil {
+		return nil, err
+	}
+	if err := fl.reserve(int64(headerSize + state)); err != nil {
 		return nil, err
 	}
 	m, err := fl.mapShared(headerSize + state)
