@@ -2,6 +2,7 @@ package xen
 
 import (
 	"fmt"
+	"reflect"
 	"unsafe"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
@@ -94,10 +95,16 @@ func StateSize(vcpus int) int {
 	return int(unsafe.Sizeof(shared{})) + vcpus*int(unsafe.Sizeof(sharedVCPU{}))
 }
 
+// StateTypes are the types of what is in such memory.
+func StateTypes() []reflect.Type {
+	return []reflect.Type{reflect.TypeFor[shared](), reflect.TypeFor[sharedVCPU]()}
+}
+
 // begin writes down that a vCPU is to step over the instruction of p.
 func (s *sharedStep) begin(vcpu int, p *patch, before *x86.Regs) {
-	*s = sharedStep{vcpu: vcpu + 1, addr: p.addr, len: uint8(p.insn.Len), before: *before}
+	*s = sharedStep{addr: p.addr, len: uint8(p.insn.Len), before: *before}
 	copy(s.insn[:], p.insn.Bytes())
+	s.vcpu = vcpu + 1 // last: whoever finds it finds the rest
 }
 
 // patch returns the breakpoint that is stepped over. It may have been removed since.
