@@ -370,10 +370,10 @@ func (m *memFile) WriteAt(b []byte, off int64) (int, error) {
 	return len(b), nil
 }
 
-func (m *memFile) sync() error                     { return nil }
-func (m *memFile) size() (int64, error)            { return int64(len(m.b)), nil }
-func (m *memFile) truncate(n int64) error          { m.b = m.b[:n]; return nil }
-func (m *memFile) reserve(int64) error { return nil }
+func (m *memFile) sync() error            { return nil }
+func (m *memFile) size() (int64, error)   { return int64(len(m.b)), nil }
+func (m *memFile) truncate(n int64) error { m.b = m.b[:n]; return nil }
+func (m *memFile) reserve(int64) error    { return nil }
 
 func (m *memFile) mapShared(n int) ([]byte, error) { return m.b[:n:n], nil }
 func (m *memFile) unmap([]byte) error              { return nil }
