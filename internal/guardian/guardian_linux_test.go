@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -104,4 +105,31 @@ func TestAnother(t *testing.T) {
 	require.NoError(t, Start(log))
 	assert.NotEqual(t, first, pid)
 	assert.True(t, lives(pid))
+}
+
+// TestDiesBeforeReady: a process may die while it starts a guardian anew, and have guests:
+// the guardian repairs them though nobody hears that it is ready.
+func TestDiesBeforeReady(t *testing.T) {
+	cmd, guardian, path := guarded(t)
+	require.NoError(t, syscall.Kill(guardian, syscall.SIGKILL))
+	require.Eventually(t, func() bool { return !lives(guardian) }, 20*time.Second, time.Millisecond)
+	entries, err := journal.List(target.JournalDir())
+	require.NoError(t, err)
+	i := slices.IndexFunc(entries, func(e journal.Entry) bool { return e.Path == path })
+	require.GreaterOrEqual(t, i, 0)
+	require.NoError(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	require.FileExists(t, path)
+
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	require.NoError(t, syscall.Close(fds[0]))
+	theirs := os.NewFile(uintptr(fds[1]), "guarded")
+	next := exec.Command(os.Args[0])
+	o := entries[i].Owner
+	next.Env = append(os.Environ(), fmt.Sprintf("%s=%d:%d", environment, o.PID, o.Start))
+	next.ExtraFiles = []*os.File{theirs}
+	require.NoError(t, next.Run())
+	require.NoError(t, theirs.Close())
+	require.NoFileExists(t, path)
 }
