@@ -161,12 +161,7 @@ func guard(of string) error {
 	}
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTTIN, syscall.SIGTTOU)
 	conn := os.NewFile(3, "guarded")
-	if null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0); err == nil {
-		for fd := range 3 {
-			_ = unix.Dup3(int(null.Fd()), fd, 0)
-		}
-		_ = null.Close()
-	}
+	leaveFiles()
 	unix.CloseOnExec(3)
 	// What can't be had of this makes the guardian less sure, not useless.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
@@ -182,6 +177,30 @@ func guard(of string) error {
 	}
 	debug.SetGCPercent(100)
 	return takeOver(target.JournalDirs(), owner, began)
+}
+
+// leaveFiles puts the null device in the place of what the guardian has inherited: at the
+// other end of a pipe somebody may wait for the end of the process that it was of, and a
+// repair may take longer than that. What the Go runtime has opened for itself stays.
+func leaveFiles() {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer null.Close()
+	for fd := range 3 {
+		_ = unix.Dup3(int(null.Fd()), fd, 0)
+	}
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 3 || fd == int(null.Fd()) {
+			continue
+		}
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+			_ = unix.Dup3(int(null.Fd()), fd, unix.O_CLOEXEC)
+		}
+	}
 }
 
 // takeOverFor bounds how long a guardian tries.

@@ -47,7 +47,11 @@ func guarded(t *testing.T) (cmd *exec.Cmd, guardian int, path string) {
 	out, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	cmd.Stderr = os.Stderr
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	cmd.ExtraFiles = []*os.File{r, w} // that it doesn't know of
 	require.NoError(t, cmd.Start())
+	require.NoError(t, errors.Join(r.Close(), w.Close()))
 	t.Cleanup(func() { _ = in.Close(); _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		if n, err := fmt.Sscanf(lines.Text(), "guarded by %d", &guardian); n == 1 && err == nil {
@@ -80,6 +84,22 @@ func TestTakesOver(t *testing.T) {
 	require.Eventually(t, func() bool { _, err := os.Stat(path); return errors.Is(err, os.ErrNotExist) }, 20*time.Second, time.Millisecond)
 	t.Logf("%v after SIGKILL", time.Since(died))
 	require.Eventually(t, func() bool { return !lives(guardian) }, 20*time.Second, time.Millisecond, "it goes")
+}
+
+// TestKeepsNothing: a guardian holds nothing open that its process was given.
+func TestKeepsNothing(t *testing.T) {
+	cmd, guardian, _ := guarded(t)
+	given, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/4", cmd.Process.Pid))
+	require.NoError(t, err)
+	require.Contains(t, given, "pipe:")
+	files := fmt.Sprintf("/proc/%d/fd", guardian)
+	entries, err := os.ReadDir(files)
+	require.NoError(t, err)
+	for _, e := range entries {
+		to, err := os.Readlink(files + "/" + e.Name())
+		require.NoError(t, err)
+		assert.NotContains(t, to, "pipe:", e.Name())
+	}
 }
 
 // TestGoesWithIt: when a process ends that has left nothing its guardian ends, too.

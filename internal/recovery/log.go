@@ -58,6 +58,7 @@ type Log struct {
 	slots  map[uint64]slotAt
 	free   []int // indexes of counters
 	next   int
+	behind bool // the file wasn't told what is over
 }
 
 // slotAt is a slot and where it is counted who is in it.
@@ -172,16 +173,20 @@ func (l *Log) over(kind uint8, addr uint64) error {
 		delete(l.slots, addr)
 		l.free = append(l.free, s.index)
 	}
-	return l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
+	err := l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
+	l.behind = l.behind || err != nil
+	return err
 }
 
-// append appends a record, and makes the log short again when it is long; l.mu is held.
+// append appends a record, and makes the log short again when it is long, or says of what
+// isn't there any more; l.mu is held. The guest may have an int3 of its own there by now.
 func (l *Log) append(r journal.Record) error {
 	const long = 256 << 10
-	if l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
+	if l.behind || l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
 		if err := l.f.Replace(l.all()...); err != nil {
 			return err
 		}
+		l.behind = false
 	}
 	return l.f.Append(r)
 }
