@@ -101,7 +101,10 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 	r.StillPaused = others > 0
 	e := breakpoint.New(drv, breakpoint.Config{Journal: l, Logger: log})
-	r.Changed = e.Adopt(breaks, slots, marks)
+	if r.Changed, err = e.Adopt(breaks, slots, marks); err != nil {
+		// The guest stays frozen, and has lost nothing.
+		return r, errors.Join(fmt.Errorf("find what was left in the guest: %w", err), frames.Close())
+	}
 	if err := drv.Thaw(); err != nil {
 		return r, errors.Join(fmt.Errorf("resume the guest: %w", err), frames.Close())
 	}
