@@ -14,7 +14,8 @@ import (
 // called concurrently.
 //
 // A Mapper whose pages are copies is a [FrameWriter] too, and calls the Cache's
-// Invalidate whenever the guest has run.
+// Invalidate whenever the guest has run. (See [Cache.WriteBriefly] for one that is a
+// FrameWriter for another reason.)
 type Mapper interface {
 	// Map returns the 4096 bytes of frame f, and the function that unmaps them.
 	Map(f Frame, writable bool) (page []byte, unmap func() error, err error)
@@ -135,7 +136,8 @@ func (c *Cache) Page(f Frame, writable bool) ([]byte, func(), error) {
 
 // WriteBriefly makes c map writable pages for each use and unmap them after it. It is
 // for guests that a writable mapping hinders: Xen lets no PV guest make a page table
-// of such a frame.
+// of such a frame. With it a Mapper's WriteFrame is a shorter way to do that, and its
+// pages are no copies.
 func (c *Cache) WriteBriefly() {
 	c.lock()
 	c.brief = true
@@ -166,6 +168,10 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 	if off < 0 || off > PageSize || len(b) > PageSize-off {
 		return fmt.Errorf("%d bytes at offset %d exceed the frame", len(b), off)
 	}
+	closed, brief := c.state()
+	if closed {
+		return ErrClosed
+	}
 	if c.writer == nil {
 		page, release, err := c.Page(f, true)
 		if err != nil {
@@ -175,10 +181,10 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 		release()
 		return nil
 	}
-	if c.isClosed() {
-		return ErrClosed
-	}
 	err := c.writer.WriteFrame(f, off, b)
+	if brief {
+		return err // pages are mapped, and show what was written
+	}
 	// Copies made before or during the write are stale.
 	c.lock()
 	c.era++
@@ -189,11 +195,11 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 	return err
 }
 
-func (c *Cache) isClosed() bool {
+func (c *Cache) state() (closed, brief bool) {
 	s := c.stripe()
 	s.RLock()
 	defer s.RUnlock()
-	return c.closed
+	return c.closed, c.brief
 }
 
 // Invalidate forgets all pages: what is read from now on is mapped anew.

@@ -1,6 +1,7 @@
 package xenctrl
 
 import (
+	"fmt"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -87,7 +88,10 @@ func (f *fakeLib) monitorCaps(DomID) (uint32, error)             { return 0x1F7B
 func (f *fakeLib) eventVersion() (int, error)                    { return f.evVersion, f.call("eventVersion") }
 func (f *fakeLib) monitorUnmap(unsafe.Pointer) error             { return f.call("monitorUnmap") }
 func (f *fakeLib) monitorDisable(DomID) error                    { return f.call("monitorDisable") }
-func (f *fakeLib) unmapForeign([]byte) error                     { return f.call("unmapForeign") }
+func (f *fakeLib) writeForeign(_ DomID, frame uint64, off int, b []byte) error {
+	return f.call(fmt.Sprintf("writeForeign %#x+%d % x", frame, off, b))
+}
+func (f *fakeLib) unmapForeign([]byte) error { return f.call("unmapForeign") }
 
 func (f *fakeLib) vcpuInfo(_ DomID, _ int, info *VCPUInfo) error {
 	info.Online = true

@@ -241,6 +241,38 @@ func TestMapForeign(t *testing.T) {
 	}
 }
 
+func TestWriteForeign(t *testing.T) {
+	f := newFakeLib()
+	h := newHandle(f)
+	for _, c := range []struct {
+		frame  uint64
+		off, n int
+		want   error
+	}{
+		{5, -1, 1, syscall.EINVAL}, {5, PageSize, 1, syscall.EINVAL}, {5, PageSize - 1, 2, syscall.EINVAL},
+		{5, 0, PageSize + 1, syscall.EINVAL}, {frameMax + 1, 0, 1, syscall.ERANGE}, {5, PageSize, 0, nil},
+	} {
+		if err := h.WriteForeign(5, c.frame, c.off, make([]byte, c.n)); !errors.Is(err, c.want) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	if len(f.calls) != 0 {
+		t.Errorf("calls of the library: %q", f.calls)
+	}
+	if err := h.WriteForeign(5, 0x77, PageSize-2, []byte{0xcc, 1}); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"writeForeign 0x77+4094 cc 01"}; !slices.Equal(f.calls, want) {
+		t.Errorf("calls %q, want %q", f.calls, want)
+	}
+	if err := h.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := h.WriteForeign(5, 0x77, 0, []byte{1}); !errors.Is(err, ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
 func TestHVMCPU(t *testing.T) {
 	f := newFakeLib()
 	f.rec = hvmHWCPU{RAX: 1, RIP: 2, CR3: 3, CSSel: 4, SSSel: 5, FSBase: 6, GSBase: 7, IDTRBase: 8, ShadowGS: 9, MSRLSTAR: 10, MSREFER: 11}

@@ -364,11 +364,24 @@ func labGuest(t *testing.T, h *Handle, d DomainInfo) {
 			t.Error("the page that the vCPU executes is empty")
 		}
 		// The same bytes by the other route, if there is one.
-		buf := make([]byte, min(16, len(code)))
+		buf, want := make([]byte, min(16, len(code))), bytes.Clone(code[:min(16, len(code))])
 		if n, err := h.GdbsxGuestMemory(id, 0, c.User.RIP, buf, false); err != nil {
 			t.Logf("GdbsxGuestMemory: %d, %v", n, err)
 		} else if !bytes.Equal(buf, code[:len(buf)]) {
 			t.Errorf("GdbsxGuestMemory: % x, want % x", buf, code[:len(buf)])
+		}
+		// What is there is written there.
+		at := int(c.User.RIP % PageSize)
+		if err := h.WriteForeign(id, frame, at, want); err != nil {
+			t.Errorf("WriteForeign: %v", err)
+		}
+		if !bytes.Equal(code[:len(want)], want) {
+			t.Errorf("after WriteForeign: % x, want % x", code[:len(want)], want)
+		}
+		if err := h.WriteForeign(id, 1<<30, 0, buf); err == nil {
+			t.Error("WriteForeign to no frame succeeded")
+		} else {
+			t.Logf("WriteForeign to no frame: %v", err)
 		}
 		if err := m.Unmap(); err != nil {
 			t.Error(err)

@@ -43,6 +43,8 @@ type lib interface {
 	// returns an errno for each in errs.
 	mapForeign(id DomID, writable bool, frames []uint64) (mem []byte, errs []int32, err error)
 	unmapForeign(mem []byte) error
+	// writeForeign writes b to a frame from offset off on, within it.
+	writeForeign(id DomID, frame uint64, off int, b []byte) error
 
 	injectEvent(id DomID, vcpu int, vector, eventType uint8, errorCode uint32, insnLen uint8, cr2 uint64) error
 

@@ -22,6 +22,8 @@ package xenctrl
 #cgo nocallback vmp_get_extstate
 #cgo noescape vmp_set_extstate
 #cgo nocallback vmp_set_extstate
+#cgo noescape vmp_write
+#cgo nocallback vmp_write
 #cgo noescape vmp_domctl
 #cgo nocallback vmp_domctl
 
@@ -363,6 +365,21 @@ static int vmp_map(struct vmp *v, uint32_t dom, int write, size_t n,
 	}
 	*out = mem;
 	return 0;
+}
+
+// vmp_write writes n bytes within a frame, which is mapped only for that.
+static int vmp_write(struct vmp *v, uint32_t dom, uint64_t frame, size_t off, const void *buf, size_t n)
+{
+	unsigned long pfn = frame;
+	int err = 0;
+	errno = 0;
+	char *mem = v->fm.xenforeignmemory_map(v->fmem, dom, PROT_READ | PROT_WRITE, 1, &pfn, &err);
+	if (!mem)
+		return vmp_fail();
+	if (!err)
+		memcpy(mem + off, buf, n);
+	int rc = VMP_TRY(v->fm.xenforeignmemory_unmap(v->fmem, mem, 1));
+	return err ? (err < 0 ? err : -err) : rc;
 }
 
 static int vmp_unmap(struct vmp *v, void *mem, size_t n)
@@ -835,6 +852,10 @@ func (l *dlLib) mapForeign(id DomID, writable bool, frames []uint64) ([]byte, []
 
 func (l *dlLib) unmapForeign(mem []byte) error {
 	return errno(C.vmp_unmap(l.v, unsafe.Pointer(unsafe.SliceData(mem)), C.size_t(len(mem)/PageSize)))
+}
+
+func (l *dlLib) writeForeign(id DomID, frame uint64, off int, b []byte) error {
+	return errno(C.vmp_write(l.v, C.uint32_t(id), C.uint64_t(frame), C.size_t(off), unsafe.Pointer(unsafe.SliceData(b)), C.size_t(len(b))))
 }
 
 func (l *dlLib) injectEvent(id DomID, vcpu int, vector, eventType uint8, errorCode uint32, insnLen uint8, cr2 uint64) error {

@@ -502,6 +502,24 @@ func (h *Handle) MapForeign(id DomID, writable bool, frames ...uint64) (*Mapping
 	return m, nil
 }
 
+// WriteForeign writes b to a domain's memory: to the machine frame (PV) or guest frame
+// (HVM) given, from offset off of its 4096 bytes on. The frame is mapped only for that: as
+// long as one is mapped writable, Xen lets a PV guest make no page table of it. What
+// exceeds the frame is EINVAL.
+func (h *Handle) WriteForeign(id DomID, frame uint64, off int, b []byte) error {
+	return h.do("write memory", id, -1, func(l lib) error {
+		switch {
+		case off < 0 || off > PageSize || len(b) > PageSize-off:
+			return syscall.EINVAL
+		case frame > frameMax:
+			return syscall.ERANGE
+		case len(b) == 0:
+			return nil
+		}
+		return l.writeForeign(id, frame, off, b)
+	})
+}
+
 // Bytes returns the mapped memory, which the guest may change at any time, or
 // nil after Unmap. It must not be used after Unmap, nor written to if the
 // mapping is not writable: that ends the process.

@@ -28,14 +28,3 @@ func TestHostileNames(t *testing.T) {
 		assert.NotContains(t, out.String(), c)
 	}
 }
-
-func TestUsage(t *testing.T) {
-	for _, args := range [][]string{{"recover"}, {"recover", "--all", "a3guest"}, {"recover", "a", "b"}, {"status", "a"}, {"nonsense"}, {"--nonsense"}} {
-		var out, errs bytes.Buffer
-		assert.Equal(t, usage, run(args, &out, &errs), args)
-		assert.NotEmpty(t, errs.String(), args)
-	}
-	var out, errs bytes.Buffer
-	assert.Zero(t, run([]string{"--help"}, &out, &errs))
-	assert.Contains(t, out.String(), "recover")
-}

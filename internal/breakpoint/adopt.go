@@ -69,8 +69,9 @@ type Adopter interface {
 	Underway() (u Underway, ok bool)
 	// IPs are the instruction pointers of the vCPUs. The guest is frozen.
 	IPs() ([]uint64, error)
-	// Answered reports whether the last answer to a vCPU has been given: it goes on, or
-	// will. If known is false it will come back to its breakpoint if it wasn't.
+	// Answered reports whether the last answer to a vCPU of the process that died was
+	// given: the vCPU has gone on, or will. If known is false it comes back to its
+	// breakpoint if it wasn't.
 	Answered(vcpu int) (answered, known bool)
 }
 
@@ -210,6 +211,9 @@ func (a *adoption) adoptMark(v int, m Mark) error {
 	e := a.e
 	answered, known := a.drv.Answered(v)
 	if answered && known {
+		if e.marks != nil {
+			e.marks[v].Slot = 0 // what becomes of the vCPU next is another matter
+		}
 		return nil
 	}
 	if m.Back {

@@ -181,6 +181,9 @@ func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool
 		defer cancel()
 		rep, rerr := recovery.Repair(ctx, mortal, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		err = errors.Join(rerr, rep.Changed)
+		if rep.Took > 5*time.Second { // of ten that a repair waits for a vCPU that doesn't come
+			err = errors.Join(err, fmt.Errorf("it took %v", rep.Took))
+		}
 	}()
 	if err = <-done; err == errDied {
 		return then

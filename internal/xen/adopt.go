@@ -119,7 +119,7 @@ func (a *takeover) run() error {
 		if v < 0 || !sure && (a.asked == 0 || a.unknown <= 0) {
 			break
 		}
-		a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
+		a.stop(v)
 		a.latched++
 		a.unknown--
 		a.asked = max(a.asked-1, 0)
@@ -177,6 +177,9 @@ func (a *takeover) commit() error {
 func (a *takeover) recount() error {
 	if n := int(a.took.Load()); n != 0 {
 		a.takeStop(n)
+		if n > 0 {
+			a.fresh = append(a.fresh, n-1)
+		}
 	}
 	switch a.intent {
 	case intentAsk:
@@ -250,6 +253,7 @@ func (a *takeover) recount() error {
 		case st.VCPU >= 0:
 			a.tookOwed, a.tookLatched = a.owed, a.latched+1
 			a.takeStop(st.VCPU + 1)
+			a.fresh = append(a.fresh, st.VCPU)
 		}
 		a.intent = intentNone
 		if st.VCPU < 0 {
@@ -263,6 +267,12 @@ func (a *takeover) recount() error {
 		}
 	}
 	return nil
+}
+
+// stop says that a vCPU has stopped since its last answer.
+func (a *takeover) stop(v int) {
+	a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
+	a.fresh = append(a.fresh, v)
 }
 
 // free undoes every hold of a vCPU by itself.
@@ -449,7 +459,7 @@ func (m *MonitorRoute) IPs() ([]uint64, error) {
 func (d *Debugger) Answered(vcpu int) (answered, known bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return !d.vcpus[vcpu].stopped, true
+	return !d.vcpus[vcpu].stopped || slices.Contains(d.fresh, vcpu), true
 }
 
 // AdoptMonitor takes the place of a process that died with its monitor attached to an HVM
@@ -464,7 +474,7 @@ func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute
 	if m.intent == intentPause { // thaw takes one too many for none
 		m.frozen++
 	}
-	m.notified = m.intent != intentNotify
+	m.unsure = m.unsure || m.intent == intentNotify
 	m.intent = intentNone
 	if err := attempts(m.Freeze); err != nil {
 		return nil, fmt.Errorf("pause the guest: %w", err)
@@ -563,7 +573,7 @@ func (m virtual) WriteVirt(addr uint64, b []byte) error { return m.g.Store(m.cr3
 
 // Answered implements breakpoint.Adopter. An answer that Xen hadn't been told of is gone
 // with the ring.
-func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, m.notified }
+func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, !m.unsure }
 
 var (
 	_ breakpoint.Adopter = (*Debugger)(nil)

@@ -31,6 +31,7 @@ type Debugger struct {
 	vcpus   []vcpu
 	queue   []int             // vCPUs whose stop waits to be returned by Wait
 	first   []breakpoint.Stop // that another process had left, to be returned first
+	fresh   []int             // vCPUs that have stopped since that process answered them
 	pending int
 	step    *step
 	closed  bool

@@ -19,10 +19,11 @@ const (
 // may want of a page that was the stack of a task just now. It would go on with the
 // page tables that it had.
 func NewFrames(hv Hypervisor) *paging.Cache {
-	c := paging.NewCache(mapper{hv}, cachePages, cacheAge)
-	if info, err := hv.Info(); err != nil || info.Flags&xenctrl.DomainHVM == 0 {
-		c.WriteBriefly()
+	if info, err := hv.Info(); err == nil && info.Flags&xenctrl.DomainHVM != 0 {
+		return paging.NewCache(mapper{hv}, cachePages, cacheAge)
 	}
+	c := paging.NewCache(writer{mapper{hv}}, cachePages, cacheAge)
+	c.WriteBriefly()
 	return c
 }
 
@@ -35,4 +36,12 @@ func (m mapper) Map(f paging.Frame, writable bool) ([]byte, func() error, error)
 		return nil, nil, err
 	}
 	return mp.Bytes(), mp.Unmap, nil
+}
+
+// writer is a mapper that writes without a mapping of its own. It implements
+// [paging.FrameWriter].
+type writer struct{ mapper }
+
+func (w writer) WriteFrame(f paging.Frame, off int, b []byte) error {
+	return w.hv.WriteFrame(uint64(f), off, b)
 }

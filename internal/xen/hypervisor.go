@@ -26,6 +26,8 @@ type Hypervisor interface {
 
 	// MapFrames maps machine frames (PV) or guest frames (HVM) of the guest.
 	MapFrames(writable bool, frames ...uint64) (Mapping, error)
+	// WriteFrame writes to a frame, from an offset on, and keeps nothing mapped.
+	WriteFrame(frame uint64, off int, b []byte) error
 
 	SetDebugging(on bool) error
 	GdbsxDomStatus() (xenctrl.DomStatus, error)

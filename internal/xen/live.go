@@ -43,6 +43,10 @@ func (l *live) MapFrames(writable bool, frames ...uint64) (Mapping, error) {
 	return m, nil
 }
 
+func (l *live) WriteFrame(frame uint64, off int, b []byte) error {
+	return l.h.WriteForeign(l.id, frame, off, b)
+}
+
 func (l *live) SetDebugging(on bool) error                 { return l.h.SetDebugging(l.id, on) }
 func (l *live) GdbsxDomStatus() (xenctrl.DomStatus, error) { return l.h.GdbsxDomStatus(l.id) }
 func (l *live) GdbsxPauseVCPU(vcpu int) error              { return l.h.GdbsxPauseVCPU(l.id, vcpu) }

@@ -30,14 +30,11 @@ type MonitorRoute struct {
 	step    *step
 	trapMon bool // debug-exception events are on
 	left    bool // the ring is closed: no more stops
-	// notified says, after a takeover, that the dead process had told Xen of every answer
-	// that it had begun to tell it of.
-	notified bool
-	closed   bool
-	checked  time.Time
-	online   int
-	in, out  xenctrl.Event // the request and the response in hand
-	redo     bool          // in has been taken off the ring and isn't dealt with
+	closed  bool
+	checked time.Time
+	online  int
+	in, out xenctrl.Event // the request and the response in hand
+	redo    bool          // in has been taken off the ring and isn't dealt with
 
 	// Of the goroutine in Wait: when it looked last whether the domain is alive
 	// (spin.Clock), a context that ends when it is time to look again, and the one

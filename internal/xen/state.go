@@ -32,6 +32,7 @@ type shared struct {
 	undone, latched, asked, maybe int
 	tries                         int  // takeovers begun
 	counted                       bool // undone is all of them
+	unsure                        bool // MonitorRoute's: a process died while it told Xen of answers
 
 	step sharedStep
 }

@@ -286,6 +286,21 @@ func (h hypervisor) MapFrames(writable bool, frames ...uint64) (mp xen.Mapping, 
 	return mp, err
 }
 
+func (h hypervisor) WriteFrame(frame uint64, off int, b []byte) error {
+	m := h.m
+	return m.do("write frame", -1, func() error {
+		x, ok := m.mem.frameIndex(frame)
+		switch {
+		case !ok || off < 0 || off+len(b) > pageSize:
+			return syscall.EINVAL
+		case m.pv() && m.mem.isPT[x]:
+			return syscall.EPERM // a PV guest's page tables
+		}
+		copy(m.mem.b[x*pageSize+off:], b)
+		return nil
+	})
+}
+
 func (h hypervisor) SetDebugging(on bool) error {
 	m := h.m
 	return m.do("set debugging", -1, func() error {

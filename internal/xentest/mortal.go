@@ -118,6 +118,11 @@ func (m *Mortal) MapFrames(writable bool, frames ...uint64) (mp xen.Mapping, err
 	return mp, err
 }
 
+func (m *Mortal) WriteFrame(frame uint64, off int, b []byte) (err error) {
+	m.Call(func() { err = m.Hypervisor.WriteFrame(frame, off, b) })
+	return err
+}
+
 func (m *Mortal) SetDebugging(on bool) (err error) {
 	m.Call(func() { err = m.Hypervisor.SetDebugging(on) })
 	return err
