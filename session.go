@@ -51,7 +51,8 @@ type Options struct {
 	// SIGKILL, for want of memory, by a crash. Without it such a guest stands still at
 	// its next hit, until somebody opens it, or runs vmprobes recover. Set it in a
 	// program that is told of its own death in another way, as a service with
-	// ExecStopPost=vmprobes recover. A process has one guardian for all its guests.
+	// ExecStopPost=vmprobes recover, or that waits for any child until there is none: the
+	// guardian is a child process. A process has one guardian for all its guests.
 	// For guests of other hypervisors there is none.
 	NoGuardian bool
 	// Stepping says how probed instructions are executed. Leave it alone except

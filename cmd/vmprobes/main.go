@@ -76,14 +76,19 @@ a good reason.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			guests, err := target.Status()
-			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-			fmt.Fprintln(w, "GUEST\tKIND\tSTATE\tPROGRAM")
-			for _, g := range guests {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", quote(g.Name), g.Kind, g.State, quote(g.Owner))
-			}
-			return errors.Join(err, w.Flush())
+			return errors.Join(err, show(cmd.OutOrStdout(), guests))
 		},
 	}
+}
+
+// show prints a table.
+func show(out io.Writer, guests []target.State) error {
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "GUEST\tKIND\tSTATE\tPROGRAM")
+	for _, g := range guests {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", quote(g.Name), quote(g.Kind), g.State, quote(g.Owner))
+	}
+	return w.Flush()
 }
 
 func recoverCommand() *cobra.Command {
@@ -143,7 +148,7 @@ func recoverAll(ctx context.Context, out io.Writer, log *slog.Logger) error {
 func tell(out io.Writer, name string, done bool, err error) error {
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s: %w", name, err)
+		return fmt.Errorf("%s: %w", quote(name), err)
 	case done:
 		_, err = fmt.Fprintf(out, "%s: repaired\n", quote(name))
 	default:

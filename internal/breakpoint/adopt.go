@@ -77,46 +77,63 @@ type Adopter interface {
 
 // Adopt makes breakpoints and slots of a process that died e's own. It writes nothing:
 // the guest has what it had. Close, called next, takes them out, and answers the stops
-// that the driver has found. What Adopt returns doesn't keep Close from doing that: it is
-// what isn't ours any more, because the guest has changed its code.
-func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) error {
+// that the driver has found. What Adopt returns in told doesn't keep Close from doing that:
+// it is what isn't ours any more, because the guest has changed its code. If err isn't nil
+// Close must not be called, as it would leave bytes in the guest that e doesn't know of.
+func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) (told, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	drv, ok := e.drv.(Adopter)
 	if !ok {
-		return fmt.Errorf("take over from a process that died: %w", errors.ErrUnsupported)
+		return nil, fmt.Errorf("take over from a process that died: %w", errors.ErrUnsupported)
 	}
 	if err := e.retry(e.drv.Freeze); err != nil {
-		return fmt.Errorf("pause the guest: %w", err)
+		return nil, fmt.Errorf("pause the guest: %w", err)
 	}
 	a := adoption{e: e, drv: drv, sites: make(map[uint64]*site)}
-	var told error
+	tell := func(why error, format string, args ...any) {
+		why = fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), why)
+		if changed(why) {
+			told = errors.Join(told, why)
+		} else {
+			err = errors.Join(err, why)
+		}
+	}
 	if u, ok := drv.Underway(); ok {
 		s, err := a.site(u.Break)
 		if err != nil {
-			told = fmt.Errorf("step over %#x: %w", u.Break.Addr, err)
+			tell(err, "step over %#x", u.Break.Addr)
 		} else {
 			e.active = append(e.active, &inflight{vcpu: u.VCPU, site: s, before: u.Before, lost: true})
 		}
 	}
 	for _, b := range breaks {
 		if err := a.adoptBreak(b); err != nil {
-			told = errors.Join(told, fmt.Errorf("breakpoint at %#x: %w", b.Addr, err))
+			tell(err, "breakpoint at %#x", b.Addr)
 		}
 	}
 	for i := range slots {
 		if err := a.adoptSlot(&slots[i]); err != nil {
-			told = errors.Join(told, fmt.Errorf("slot at %#x: %w", slots[i].Addr, err))
+			tell(err, "slot at %#x", slots[i].Addr)
 		}
 	}
 	for v, m := range marks {
 		if m.Slot != 0 && v < e.nvcpu {
 			if err := a.adoptMark(v, m); err != nil {
-				told = errors.Join(told, fmt.Errorf("breakpoint of the copy at %#x: %w", m.Slot, err))
+				tell(err, "breakpoint of the copy at %#x", m.Slot)
 			}
 		}
 	}
-	return errors.Join(told, e.thaw())
+	if err != nil {
+		return told, errors.Join(err, e.retry(e.drv.Thaw))
+	}
+	return errors.Join(told, e.thaw()), nil
+}
+
+// changed reports whether an error says that the guest has something else where it was ours,
+// or nothing any more, and not just that nobody could look.
+func changed(err error) bool {
+	return errors.Is(err, ErrTextChanged) || errors.Is(err, ErrNotMapped) || errors.Is(err, ErrFault) || errors.Is(err, ErrGone)
 }
 
 // adoption is an Adopt in progress.

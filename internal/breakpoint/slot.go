@@ -60,6 +60,7 @@ func (e *Engine) newSlot(s *site) (*slot, error) {
 	}
 	if err := e.retry(func() error { return e.drv.Patch(sl.addr, sl.code[:]) }); err != nil {
 		e.clean(sl) // part of it may have been written
+		e.over(s.addr)
 		return nil, err
 	}
 	sl.site = s

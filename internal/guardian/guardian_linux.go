@@ -61,7 +61,7 @@ func Start(log *slog.Logger) error {
 	if _, serr := os.Stat("/run/systemd/system"); serr == nil {
 		// A unit of its own, so that what kills this one's cgroup doesn't kill both.
 		if path, lerr := exec.LookPath("systemd-run"); lerr == nil {
-			err = start(path, "--quiet", "--collect", "--scope", "--slice=system.slice", fmt.Sprintf("/proc/%d/exe", os.Getpid()))
+			err = start(path, "--quiet", "--no-ask-password", "--collect", "--scope", "--slice=system.slice", fmt.Sprintf("/proc/%d/exe", os.Getpid()))
 		}
 	}
 	if err != nil {
@@ -161,39 +161,65 @@ func guard(of string) error {
 	}
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTTIN, syscall.SIGTTOU)
 	conn := os.NewFile(3, "guarded")
-	if null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0); err == nil {
-		for fd := range 3 {
-			_ = unix.Dup3(int(null.Fd()), fd, 0)
-		}
-		_ = null.Close()
-	}
+	leaveFiles()
 	unix.CloseOnExec(3)
 	// What can't be had of this makes the guardian less sure, not useless.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	_ = unix.Mlockall(unix.MCL_CURRENT)
 	debug.SetGCPercent(-1)
 	_ = os.WriteFile("/proc/self/comm", []byte("vmprobes-guard"), 0)
-	if _, err := conn.WriteString(readyWord); err != nil {
+	// If that fails the other end is dead already: it may have had another guardian before,
+	// and guests.
+	if _, err := conn.WriteString(readyWord); err == nil {
+		_, _ = io.Copy(io.Discard, conn) // until the other end is closed, which is its death
+	} else if !errors.Is(err, syscall.EPIPE) {
 		return err
 	}
-	_, _ = io.Copy(io.Discard, conn) // until the other end is closed, which is its death
 	debug.SetGCPercent(100)
-	return takeOver(target.JournalDir(), owner, began)
+	return takeOver(target.JournalDirs(), owner, began)
+}
+
+// leaveFiles puts the null device in the place of what the guardian has inherited: at the
+// other end of a pipe somebody may wait for the end of the process that it was of, and a
+// repair may take longer than that. What the Go runtime has opened for itself stays.
+func leaveFiles() {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer null.Close()
+	for fd := range 3 {
+		_ = unix.Dup3(int(null.Fd()), fd, 0)
+	}
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 3 || fd == int(null.Fd()) {
+			continue
+		}
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(to, "anon_inode:") {
+			_ = unix.Dup3(int(null.Fd()), fd, unix.O_CLOEXEC)
+		}
+	}
 }
 
 // takeOverFor bounds how long a guardian tries.
 const takeOverFor = 10 * time.Minute
 
 // takeOver repairs the guests of a process that has died.
-func takeOver(dir string, owner int, began uint64) error {
-	log, done := logger(dir)
+func takeOver(dirs []string, owner int, began uint64) error {
+	log, done := logger(dirs[len(dirs)-1])
 	defer done()
 	ctx, cancel := context.WithTimeout(context.Background(), takeOverFor)
 	defer cancel()
 	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
-		entries, err := journal.List(dir)
-		if err != nil {
-			return err
+		var entries []journal.Entry
+		for _, dir := range dirs {
+			more, err := journal.List(dir)
+			if err != nil && !errors.Is(err, os.ErrPermission) {
+				log.Error("look for guests to be repaired", "folder", dir, "err", err)
+			}
+			entries = append(entries, more...)
 		}
 		var wg sync.WaitGroup
 		left := 0
@@ -221,7 +247,7 @@ func takeOver(dir string, owner int, began uint64) error {
 // logger returns where a guardian says what it did: it has no terminal.
 func logger(dir string) (*slog.Logger, func()) {
 	name := filepath.Join(dir, "guardian.log")
-	flags := unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	flags := unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
 	const long = 1 << 20
 	if st, err := os.Lstat(name); err == nil && st.Size() > long {
 		flags |= unix.O_TRUNC

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -46,7 +47,11 @@ func guarded(t *testing.T) (cmd *exec.Cmd, guardian int, path string) {
 	out, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	cmd.Stderr = os.Stderr
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	cmd.ExtraFiles = []*os.File{r, w} // that it doesn't know of
 	require.NoError(t, cmd.Start())
+	require.NoError(t, errors.Join(r.Close(), w.Close()))
 	t.Cleanup(func() { _ = in.Close(); _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		if n, err := fmt.Sscanf(lines.Text(), "guarded by %d", &guardian); n == 1 && err == nil {
@@ -81,6 +86,22 @@ func TestTakesOver(t *testing.T) {
 	require.Eventually(t, func() bool { return !lives(guardian) }, 20*time.Second, time.Millisecond, "it goes")
 }
 
+// TestKeepsNothing: a guardian holds nothing open that its process was given.
+func TestKeepsNothing(t *testing.T) {
+	cmd, guardian, _ := guarded(t)
+	given, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/4", cmd.Process.Pid))
+	require.NoError(t, err)
+	require.Contains(t, given, "pipe:")
+	files := fmt.Sprintf("/proc/%d/fd", guardian)
+	entries, err := os.ReadDir(files)
+	require.NoError(t, err)
+	for _, e := range entries {
+		to, err := os.Readlink(files + "/" + e.Name())
+		require.NoError(t, err)
+		assert.NotContains(t, to, "pipe:", e.Name())
+	}
+}
+
 // TestGoesWithIt: when a process ends that has left nothing its guardian ends, too.
 func TestGoesWithIt(t *testing.T) {
 	cmd, guardian, path := guarded(t)
@@ -104,4 +125,31 @@ func TestAnother(t *testing.T) {
 	require.NoError(t, Start(log))
 	assert.NotEqual(t, first, pid)
 	assert.True(t, lives(pid))
+}
+
+// TestDiesBeforeReady: a process may die while it starts a guardian anew, and have guests:
+// the guardian repairs them though nobody hears that it is ready.
+func TestDiesBeforeReady(t *testing.T) {
+	cmd, guardian, path := guarded(t)
+	require.NoError(t, syscall.Kill(guardian, syscall.SIGKILL))
+	require.Eventually(t, func() bool { return !lives(guardian) }, 20*time.Second, time.Millisecond)
+	entries, err := journal.List(target.JournalDir())
+	require.NoError(t, err)
+	i := slices.IndexFunc(entries, func(e journal.Entry) bool { return e.Path == path })
+	require.GreaterOrEqual(t, i, 0)
+	require.NoError(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	require.FileExists(t, path)
+
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	require.NoError(t, syscall.Close(fds[0]))
+	theirs := os.NewFile(uintptr(fds[1]), "guarded")
+	next := exec.Command(os.Args[0])
+	o := entries[i].Owner
+	next.Env = append(os.Environ(), fmt.Sprintf("%s=%d:%d", environment, o.PID, o.Start))
+	next.ExtraFiles = []*os.File{theirs}
+	require.NoError(t, next.Run())
+	require.NoError(t, theirs.Close())
+	require.NoFileExists(t, path)
 }

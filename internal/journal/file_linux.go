@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,6 +23,20 @@ type osFile struct {
 
 func (f osFile) sync() error            { return unix.Fdatasync(int(f.Fd())) }
 func (f osFile) truncate(n int64) error { return f.Truncate(n) }
+
+// reserve takes the space that the first n bytes need. Otherwise a full folder would be
+// found out by a store to the mapping, for which the kernel kills the process (SIGBUS).
+func (f osFile) reserve(n int64) error {
+	for {
+		switch err := unix.Fallocate(int(f.Fd()), 0, 0, n); err {
+		case nil:
+			return nil
+		case unix.EINTR:
+		default:
+			return fmt.Errorf("reserve %d bytes for %s: %w", n, f.path, err)
+		}
+	}
+}
 
 func (f osFile) size() (int64, error) {
 	st, err := f.Stat()
@@ -104,6 +119,9 @@ func begun(fl osFile, size int64) bool {
 // *BusyError if it has one, with fs.ErrNotExist if there is none, and with
 // ErrUnreadable.
 func Open(path string) (*File, error) {
+	if err := checkDir(filepath.Dir(path), os.Geteuid()); err != nil {
+		return nil, err
+	}
 	fl, err := lock(path, 0)
 	if err != nil {
 		return nil, err
@@ -124,6 +142,13 @@ func makeDir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make the folder of journals: %w", err)
 	}
+	return checkDir(dir, os.Geteuid())
+}
+
+// checkDir refuses a folder in which somebody else than user euid and root decides what
+// the journals are. Root's is in a folder of root's alone; that of a user may be in one
+// where anybody can have made it before him (/tmp).
+func checkDir(dir string, euid int) error {
 	st, err := os.Lstat(dir)
 	if err != nil {
 		return fmt.Errorf("the folder of journals: %w", err)
@@ -135,6 +160,9 @@ func makeDir(dir string) error {
 	// into a guest.
 	if mode := st.Mode().Perm(); mode&0o002 != 0 {
 		return fmt.Errorf("%s, the folder of journals, may be written by everybody (mode %04o): make it 0700", dir, mode)
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok && euid != 0 && sys.Uid != 0 && int(sys.Uid) != euid {
+		return fmt.Errorf("%s, the folder of journals, is user %d's, and not this user's: %w", dir, sys.Uid, fs.ErrPermission)
 	}
 	return nil
 }
@@ -201,6 +229,9 @@ func List(dir string) ([]Entry, error) {
 		}
 		return nil, err
 	}
+	if err := checkDir(dir, os.Geteuid()); err != nil {
+		return nil, err
+	}
 	var entries []Entry
 	for _, n := range names {
 		if strings.HasSuffix(n.Name(), suffix) {
@@ -212,10 +243,10 @@ func List(dir string) ([]Entry, error) {
 	return entries, nil
 }
 
-// look reads the header of a journal; ok is false if there is none any more.
+// look reads the header of a journal; ok is false if there is none any more, or none yet.
 func look(path string) (e Entry, ok bool) {
 	e.Path = path
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0) // it may be a FIFO
 	if err != nil {
 		e.Err = &fs.PathError{Op: "open", Path: path, Err: err}
 		return e, err != unix.ENOENT
@@ -224,6 +255,9 @@ func look(path string) (e Entry, ok bool) {
 	defer f.File.Close()
 	info, _, err := readHeader(f)
 	if err != nil {
+		if n, serr := f.size(); serr == nil && begun(f, n) {
+			return e, false
+		}
 		e.Err = fmt.Errorf("%s: %w", path, err)
 	}
 	e.Guest, e.Owner = info.Guest, info.Owner

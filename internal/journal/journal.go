@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -134,6 +135,7 @@ type file interface {
 	sync() error
 	size() (int64, error)
 	truncate(n int64) error
+	reserve(n int64) error
 	mapShared(n int) ([]byte, error)
 	unmap(b []byte) error
 	// forget gives back the space of a range, which nobody reads any more.
@@ -155,6 +157,32 @@ func (f *File) Path() string { return f.path }
 // and is zero in a new journal.
 func (f *File) State() []byte { return f.m[headerSize:] }
 
+// Layout returns a checksum of how values of the types are laid out in memory, which is not
+// 0. A state made of such values means something only to a program that has them laid out
+// in the same way.
+func Layout(types ...reflect.Type) uint32 {
+	var b strings.Builder
+	var walk func(t reflect.Type)
+	walk = func(t reflect.Type) {
+		fmt.Fprintf(&b, "%v %d", t.Kind(), t.Size())
+		switch t.Kind() {
+		case reflect.Array:
+			walk(t.Elem())
+		case reflect.Struct:
+			for i := range t.NumField() {
+				f := t.Field(i)
+				fmt.Fprintf(&b, " %s@%d:", f.Name, f.Offset)
+				walk(f.Type)
+			}
+		}
+		b.WriteByte(';')
+	}
+	for _, t := range types {
+		walk(t)
+	}
+	return max(crc32.Checksum([]byte(b.String()), castagnoli), 1)
+}
+
 // start is where the log begins.
 func (f *File) start() *uint64 { return (*uint64)(unsafe.Pointer(&f.m[offLog])) }
 
@@ -175,6 +203,9 @@ func create(fl file, path string, info information, state int) (*File, error) {
 		return nil, err
 	}
 	if err := fl.truncate(int64(headerSize + state)); err != nil {
+		return nil, err
+	}
+	if err := fl.reserve(int64(headerSize + state)); err != nil {
 		return nil, err
 	}
 	m, err := fl.mapShared(headerSize + state)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -295,6 +296,63 @@ func TestForeignFiles(t *testing.T) {
 	require.ErrorContains(t, err, "may be written by everybody")
 }
 
+// TestReserved: the state has its space from the beginning. A store to it that finds none
+// would end the process.
+func TestReserved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "vmprobes")
+	f, err := Create(dir, "domain-7", guest, 1<<20)
+	require.NoError(t, err)
+	var st syscall.Stat_t
+	require.NoError(t, syscall.Stat(f.Path(), &st))
+	assert.GreaterOrEqual(t, st.Blocks*512, int64(headerSize+1<<20)) // stat(2): blocks of 512 bytes
+	require.NoError(t, f.Remove())
+}
+
+// TestFolderOfAnother: somebody else may have made the folder, where anybody can.
+func TestFolderOfAnother(t *testing.T) {
+	dir, me := t.TempDir(), os.Geteuid()
+	require.NoError(t, checkDir(dir, me))
+	if me == 0 {
+		require.NoError(t, checkDir(dir, 4321), "root's")
+		me = 4321
+		require.NoError(t, os.Chown(dir, me, -1))
+		require.NoError(t, checkDir(dir, 0), "root has its folder where nobody else makes one")
+	}
+	require.NoError(t, checkDir(dir, me))
+	require.ErrorIs(t, checkDir(dir, me+1), fs.ErrPermission)
+	require.NoError(t, os.Chmod(dir, 0o777))
+	require.Error(t, checkDir(dir, me))
+	_, err := List(dir)
+	require.Error(t, err)
+	_, err = Open(Path(dir, "domain-7"))
+	require.Error(t, err)
+	require.NotErrorIs(t, err, fs.ErrNotExist)
+}
+
+// TestListForeignFiles: what is no journal doesn't keep List from its end, and a journal
+// that is being made isn't one yet.
+func TestListForeignFiles(t *testing.T) {
+	dir, f := made(t)
+	require.NoError(t, syscall.Mkfifo(filepath.Join(dir, "fifo.journal"), 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "new.journal"), make([]byte, 2*headerSize), 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "empty.journal"), nil, 0o600))
+	done := make(chan []Entry, 1)
+	go func() {
+		entries, err := List(dir)
+		assert.NoError(t, err)
+		done <- entries
+	}()
+	select {
+	case entries := <-done:
+		require.Len(t, entries, 2)
+		assert.Equal(t, f.Path(), entries[0].Path)
+		require.NoError(t, entries[0].Err)
+		assert.Error(t, entries[1].Err, "the FIFO")
+	case <-time.After(20 * time.Second):
+		t.Fatal("List waits for a FIFO")
+	}
+}
+
 func TestFileName(t *testing.T) {
 	assert.Equal(t, "domain-7.journal", fileName("domain-7"))
 	assert.Equal(t, "qemu%3a%2frun%2fvm%0a%2esock.journal", fileName("qemu:/run/vm\n.sock"))
@@ -312,9 +370,11 @@ func (m *memFile) WriteAt(b []byte, off int64) (int, error) {
 	return len(b), nil
 }
 
-func (m *memFile) sync() error                     { return nil }
-func (m *memFile) size() (int64, error)            { return int64(len(m.b)), nil }
-func (m *memFile) truncate(n int64) error          { m.b = m.b[:n]; return nil }
+func (m *memFile) sync() error            { return nil }
+func (m *memFile) size() (int64, error)   { return int64(len(m.b)), nil }
+func (m *memFile) truncate(n int64) error { m.b = m.b[:n]; return nil }
+func (m *memFile) reserve(int64) error    { return nil }
+
 func (m *memFile) mapShared(n int) ([]byte, error) { return m.b[:n:n], nil }
 func (m *memFile) unmap([]byte) error              { return nil }
 func (m *memFile) forget(int64, int64)             {}

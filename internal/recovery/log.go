@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -14,6 +15,8 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/journal"
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // Kinds of records.
@@ -24,9 +27,11 @@ const (
 	kindCleaned            // a slot is dead code again
 )
 
-// The state of a journal begins with the engine's: one mark for each vCPU, and how many
-// are in each slot. The driver's follows.
+// The state of a journal begins with how it is laid out: a checksum, which is not 0, and the
+// number of vCPUs. The engine's follows: one mark for each vCPU, and how many are in each
+// slot. Then the driver's.
 const (
+	headSize = 16
 	maxSlots = 4096
 	markSize = int(unsafe.Sizeof(breakpoint.Mark{}))
 )
@@ -35,7 +40,13 @@ const (
 // driver's part has driver bytes.
 func stateSize(vcpus, driver int) int { return engineSize(vcpus) + driver }
 
-func engineSize(vcpus int) int { return vcpus*markSize + 4*maxSlots }
+func engineSize(vcpus int) int { return headSize + vcpus*markSize + 4*maxSlots }
+
+// layout tells programs apart that understand the state in different ways: those built of
+// different versions of this module may.
+var layout = sync.OnceValue(func() uint32 {
+	return journal.Layout(append(xen.StateTypes(), reflect.TypeFor[breakpoint.Mark]())...)
+})
 
 // Log keeps the journal of one guest. It implements breakpoint.Journal.
 type Log struct {
@@ -47,6 +58,7 @@ type Log struct {
 	slots  map[uint64]slotAt
 	free   []int // indexes of counters
 	next   int
+	behind bool // the file wasn't told what is over
 }
 
 // slotAt is a slot and where it is counted who is in it.
@@ -62,7 +74,34 @@ func Create(dir, name string, guest journal.Identity, vcpus, driver int) (*Log, 
 	if err != nil {
 		return nil, err
 	}
+	binary.LittleEndian.PutUint32(f.State()[4:], uint32(vcpus))
+	binary.LittleEndian.PutUint32(f.State(), layout()) // nothing in the guest was changed before
 	return newLog(f, vcpus), nil
+}
+
+// laidOut returns the number of vCPUs for which the state of f is laid out, or 0 if its owner
+// died before it had done that. It fails if this program doesn't understand it.
+func laidOut(f *journal.File) (vcpus int, err error) {
+	b := f.State()
+	if len(b) < headSize {
+		return 0, fmt.Errorf("%s: %w: state of %d bytes", f.Path(), journal.ErrUnreadable, len(b))
+	}
+	switch sum := binary.LittleEndian.Uint32(b); sum {
+	case 0:
+		if f.Size() > 0 {
+			return 0, fmt.Errorf("%s: %w: it has records and no state", f.Path(), journal.ErrUnreadable)
+		}
+		return 0, nil
+	case layout():
+	default:
+		return 0, fmt.Errorf("%s: %w: a program of another version of vmprobes wrote it: %v; what is built of that version repairs the guest",
+			f.Path(), journal.ErrUnreadable, f.Owner())
+	}
+	n := binary.LittleEndian.Uint32(b[4:])
+	if n < 1 || n > xenctrl.MaxVCPUs || len(b) < stateSize(int(n), xen.StateSize(int(n))) {
+		return 0, fmt.Errorf("%s: %w: state of %d bytes for %d vCPUs", f.Path(), journal.ErrUnreadable, len(b), n)
+	}
+	return int(n), nil
 }
 
 func newLog(f *journal.File, vcpus int) *Log {
@@ -80,11 +119,11 @@ func (l *Log) Close() error { return l.f.Close() }
 
 // Mark implements breakpoint.Journal.
 func (l *Log) Mark(vcpu int) *breakpoint.Mark {
-	return (*breakpoint.Mark)(unsafe.Pointer(&l.f.State()[vcpu*markSize]))
+	return (*breakpoint.Mark)(unsafe.Pointer(&l.f.State()[headSize+vcpu*markSize]))
 }
 
 func (l *Log) counter(i int) *atomic.Int32 {
-	return (*atomic.Int32)(unsafe.Pointer(&l.f.State()[l.vcpus*markSize+4*i]))
+	return (*atomic.Int32)(unsafe.Pointer(&l.f.State()[headSize+l.vcpus*markSize+4*i]))
 }
 
 // Break implements breakpoint.Journal.
@@ -134,16 +173,20 @@ func (l *Log) over(kind uint8, addr uint64) error {
 		delete(l.slots, addr)
 		l.free = append(l.free, s.index)
 	}
-	return l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
+	err := l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
+	l.behind = l.behind || err != nil
+	return err
 }
 
-// append appends a record, and makes the log short again when it is long; l.mu is held.
+// append appends a record, and makes the log short again when it is long, or says of what
+// isn't there any more; l.mu is held. The guest may have an int3 of its own there by now.
 func (l *Log) append(r journal.Record) error {
 	const long = 256 << 10
-	if l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
+	if l.behind || l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
 		if err := l.f.Replace(l.all()...); err != nil {
 			return err
 		}
+		l.behind = false
 	}
 	return l.f.Append(r)
 }

@@ -50,11 +50,18 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 		return r, f.Remove()
 	}
 	if now := Identity("", "", info); !r.Guest.Same(now) {
-		return r, fmt.Errorf("%s: %w: domain %d with UUID %x", f.Path(), ErrOtherGuest, now.Domain, now.Handle)
+		return r, fmt.Errorf("%s: %w: domain %d has UUID %x now; if the domain of before was destroyed remove the file", f.Path(), ErrOtherGuest, now.Domain, now.Handle)
 	}
-	l := newLog(f, info.MaxVCPUID+1)
-	if want := stateSize(l.vcpus, xen.StateSize(l.vcpus)); len(f.State()) < want {
-		return r, fmt.Errorf("%s: %w: state of %d bytes, want %d for %d vCPUs", f.Path(), journal.ErrUnreadable, len(f.State()), want, l.vcpus)
+	vcpus, err := laidOut(f)
+	if err != nil {
+		return r, err
+	}
+	l := newLog(f, vcpus)
+	switch now := info.MaxVCPUID + 1; {
+	case vcpus == 0:
+		return r, f.Remove() // its owner had not attached
+	case now > vcpus:
+		return r, fmt.Errorf("%s: %w: it is of a guest with %d vCPUs, and this one has %d", f.Path(), journal.ErrUnreadable, vcpus, now)
 	}
 	if err := l.load(); err != nil {
 		return r, err
@@ -94,7 +101,10 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 	r.StillPaused = others > 0
 	e := breakpoint.New(drv, breakpoint.Config{Journal: l, Logger: log})
-	r.Changed = e.Adopt(breaks, slots, marks)
+	if r.Changed, err = e.Adopt(breaks, slots, marks); err != nil {
+		// The guest stays frozen, and has lost nothing.
+		return r, errors.Join(fmt.Errorf("find what was left in the guest: %w", err), frames.Close())
+	}
 	if err := drv.Thaw(); err != nil {
 		return r, errors.Join(fmt.Errorf("resume the guest: %w", err), frames.Close())
 	}

@@ -36,6 +36,15 @@ func JournalDir() string {
 	return filepath.Join(os.TempDir(), fmt.Sprintf("vmprobes-%d", os.Geteuid()))
 }
 
+// JournalDirs returns the folders in which this user's tools may have journals: those of
+// Xen guests are all in root's, whoever it is that may look into them.
+func JournalDirs() []string {
+	if dir := JournalDir(); dir != journalDir {
+		return []string{journalDir, dir}
+	}
+	return []string{journalDir}
+}
+
 // domainJournal is the name of a domain's journal.
 func domainJournal(id xenctrl.DomID) string { return fmt.Sprintf("domain-%d", id) }
 
@@ -49,7 +58,8 @@ func (g *xenGuest) own(ctx context.Context, s Setup) (*recovery.Log, error) {
 	id := recovery.Identity(g.info.Name, s.BuildID, dom)
 	vcpus := dom.MaxVCPUID + 1
 	name := domainJournal(dom.ID)
-	for try := 0; ; try++ {
+	begin := time.Now()
+	for try := 0; ; {
 		l, err := recovery.Create(journalDir, name, id, vcpus, xen.StateSize(vcpus))
 		if err == nil {
 			return l, nil
@@ -57,22 +67,40 @@ func (g *xenGuest) own(ctx context.Context, s Setup) (*recovery.Log, error) {
 		var busy *journal.BusyError
 		switch {
 		case errors.As(err, &busy):
-			return nil, owned(busy)
 		case !errors.Is(err, journal.ErrHot) || try == 3:
 			return nil, fmt.Errorf("write down who owns the guest: %w", err)
+		default:
+			try++
+			ctx, cancel := context.WithTimeout(ctx, repairFor)
+			r, err := Recover(ctx, journal.Path(journalDir, name), s.log())
+			cancel()
+			if !errors.As(err, &busy) && err != nil && !errors.Is(err, fs.ErrNotExist) { // else somebody else has
+				return nil, fmt.Errorf("repair the guest, whose last owner, %v, died: %w", r.Owner, err)
+			}
 		}
-		ctx, cancel := context.WithTimeout(ctx, repairFor)
-		r, err := Recover(ctx, journal.Path(journalDir, name), s.log())
-		cancel()
-		switch {
-		case errors.Is(err, fs.ErrNotExist): // somebody else has
-		case errors.As(err, &busy):
-			// Its guardian is at it, and doesn't take long.
-			time.Sleep(200 * time.Millisecond)
-		case err != nil:
-			return nil, fmt.Errorf("repair the guest, whose last owner, %v, died: %w", r.Owner, err)
+		if busy == nil {
+			continue
+		}
+		// If the owner that the journal names is dead, its guardian is at it, or somebody
+		// else who repairs the guest, and doesn't take long.
+		if lives(busy.Owner) || time.Since(begin) > repairFor {
+			return nil, owned(busy)
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// lives reports whether a process is there, as far as that can be told.
+func lives(o journal.Owner) bool {
+	if o.PID != 0 && o.Start == 0 {
+		return true
+	}
+	start, err := journal.StartTime(o.PID)
+	return err == nil && start == o.Start
 }
 
 // owned is the error of a guest that has an owner.
@@ -100,7 +128,11 @@ func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Rep
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
 	r, err = recovery.Repair(ctx, xen.Live(h, xenctrl.DomID(r.Guest.Domain)), f, log)
-	if err == nil {
+	switch {
+	case err != nil:
+	case r.NothingThere:
+		log.Info("a guest whose owner died isn't there any more", "domain", r.Guest.Name, "owner", r.Owner.String())
+	default:
 		log.Info("repaired a guest whose owner died", "domain", r.Guest.Name, "owner", r.Owner.String(),
 			"breakpoints", r.Breaks, "slots", r.Slots, "took", r.Took)
 	}

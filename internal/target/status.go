@@ -32,12 +32,8 @@ type State struct {
 // Status returns the guests of this host that are not just running. Without Xen these are
 // QEMU's. An error doesn't mean that there are none.
 func Status() (guests []State, errs error) {
-	dirs := []string{journalDir}
-	if dir := JournalDir(); dir != journalDir {
-		dirs = append(dirs, dir)
-	}
 	known := map[xenctrl.DomID]bool{}
-	for _, dir := range dirs {
+	for _, dir := range JournalDirs() {
 		entries, err := journal.List(dir)
 		if err != nil && !errors.Is(err, fs.ErrPermission) {
 			errs = errors.Join(errs, err)
@@ -116,11 +112,9 @@ func RecoverGuest(ctx context.Context, name string, log *slog.Logger) (done bool
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
-	if errors.Is(err, journal.ErrBusy) {
-		var busy *journal.BusyError
-		if errors.As(err, &busy) {
-			err = owned(busy)
-		}
+	var busy *journal.BusyError
+	if errors.As(err, &busy) {
+		err = owned(busy)
 	}
 	return err == nil, err
 }
@@ -128,14 +122,20 @@ func RecoverGuest(ctx context.Context, name string, log *slog.Logger) (done bool
 // journalOf returns the path of a guest's journal, or "" if it has none. A domain that is
 // gone may have one still.
 func journalOf(name string) (string, error) {
-	entries, err := journal.List(JournalDir())
-	if err != nil {
-		return "", err
-	}
-	for _, e := range entries {
-		if e.Err == nil && e.Guest.Name == name {
-			return e.Path, nil
+	path := ""
+	for _, dir := range JournalDirs() {
+		entries, err := journal.List(dir)
+		if err != nil && !errors.Is(err, fs.ErrPermission) {
+			return "", err
 		}
+		for _, e := range entries {
+			if e.Err == nil && e.Guest.Name == name && (path == "" || e.Hot) {
+				path = e.Path // a guest that was started again may have another one, of its last life
+			}
+		}
+	}
+	if path != "" {
+		return path, nil
 	}
 	store, err := xenctrl.OpenStore()
 	if err != nil {
@@ -146,5 +146,5 @@ func journalOf(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return journal.Path(JournalDir(), domainJournal(id)), nil
+	return journal.Path(journalDir, domainJournal(id)), nil
 }

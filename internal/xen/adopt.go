@@ -32,6 +32,7 @@ func (g *guest) AdoptBreak(addr uint64, in *x86.Insn) (there bool, err error) {
 	p := &patch{addr: addr, insn: *in}
 	if st := g.stepped; st != nil && st.addr == addr {
 		p = st
+		p.insn = *in
 		p.lifted, p.gone = bytes.Equal(cur, orig), false
 	}
 	switch {
@@ -174,6 +175,12 @@ func (a *takeover) commit() error {
 // recount finds out how often the domain was paused, and leaves it paused once. Meanwhile
 // every vCPU is held by itself. What was latched is taken.
 func (a *takeover) recount() error {
+	if n := int(a.took.Load()); n != 0 {
+		a.takeStop(n)
+		if n > 0 {
+			a.fresh = append(a.fresh, n-1)
+		}
+	}
 	switch a.intent {
 	case intentAsk:
 		a.asked++
@@ -240,11 +247,13 @@ func (a *takeover) recount() error {
 			a.intent = intentNone
 			return err
 		}
-		if st.VCPU >= 0 {
+		switch {
+		case st.VCPU >= a.nvcpu:
 			a.latched++
-			if st.VCPU < a.nvcpu {
-				a.stop(st.VCPU)
-			}
+		case st.VCPU >= 0:
+			a.tookOwed, a.tookLatched = a.owed, a.latched+1
+			a.takeStop(st.VCPU + 1)
+			a.fresh = append(a.fresh, st.VCPU)
 		}
 		a.intent = intentNone
 		if st.VCPU < 0 {

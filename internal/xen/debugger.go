@@ -308,17 +308,19 @@ func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
 		}
 		return st, err
 	}
-	d.owed++
 	if st.VCPU >= d.nvcpu {
+		d.owed++
 		return st, fmt.Errorf("event on vCPU %d, of %d", st.VCPU, d.nvcpu)
 	}
 	v := &d.vcpus[st.VCPU]
 	if v.stopped {
+		d.owed++
+		d.intent = intentNone
 		return st, fmt.Errorf("event on vCPU %d, which is stopped", st.VCPU)
 	}
-	v.setting = settingNone
-	v.stopped, v.dirty = true, false
-	d.intent = intentNone
+	d.tookOwed, d.tookLatched = d.owed+1, d.latched
+	d.takeStop(st.VCPU + 1)
+	v.dirty = false
 	v.tick = d.pins.tick
 	d.pending++
 	d.queue = append(d.queue, st.VCPU)
@@ -327,6 +329,25 @@ func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
 		err = d.pin(st.VCPU)
 	}
 	return st, err
+}
+
+// takeStop counts a stop: of vCPU n-1, or of vCPU -n-1 if its step is done. tookOwed and
+// tookLatched are the counts with it. Whoever takes over in the middle of it does it once
+// more: a vCPU that is marked as stopped and whose pause isn't counted would leave the
+// domain paused, and the other way round it would be forgotten.
+func (d *Debugger) takeStop(n int) {
+	d.took.Store(int64(n))
+	v := n - 1
+	if n < 0 {
+		v = -n - 1
+		d.shared.step.phase = stepDone
+	}
+	if v < d.nvcpu {
+		d.owed, d.latched = d.tookOwed, d.tookLatched
+		d.vcpus[v].setting, d.vcpus[v].stopped = settingNone, true
+	}
+	d.intent = intentNone
+	d.took.Store(0)
 }
 
 // takeAll moves every latched event to the queue. The domain is paused.
@@ -576,11 +597,11 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	v.ctx.User.RFLAGS &^= eflagTF
 	v.ctx.DebugReg[6] &^= dr6BS
 	// TF is still set in Xen, whatever an interrupt's hit on the way has done to it.
-	v.setting, d.shared.step.phase = settingNone, stepDone
-	v.stopped, v.reason, v.dirty, v.dr6 = true, breakpoint.Stepped, true, v.ctx.DebugReg[6]
+	d.tookOwed, d.tookLatched = d.owed+1, d.latched
+	d.takeStop(-(d.step.vcpu + 1))
+	v.reason, v.dirty, v.dr6 = breakpoint.Stepped, true, v.ctx.DebugReg[6]
 	v.tick = d.pins.tick
 	d.wakePins()
-	d.owed++
 	d.pending++
 	d.step.done = true
 	*s = breakpoint.Stop{VCPU: d.step.vcpu, Reason: breakpoint.Stepped, Regs: regsOf(&v.ctx)}

@@ -1,7 +1,10 @@
 package xen
 
 import (
+	"bytes"
 	"fmt"
+	"reflect"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/vmprobes/vmprobes/internal/x86"
@@ -18,6 +21,10 @@ type shared struct {
 	owed     int         // Debugger's
 	vcpuInfo uint64      // Debugger's
 	kernel   paging.Root // through which the kernel is reached, if it is known
+
+	// A stop that is being counted (Debugger's): see takeStop.
+	took                  atomic.Int64 // its vCPU plus one, below 0 if a step is done; 0: none is
+	tookOwed, tookLatched int
 
 	// Of a takeover (Debugger's): pauses undone, events taken that had been latched,
 	// calls of an earlier process of which nobody knows whether they were made: those
@@ -95,10 +102,19 @@ func StateSize(vcpus int) int {
 	return int(unsafe.Sizeof(shared{})) + vcpus*int(unsafe.Sizeof(sharedVCPU{}))
 }
 
+// StateTypes are the types of what is in such memory.
+func StateTypes() []reflect.Type {
+	return []reflect.Type{reflect.TypeFor[shared](), reflect.TypeFor[sharedVCPU]()}
+}
+
 // begin writes down that a vCPU is to step over the instruction of p.
 func (s *sharedStep) begin(vcpu int, p *patch, before *x86.Regs) {
-	*s = sharedStep{vcpu: vcpu + 1, addr: p.addr, len: uint8(p.insn.Len), before: *before}
-	copy(s.insn[:], p.insn.Bytes())
+	if s.vcpu != vcpu+1 || s.addr != p.addr || !bytes.Equal(s.insn[:min(int(s.len), len(s.insn))], p.insn.Bytes()) {
+		*s = sharedStep{addr: p.addr, len: uint8(p.insn.Len), before: *before}
+		copy(s.insn[:], p.insn.Bytes())
+		s.vcpu = vcpu + 1 // last: whoever finds it finds the rest
+	}
+	s.before, s.phase = *before, stepBegins
 }
 
 // patch returns the breakpoint that is stepped over. It may have been removed since.
