@@ -215,7 +215,6 @@ const aliveEvery = 100 * time.Millisecond
 func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	d.pace.start()
 	defer d.pace.end()
-	d.pins.slow.Store(int64(d.pace.spinFor()))
 	for now := d.pace.begin; ; {
 		if now-d.alive > aliveEvery {
 			if err := d.checkAlive(); err != nil {

@@ -2,14 +2,13 @@ package xen
 
 import (
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
-// pinTick is how often stops are looked at that wait for their answer, on a machine that
-// isn't slow (pace). When one has waited for a whole tick, all are pinned.
+// pinTick is how often stops are looked at that wait for their answer. When one has
+// waited for a whole tick, all are pinned.
 const pinTick = 4 * time.Millisecond
 
 // pins guard a PV guest against an administrator's "xl unpause" while a handler
@@ -27,7 +26,6 @@ type pins struct {
 	cpuTime uint64 // the domain's, when it was seen paused: it doesn't change as long as it is
 	ran     bool   // a vCPU has stepped since then
 	loose   bool
-	slow    atomic.Int64 // pace.spinFor of the goroutine in Wait
 
 	awake bool
 	wake  chan struct{}
@@ -65,7 +63,7 @@ func (d *Debugger) watchPins() {
 			return
 		case <-d.pins.wake:
 		}
-		t := time.NewTicker(pinTick * max(1, time.Duration(d.pins.slow.Load())/paceSpin))
+		t := time.NewTicker(pinTick)
 		for idle := 0; idle < idleTicks; idle++ {
 			select {
 			case <-d.pins.stop:
