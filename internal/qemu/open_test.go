@@ -102,7 +102,7 @@ func TestOpenErrors(t *testing.T) {
 	require.NoError(t, err)
 	_, err = vmprobes.Open(t.Context(), name, noFiles)
 	require.ErrorIs(t, err, vmprobes.ErrBusy)
-	require.ErrorContains(t, err, "end that one first")
+	require.ErrorContains(t, err, fmt.Sprintf("process %d", os.Getpid()))
 	require.NotContains(t, err.Error(), "xl ")
 	require.NoError(t, s.Close())
 
