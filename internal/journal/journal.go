@@ -15,6 +15,7 @@ package journal
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -477,7 +478,15 @@ func fileName(guest string) string {
 			fmt.Fprintf(&b, "%%%02x", c)
 		}
 	}
+	if name := b.String(); len(name) > longName {
+		// Its end tells more than its beginning, if it is a path.
+		sum := sha256.Sum256([]byte(guest))
+		return fmt.Sprintf("%x%s%s", sum[:16], name[len(name)-longName+2*16:], suffix)
+	}
 	return b.String() + suffix
 }
+
+// longName is how long the name of a file may be, without suffix: NAME_MAX is 255.
+const longName = 200
 
 const suffix = ".journal"

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -356,6 +357,11 @@ func TestListForeignFiles(t *testing.T) {
 func TestFileName(t *testing.T) {
 	assert.Equal(t, "domain-7.journal", fileName("domain-7"))
 	assert.Equal(t, "qemu%3a%2frun%2fvm%0a%2esock.journal", fileName("qemu:/run/vm\n.sock"))
+	long := "qemu:/" + strings.Repeat("folder/", 50)
+	one, other := fileName(long+"gdb"), fileName("x"+long[1:]+"gdb")
+	assert.Len(t, one, longName+len(suffix))
+	assert.NotEqual(t, one, other, "two that differ at the beginning alone")
+	assert.Contains(t, one, "folder%2fgdb"+suffix)
 }
 
 // memFile is a file in memory.
