@@ -215,15 +215,7 @@ func (a *takeover) recount() error {
 			if a.undone > most {
 				return fmt.Errorf("the domain is paused more than %d times", most)
 			}
-			if err := attempts(func() error {
-				return a.during(intentUnpause, func() error {
-					err := a.unpause()
-					if err == nil {
-						a.undone++
-					}
-					return err
-				})
-			}); err != nil {
+			if err := attempts(func() error { return a.account(intentUnpause, a.unpause, &a.undone, 1) }); err != nil {
 				return fmt.Errorf("unpause: %w", err)
 			}
 			if is, err = paused(); err != nil {

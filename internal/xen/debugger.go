@@ -395,28 +395,14 @@ func (d *Debugger) release() error {
 
 // pay makes one unpause of those that are owed.
 func (d *Debugger) pay() error {
-	d.intent = intentUnpause
-	err := attempts(d.unpause)
-	if err == nil {
-		d.owed--
-	}
-	d.intent = intentNone
-	if err != nil {
+	if err := attempts(func() error { return d.account(intentUnpause, d.unpause, &d.owed, -1) }); err != nil {
 		return fmt.Errorf("unpause: %w", err)
 	}
 	return nil
 }
 
 // pause pauses the domain, which is owed from then on.
-func (d *Debugger) pause() error {
-	return d.during(intentPause, func() error {
-		err := d.hv.Pause()
-		if err == nil {
-			d.owed++
-		}
-		return err
-	})
-}
+func (d *Debugger) pause() error { return d.account(intentPause, d.hv.Pause, &d.owed, 1) }
 
 // keep is how many pauses of those that are owed are needed.
 func (d *Debugger) keep() int {
@@ -503,12 +489,12 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 	if st != nil && (st.vcpu != s.VCPU || !st.done) {
 		return fmt.Errorf("step over %#x: vCPU %d is stepping", addr, st.vcpu)
 	}
+	d.shared.step.begin(s.VCPU, p, &s.Regs)
 	if st == nil {
 		// pausevcpu waits until the vCPU doesn't run, so after it every event of the
 		// others is latched, and can be taken: none will pause the domain again.
 		st = &step{vcpu: s.VCPU, patch: p, done: true}
 		d.step = st
-		d.shared.step.begin(s.VCPU, p, &s.Regs)
 		for o := range d.nvcpu {
 			if o == s.VCPU {
 				continue
@@ -522,7 +508,6 @@ func (d *Debugger) StepOver(s *breakpoint.Stop, addr uint64) (err error) {
 			return errors.Join(err, d.endStep())
 		}
 	}
-	d.shared.step.before, d.shared.step.phase = s.Regs, stepBegins
 	want := &d.want
 	*want = v.ctx
 	setRegs(&want.User, &s.Regs)

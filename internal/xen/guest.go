@@ -86,13 +86,7 @@ func (g *guest) SetKernelRoot(r paging.Root) {
 func (g *guest) Freeze() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return mapErr(g.during(intentPause, func() error {
-		err := g.hv.Pause()
-		if err == nil {
-			g.frozen++
-		}
-		return err
-	}))
+	return mapErr(g.account(intentPause, g.hv.Pause, &g.frozen, 1))
 }
 
 // Thaw implements breakpoint.Driver.
@@ -106,15 +100,7 @@ func (g *guest) Thaw() error {
 }
 
 // thaw undoes one Freeze.
-func (g *guest) thaw() error {
-	return g.during(intentUnpause, func() error {
-		err := g.unpause()
-		if err == nil {
-			g.frozen--
-		}
-		return err
-	})
-}
+func (g *guest) thaw() error { return g.account(intentUnpause, g.unpause, &g.frozen, -1) }
 
 // Translate resolves a kernel address.
 func (g *guest) Translate(addr uint64) (t paging.Translation, err error) {

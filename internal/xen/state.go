@@ -107,7 +107,7 @@ func StateTypes() []reflect.Type {
 	return []reflect.Type{reflect.TypeFor[shared](), reflect.TypeFor[sharedVCPU]()}
 }
 
-// begin writes down that a vCPU is to step over the instruction of p.
+// begin writes down that a vCPU is to step over the instruction of p, perhaps once more.
 func (s *sharedStep) begin(vcpu int, p *patch, before *x86.Regs) {
 	if s.vcpu != vcpu+1 || s.addr != p.addr || !bytes.Equal(s.insn[:min(int(s.len), len(s.insn))], p.insn.Bytes()) {
 		*s = sharedStep{addr: p.addr, len: uint8(p.insn.Len), before: *before}
@@ -154,11 +154,14 @@ func (v *vcpu) keep(e xenctrl.ExtState) {
 	}
 }
 
-// during makes a call that nobody else can know of before it is written down that it was
-// made, which f does, too.
-func (s *shared) during(i intent, f func() error) error {
+// account makes a call that pauses the domain or undoes that, and adds by to n if it
+// succeeds. Nobody else can know of the call before n says that it was made.
+func (s *shared) account(i intent, call func() error, n *int, by int) error {
 	s.intent = i
-	err := f()
+	err := call()
+	if err == nil {
+		*n += by
+	}
 	s.intent = intentNone
 	return err
 }
