@@ -370,6 +370,11 @@ func parse(b []byte) (r Record, number uint64, size int, err error) {
 func (f *File) Append(records ...Record) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.add(records)
+}
+
+// add adds records at the end of the log; f.mu is held.
+func (f *File) add(records []Record) error {
 	if f.closed {
 		return ErrClosed
 	}
@@ -377,20 +382,15 @@ func (f *File) Append(records ...Record) error {
 	if err != nil {
 		return err
 	}
-	return f.write(b, f.end, uint64(len(records)))
-}
-
-// write writes n records to off, the end of the log; f.mu is held.
-func (f *File) write(b []byte, off int64, n uint64) error {
-	if _, err := f.f.WriteAt(b, off); err != nil {
+	if _, err := f.f.WriteAt(b, f.end); err != nil {
 		// Part of it may be there: it must not be followed by anything.
-		return errors.Join(fmt.Errorf("write %s: %w", f.path, err), f.f.truncate(off))
+		return errors.Join(fmt.Errorf("write %s: %w", f.path, err), f.f.truncate(f.end))
 	}
 	if err := f.f.sync(); err != nil {
-		return errors.Join(fmt.Errorf("flush %s: %w", f.path, err), f.f.truncate(off))
+		return errors.Join(fmt.Errorf("flush %s: %w", f.path, err), f.f.truncate(f.end))
 	}
-	f.next += n
-	f.end = off + int64(len(b))
+	f.next += uint64(len(records))
+	f.end += int64(len(b))
 	return nil
 }
 
@@ -424,15 +424,8 @@ func (f *File) Size() int64 {
 func (f *File) Replace(records ...Record) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
-		return ErrClosed
-	}
-	b, err := f.encode(records)
-	if err != nil {
-		return err
-	}
 	old, at := atomic.LoadUint64(f.start()), f.end
-	if err := f.write(b, at, uint64(len(records))); err != nil {
+	if err := f.add(records); err != nil {
 		return err
 	}
 	atomic.StoreUint64(f.start(), uint64(at))
