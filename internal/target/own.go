@@ -12,7 +12,6 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/journal"
-	"github.com/vmprobes/vmprobes/internal/qemu"
 	"github.com/vmprobes/vmprobes/internal/recovery"
 	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/internal/xen"
@@ -134,7 +133,7 @@ func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Rep
 		log.Info("a guest whose owner died isn't there any more", "domain", r.Guest.Name, "owner", r.Owner.String())
 	default:
 		log.Info("repaired a guest whose owner died", "domain", r.Guest.Name, "owner", r.Owner.String(),
-			"breakpoints", r.Breaks, "slots", r.Slots, "took", r.Took)
+			"breakpoints", r.Breaks, "slots", r.Slots, "paused", r.StillPaused, "took", r.Took)
 	}
 	if r.Changed != nil {
 		log.Warn("left alone what the guest has changed since", "domain", r.Guest.Name, "what", r.Changed)
@@ -168,10 +167,10 @@ func (g *qemuGuest) own(s Setup) (*journal.File, error) {
 	return nil, nil
 }
 
-// owner is the driver of a VM whose owner is written down.
+// owner is the driver of a guest whose owner is written down, until it is left.
 type owner struct {
-	*qemu.Driver
-	journal *journal.File
+	Driver
+	journal interface{ Remove() error }
 }
 
 func (d owner) Close() error {
@@ -185,18 +184,10 @@ func (d owner) Close() error {
 // A Journaled driver writes down what the engine changes.
 type Journaled interface{ Journal() breakpoint.Journal }
 
-// journaled is a driver with a journal, which goes when the guest is left.
+// journaled is an owner whose journal has more than that.
 type journaled struct {
-	Driver
+	owner
 	log *recovery.Log
 }
 
 func (d journaled) Journal() breakpoint.Journal { return d.log }
-
-func (d journaled) Close() error {
-	err := d.Driver.Close()
-	if err == nil || errors.Is(err, breakpoint.ErrGone) {
-		err = errors.Join(err, d.log.Remove())
-	}
-	return err
-}

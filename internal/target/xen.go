@@ -165,7 +165,7 @@ func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return journaled{drv, l}, nil
+	return journaled{owner{drv, l}, l}, nil
 }
 
 func (g *xenGuest) open(cfg xen.Config) (Driver, error) {
