@@ -57,23 +57,28 @@ func Start(log *slog.Logger) error {
 		_ = conn.Close()
 		conn = nil
 	}
-	err := errors.New("")
-	if _, serr := os.Stat("/run/systemd/system"); serr == nil {
-		// A unit of its own, so that what kills this one's cgroup doesn't kill both.
-		if path, lerr := exec.LookPath("systemd-run"); lerr == nil {
-			err = start(path, "--quiet", "--no-ask-password", "--collect", "--scope", "--slice=system.slice", fmt.Sprintf("/proc/%d/exe", os.Getpid()))
+	if err := startApart(); err != nil {
+		if err := start("/proc/self/exe"); err != nil {
+			return fmt.Errorf("%w: %w", ErrNoGuardian, err)
 		}
-	}
-	if err != nil {
-		err = start("/proc/self/exe")
-	}
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoGuardian, err)
 	}
 	if mine, theirs := cgroup("self"), cgroup(strconv.Itoa(pid)); mine != "" && mine == theirs {
 		log.Debug("the guardian shares this process' cgroup, and what kills all of that", "pid", pid, "cgroup", mine)
 	}
 	return nil
+}
+
+// startApart starts a guardian in a unit of its own, where systemd runs: what kills this
+// one's cgroup doesn't kill both then.
+func startApart() error {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		return err
+	}
+	path, err := exec.LookPath("systemd-run")
+	if err != nil {
+		return err
+	}
+	return start(path, "--quiet", "--no-ask-password", "--collect", "--scope", "--slice=system.slice", fmt.Sprintf("/proc/%d/exe", os.Getpid()))
 }
 
 // start starts a guardian by a command whose process becomes it.
