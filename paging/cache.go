@@ -168,10 +168,6 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 	if off < 0 || off > PageSize || len(b) > PageSize-off {
 		return fmt.Errorf("%d bytes at offset %d exceed the frame", len(b), off)
 	}
-	closed, brief := c.state()
-	if closed {
-		return ErrClosed
-	}
 	if c.writer == nil {
 		page, release, err := c.Page(f, true)
 		if err != nil {
@@ -180,6 +176,10 @@ func (c *Cache) WriteFrame(f Frame, off int, b []byte) error {
 		copyTo(page[off:], b)
 		release()
 		return nil
+	}
+	closed, brief := c.state()
+	if closed {
+		return ErrClosed
 	}
 	err := c.writer.WriteFrame(f, off, b)
 	if brief {
