@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/terminal"
 )
 
 // TestHostileNames: whoever names a guest, or writes a journal, doesn't get at the terminal,
@@ -22,7 +23,7 @@ func TestHostileNames(t *testing.T) {
 	require.NoError(t, tell(&out, evil, false, nil))
 	err := tell(&out, evil, false, errors.New("no"))
 	require.Error(t, err)
-	out.WriteString(harmless(err.Error()) + "\n")
+	out.WriteString(terminal.Harmless(err.Error()) + "\n")
 	assert.Equal(t, 5, strings.Count(out.String(), "\n"), out.String())
 	for _, c := range []string{"\x1b", "\t", "\u202e"} {
 		assert.NotContains(t, out.String(), c)

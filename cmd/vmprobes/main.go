@@ -13,11 +13,11 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
-	"unicode"
 
 	"github.com/spf13/cobra"
 
 	"github.com/vmprobes/vmprobes/internal/target"
+	"github.com/vmprobes/vmprobes/internal/terminal"
 )
 
 // Exit statuses.
@@ -41,7 +41,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "vmprobes: %s\n", harmless(err.Error()))
+	fmt.Fprintf(stderr, "vmprobes: %s\n", terminal.Harmless(err.Error()))
 	if !began {
 		return usage
 	}
@@ -159,18 +159,8 @@ func tell(out io.Writer, name string, done bool, err error) error {
 
 // quote quotes a name that a terminal might take for more than that.
 func quote(s string) string {
-	if s != "" && harmless(s) == s && !strings.Contains(s, "\n") {
+	if s != "" && terminal.Harmless(s) == s && !strings.Contains(s, "\n") {
 		return s
 	}
 	return fmt.Sprintf("%q", s)
-}
-
-// harmless takes out of a text what a terminal obeys: a guest's name may have it.
-func harmless(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r != '\n' && (unicode.IsControl(r) || !unicode.IsPrint(r) && r != ' ') {
-			return '?'
-		}
-		return r
-	}, s)
 }

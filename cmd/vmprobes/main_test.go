@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+
+	"github.com/vmprobes/vmprobes/internal/terminal"
 )
 
 func TestExitStatus(t *testing.T) {
@@ -38,7 +40,7 @@ func TestQuote(t *testing.T) {
 	assert.Equal(t, `"a\x1b[2J"`, quote("a\x1b[2J"), "a guest's name doesn't reach the terminal")
 	assert.Equal(t, `""`, quote(""))
 	assert.Equal(t, `process 7 ("/usr/bin/tool")`, quote(`process 7 ("/usr/bin/tool")`))
-	assert.Equal(t, "a?[2J", harmless("a\x1b[2J"))
+	assert.Equal(t, "a?[2J", terminal.Harmless("a\x1b[2J"))
 }
 
 func TestTell(t *testing.T) {

@@ -14,7 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"unicode"
+
+	"github.com/vmprobes/vmprobes/internal/terminal"
 )
 
 // Exit statuses.
@@ -104,18 +105,8 @@ func report(err error, name string, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "%s: %s\n", name, harmless(err.Error()))
+	fmt.Fprintf(stderr, "%s: %s\n", name, terminal.Harmless(err.Error()))
 	return failed
-}
-
-// harmless takes out of a text what a terminal obeys: a guest may have put it there.
-func harmless(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r != '\n' && unicode.IsControl(r) {
-			return '?'
-		}
-		return r
-	}, s)
 }
 
 // An output is a program's standard output. It keeps its first error.
