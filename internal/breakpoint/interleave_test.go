@@ -25,8 +25,8 @@ import (
 // the domain and suspend it, and looks whether the guest is whole afterwards and
 // the probes that stayed have counted what the guest did.
 //
-// VMPROBES_INTERLEAVINGS is how many to run, over all guests; VMPROBES_SEED runs one
-// seed (as far as that goes: goroutines have a will of their own).
+// VMPROBES_INTERLEAVINGS is how many to run, over all guests; VMPROBES_SEED is one of
+// them (xentest.Seeds).
 func TestInterleaved(t *testing.T) {
 	configs := 0
 	each(t, func(*testing.T, xentest.Config) { configs++ })
@@ -38,23 +38,7 @@ func TestInterleaved(t *testing.T) {
 		rounds = max(1, n/configs)
 	}
 	each(t, func(t *testing.T, cfg xentest.Config) {
-		var left, failures atomic.Int64
-		left.Store(int64(rounds))
-		var wg sync.WaitGroup
-		for range 4 { // most of the time goes by in waiting
-			wg.Go(func() {
-				for left.Add(-1) >= 0 && failures.Load() < 3 {
-					seed := rand.Uint64()
-					if n, err := strconv.ParseUint(os.Getenv("VMPROBES_SEED"), 10, 64); err == nil {
-						seed = n
-					}
-					if !t.Run(fmt.Sprint(seed), func(t *testing.T) { interleaving(t, cfg, seed) }) {
-						failures.Add(1)
-					}
-				}
-			})
-		}
-		wg.Wait()
+		xentest.Seeds(t, rounds, 4, func(t *testing.T, seed uint64) { interleaving(t, cfg, seed) })
 		t.Logf("%d interleavings", rounds)
 	})
 }

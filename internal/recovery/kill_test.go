@@ -63,7 +63,8 @@ func (r records) Cleaned(addr uint64) (err error) {
 // repairs the guest from the journal, as it was at that moment: the guest is as before,
 // and runs on. Every second time the one who repairs is killed, too.
 //
-// VMPROBES_KILLS is how many kill points to try, over all guests; VMPROBES_SEED runs one.
+// VMPROBES_KILLS is how many kill points to try, over all guests; VMPROBES_SEED is one of
+// them (xentest.Seeds).
 func TestKilled(t *testing.T) {
 	var cfgs []xentest.Config
 	for _, n := range []int{1, 2, 4} {
@@ -83,24 +84,7 @@ func TestKilled(t *testing.T) {
 		kind := []string{"pv", "hvm-tf", "hvm-mtf"}[i%3]
 		t.Run(fmt.Sprintf("%s/%d", kind, cfg.VCPUs), func(t *testing.T) {
 			t.Parallel()
-			var left atomic.Int64
-			left.Store(int64(max(1, kills/len(cfgs))))
-			var failed atomic.Int64
-			var wg sync.WaitGroup
-			for range 2 {
-				wg.Go(func() {
-					for left.Add(-1) >= 0 && failed.Load() < 3 {
-						seed := rand.Uint64()
-						if n, err := strconv.ParseUint(os.Getenv("VMPROBES_SEED"), 10, 64); err == nil {
-							seed = n
-						}
-						if !t.Run(fmt.Sprint(seed), func(t *testing.T) { kill(t, cfg, seed) }) {
-							failed.Add(1)
-						}
-					}
-				})
-			}
-			wg.Wait()
+			xentest.Seeds(t, max(1, kills/len(cfgs)), 2, func(t *testing.T, seed uint64) { kill(t, cfg, seed) })
 		})
 	}
 }

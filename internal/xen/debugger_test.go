@@ -167,55 +167,43 @@ func (h unhurried) Unpause() error {
 
 // TestUnpausedByOthers has an administrator unpause the domain while a handler runs:
 // those that have stopped, which are held by themselves by then, stay at their
-// breakpoints, others may hit meanwhile, and all is counted.
+// breakpoints, others may hit meanwhile, and all is counted. So it is with instructions
+// that are stepped in place.
 func TestUnpausedByOthers(t *testing.T) {
-	for _, vcpus := range []int{1, 2, 4} {
-		t.Run(fmt.Sprint(vcpus), func(t *testing.T) {
-			cfg := xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: vcpus, Seed: uint64(vcpus)}
-			m := xentest.New(cfg)
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
-			hv := m.Hypervisor()
-			holds := &holding{Hypervisor: hv}
-			drv, err := m.Attach(unhurried{holds})
-			require.NoError(t, err)
-			e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
-			unpaused := 0
-			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(c *breakpoint.Context) breakpoint.Verdict {
-				if unpaused < 5 {
-					holds.all(t, c.VCPU)
-					if hv.Unpause() == nil {
-						unpaused++
-					}
-					time.Sleep(30 * time.Millisecond)
-				}
-				return breakpoint.Continue
-			}}
-			require.NoError(t, e.Register(p))
-			base := m.Executed(p.Addr)
-			m.Release()
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error, 1)
-			go func() {
-				_, err := e.Serve(ctx, true)
-				done <- err
-			}()
-			for i := 0; i < 5000 && p.Hits() < 20; i++ {
-				time.Sleep(time.Millisecond)
-			}
-			quiet, end := context.WithTimeout(t.Context(), 20*time.Second)
-			defer end()
-			assert.NoError(t, m.Quiesce(quiet), m.State())
-			cancel()
-			require.ErrorIs(t, <-done, context.Canceled)
-			assert.GreaterOrEqual(t, unpaused, 5)
-			assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
-			require.NoError(t, e.Close())
-			m.Release()
-			xentest.Verify(t, m, before)
-			assert.Zero(t, m.Pauses())
-		})
+	for _, method := range []breakpoint.Method{breakpoint.Auto, breakpoint.InPlace} {
+		for _, vcpus := range []int{1, 2, 4} {
+			t.Run(fmt.Sprintf("%v/%d", method, vcpus), func(t *testing.T) { unpausedByOthers(t, method, vcpus) })
+		}
 	}
+}
+
+func unpausedByOthers(t *testing.T, method breakpoint.Method, vcpus int) {
+	m, left := running(t, xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: vcpus, Seed: uint64(vcpus)})
+	hv := m.Hypervisor()
+	holds := &holding{Hypervisor: hv}
+	drv, err := m.Attach(unhurried{holds})
+	require.NoError(t, err)
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: method})
+	unpaused, posts := 0, uint64(0)
+	p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(c *breakpoint.Context) breakpoint.Verdict {
+		if unpaused < 5 {
+			holds.all(t, c.VCPU)
+			if hv.Unpause() == nil {
+				unpaused++
+			}
+			time.Sleep(30 * time.Millisecond)
+		}
+		return breakpoint.Continue
+	}, Post: func(c *breakpoint.Context) breakpoint.Verdict {
+		posts++
+		assert.Equal(t, m.Symbol("nop5")+5, c.Regs.IP)
+		return breakpoint.Continue
+	}}
+	require.NoError(t, e.Register(p))
+	base := m.Executed(p.Addr)
+	served(t, m, e, func() bool { return p.Hits() >= 20 })
+	assert.GreaterOrEqual(t, unpaused, 5)
+	assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
+	assert.Equal(t, p.Hits(), posts)
+	left(e)
 }

@@ -60,75 +60,12 @@ func TestDebugExceptionUnpauseFails(t *testing.T) {
 	assert.Zero(t, m.Pauses())
 }
 
-// TestUnpausedBeforeStep is TestUnpausedByOthers with instructions that are stepped in
-// place.
-func TestUnpausedBeforeStep(t *testing.T) {
-	for _, vcpus := range []int{1, 2, 4} {
-		t.Run(fmt.Sprint(vcpus), func(t *testing.T) {
-			cfg := xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: vcpus, Seed: uint64(vcpus)}
-			m := xentest.New(cfg)
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
-			hv := m.Hypervisor()
-			holds := &holding{Hypervisor: hv}
-			drv, err := m.Attach(unhurried{holds})
-			require.NoError(t, err)
-			e := breakpoint.New(drv, breakpoint.Config{MayFault: xentest.NoFaults, Method: breakpoint.InPlace})
-			unpaused, posts := 0, uint64(0)
-			p := &breakpoint.Probe{Addr: m.Symbol("nop5"), Pre: func(c *breakpoint.Context) breakpoint.Verdict {
-				if unpaused < 5 {
-					holds.all(t, c.VCPU)
-					if hv.Unpause() == nil {
-						unpaused++
-					}
-					time.Sleep(30 * time.Millisecond)
-				}
-				return breakpoint.Continue
-			}, Post: func(c *breakpoint.Context) breakpoint.Verdict {
-				posts++
-				assert.Equal(t, m.Symbol("nop5")+5, c.Regs.IP)
-				return breakpoint.Continue
-			}}
-			require.NoError(t, e.Register(p))
-			base := m.Executed(p.Addr)
-			m.Release()
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error, 1)
-			go func() {
-				_, err := e.Serve(ctx, true)
-				done <- err
-			}()
-			for i := 0; i < 2000 && p.Hits() < 20; i++ {
-				time.Sleep(time.Millisecond)
-			}
-			quiet, end := context.WithTimeout(t.Context(), 2*time.Second)
-			defer end()
-			assert.NoError(t, m.Quiesce(quiet), m.State())
-			cancel()
-			require.ErrorIs(t, <-done, context.Canceled)
-			assert.GreaterOrEqual(t, unpaused, 5)
-			assert.Equal(t, m.Executed(p.Addr)-base, p.Hits())
-			assert.Equal(t, p.Hits(), posts)
-			require.NoError(t, e.Close())
-			m.Release()
-			xentest.Verify(t, m, before)
-			assert.Zero(t, m.Pauses())
-		})
-	}
-}
-
 // TestUnpausedInStep has an administrator unpause the domain while a handler runs for a
 // vCPU whose step an interrupt has come in between of, with a probe in its handler.
 func TestUnpausedInStep(t *testing.T) {
 	for _, vcpus := range []int{1, 2} {
 		t.Run(fmt.Sprint(vcpus), func(t *testing.T) {
-			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: vcpus, AnyMask: true, Seed: rand.Uint64()})
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
+			m, left := running(t, xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: vcpus, AnyMask: true, Seed: rand.Uint64()})
 			hv := m.Hypervisor()
 			drv, err := xen.OpenDebugger(hv, xentest.Frames(t, hv), xen.Config{}) // events can't be masked
 			require.NoError(t, err)
@@ -160,27 +97,10 @@ func TestUnpausedInStep(t *testing.T) {
 			}
 			require.NoError(t, e.Register(stepped, inHandler))
 			base := m.Executed(inHandler.Addr)
-			m.Release()
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error, 1)
-			go func() {
-				_, err := e.Serve(ctx, true)
-				done <- err
-			}()
-			for i := 0; i < 5000 && unpaused.Load() < 5 && m.Oops() == ""; i++ {
-				time.Sleep(time.Millisecond)
-			}
-			quiet, end := context.WithTimeout(t.Context(), 20*time.Second)
-			defer end()
-			assert.NoError(t, m.Quiesce(quiet), m.State())
-			cancel()
-			require.ErrorIs(t, <-done, context.Canceled)
+			served(t, m, e, func() bool { return unpaused.Load() >= 5 || m.Oops() != "" })
 			assert.EqualValues(t, 5, unpaused.Load())
 			assert.Equal(t, m.Executed(inHandler.Addr)-base, inHandler.Hits())
-			require.NoError(t, e.Close())
-			m.Release()
-			xentest.Verify(t, m, before)
-			assert.Zero(t, m.Pauses())
+			left(e)
 		})
 	}
 }
@@ -203,12 +123,7 @@ func (h leaving) SetDebugging(on bool) error {
 func TestUnpausedBeforeClose(t *testing.T) {
 	for seed := range uint64(5) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			cfg := xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: 4, Seed: seed}
-			m := xentest.New(cfg)
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
+			m, left := running(t, xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: 4, Seed: seed})
 			hv := m.Hypervisor()
 			holds := &holding{Hypervisor: hv}
 			drv, err := m.Attach(leaving{holds, func() {
@@ -244,11 +159,8 @@ func TestUnpausedBeforeClose(t *testing.T) {
 			}
 			require.NoError(t, e.Close())
 			assert.Zero(t, m.Pauses())
-			quiet, end := context.WithTimeout(t.Context(), 20*time.Second)
-			defer end()
-			assert.NoError(t, m.Quiesce(quiet), m.State())
-			m.Release()
-			xentest.Verify(t, m, before)
+			atRest(t, m)
+			left(e)
 		})
 	}
 }
@@ -274,11 +186,7 @@ func (h *stale) SetVCPUContext(v int, c *xenctrl.VCPUContext) error {
 func TestAnsweredOnce(t *testing.T) {
 	for seed := range uint64(6) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, Seed: seed})
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
+			m, left := running(t, xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, Seed: seed})
 			hv := &stale{stubborn: stubborn{Hypervisor: m.Hypervisor()}}
 			drv, err := m.Attach(hv)
 			require.NoError(t, err)
@@ -306,17 +214,12 @@ func TestAnsweredOnce(t *testing.T) {
 			for i := 0; i < 3000 && p.Hits() < 20 && m.Oops() == ""; i++ {
 				time.Sleep(time.Millisecond)
 			}
-			quiet, end := context.WithTimeout(t.Context(), 20*time.Second)
-			defer end()
-			assert.NoError(t, m.Quiesce(quiet), m.State())
+			atRest(t, m)
 			cancel()
 			<-done
 			assert.GreaterOrEqual(t, p.Hits(), uint64(20))
 			assert.Equal(t, m.Executed(p.Addr)-base, p.Hits()+p.Missed())
-			require.NoError(t, e.Close())
-			m.Release()
-			xentest.Verify(t, m, before)
-			assert.Zero(t, m.Pauses())
+			left(e)
 		})
 	}
 }
