@@ -80,10 +80,22 @@ func TestKilled(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("VMPROBES_KILLS")); err == nil {
 		kills = n
 	}
+	// Seeds that found something: two deaths in the middle of calls, a breakpoint that was
+	// hit just before it was removed, a POPF that was stepped.
+	found := map[string][]uint64{
+		"pv/1": {5669080580335978074, 16388405188449809901},
+		"pv/2": {12931728158109400755},
+	}
 	for i, cfg := range cfgs {
 		kind := []string{"pv", "hvm-tf", "hvm-mtf"}[i%3]
-		t.Run(fmt.Sprintf("%s/%d", kind, cfg.VCPUs), func(t *testing.T) {
+		name := fmt.Sprintf("%s/%d", kind, cfg.VCPUs)
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			for _, seed := range found[name] {
+				for range 20 {
+					t.Run(fmt.Sprint(seed), func(t *testing.T) { kill(t, cfg, seed) })
+				}
+			}
 			xentest.Seeds(t, max(1, kills/len(cfgs)), 2, func(t *testing.T, seed uint64) { kill(t, cfg, seed) })
 		})
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -55,6 +56,7 @@ type Log struct {
 
 	mu     sync.Mutex
 	breaks map[uint64]breakpoint.LeftBreak
+	gone   []breakpoint.LeftBreak // the last ones that were removed
 	slots  map[uint64]slotAt
 	free   []int // indexes of counters
 	next   int
@@ -168,7 +170,7 @@ func (l *Log) over(kind uint8, addr uint64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if kind == kindRemoved {
-		delete(l.breaks, addr)
+		l.remove(addr)
 	} else if s, ok := l.slots[addr]; ok {
 		delete(l.slots, addr)
 		l.free = append(l.free, s.index)
@@ -176,6 +178,23 @@ func (l *Log) over(kind uint8, addr uint64) error {
 	err := l.append(journal.Record{Kind: kind, Data: binary.LittleEndian.AppendUint64(nil, addr)})
 	l.behind = l.behind || err != nil
 	return err
+}
+
+// maxGone is how many breakpoints are remembered that were removed. A vCPU may have hit
+// one just before, and nobody have heard of it.
+const maxGone = 64
+
+// remove says that a breakpoint isn't there any more.
+func (l *Log) remove(addr uint64) {
+	b, ok := l.breaks[addr]
+	if !ok {
+		return
+	}
+	delete(l.breaks, addr)
+	if len(l.gone) == maxGone {
+		l.gone = slices.Delete(l.gone, 0, 1)
+	}
+	l.gone = append(l.gone, b)
 }
 
 // append appends a record, and makes the log short again when it is long, or says of what
@@ -194,6 +213,10 @@ func (l *Log) append(r journal.Record) error {
 // all says in records what there is.
 func (l *Log) all() []journal.Record {
 	var rs []journal.Record
+	for _, b := range l.gone {
+		rs = append(rs, journal.Record{Kind: kindBreak, Data: encodeBreak(nil, b)},
+			journal.Record{Kind: kindRemoved, Data: binary.LittleEndian.AppendUint64(nil, b.Addr)})
+	}
 	for _, b := range l.breaks {
 		rs = append(rs, journal.Record{Kind: kindBreak, Data: encodeBreak(nil, b)})
 	}
@@ -268,7 +291,7 @@ func (l *Log) load() error {
 			}
 			addr := binary.LittleEndian.Uint64(r.Data)
 			if r.Kind == kindRemoved {
-				delete(l.breaks, addr)
+				l.remove(addr)
 			} else {
 				delete(l.slots, addr)
 			}

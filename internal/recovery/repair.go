@@ -95,7 +95,7 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 
 	frames := xen.NewFrames(hv)
-	drv, others, err := adopt(hv, frames, info, xen.Left{State: l.DriverState(), Breaks: breaks, Ends: ends})
+	drv, others, err := adopt(hv, frames, info, xen.Left{State: l.DriverState(), Breaks: breaks, Gone: l.gone, Ends: ends})
 	if err != nil {
 		return r, errors.Join(err, frames.Close())
 	}

@@ -17,7 +17,8 @@ import (
 type Left struct {
 	State  []byte // what it was given to OpenDebugger or OpenMonitor
 	Breaks []breakpoint.LeftBreak
-	Ends   []uint64 // addresses of the int3s that end slots
+	Gone   []breakpoint.LeftBreak // that were removed not long ago: a vCPU may have hit one just before
+	Ends   []uint64               // addresses of the int3s that end slots
 }
 
 // AdoptBreak implements breakpoint.Adopter.
@@ -116,7 +117,7 @@ func (a *takeover) run() error {
 	}
 	for {
 		v, sure := a.taken()
-		if v < 0 || !sure && (a.asked == 0 || a.unknown <= 0) {
+		if v < 0 || !sure && (a.asked == 0 || a.unknown+a.paid <= 0) {
 			break
 		}
 		a.stop(v)
@@ -152,8 +153,9 @@ func (a *takeover) commit() error {
 	if a.tries > 1 {
 		a.unknown = 0 // one of those who tried before may have made it
 	}
-	a.owed, a.frozen, a.undone, a.latched, a.asked, a.maybe, a.tries, a.counted = 1, 0, 0, 0, 0, 0, 0, false
-	if a.unknown > 0 && a.attached {
+	paid := a.paid
+	a.owed, a.frozen, a.undone, a.latched, a.asked, a.maybe, a.paid, a.tries, a.counted = 1, 0, 0, 0, 0, 0, 0, 0, false
+	if a.unknown+paid > 0 && a.attached {
 		n, err := a.giveDebugExceptions()
 		if err != nil {
 			return err
@@ -186,6 +188,8 @@ func (a *takeover) recount() error {
 		a.asked++
 	case intentPause:
 		a.maybe++
+	case intentUnpause:
+		a.paid++
 	}
 	a.intent = intentNone
 	paused := func() (bool, error) {
@@ -199,8 +203,10 @@ func (a *takeover) recount() error {
 			return err
 		}
 		if !is {
-			// So no event was taken, and no pause made, that nobody wrote down.
-			a.asked, a.maybe = 0, 0
+			// So no event was taken, and no pause made, that nobody wrote down, and
+			// nothing is left of those that were written down.
+			a.asked, a.maybe, a.paid = 0, 0, 0
+			a.owed, a.frozen = 0, 0
 			if err := attempts(a.Freeze); err != nil {
 				return fmt.Errorf("pause the guest: %w", err)
 			}
@@ -295,22 +301,7 @@ func (a *takeover) taken() (vcpu int, sure bool) {
 		if s.stopped || s.ctx.Flags&vgcfInKernel == 0 {
 			continue
 		}
-		at := s.ctx.User.RIP - 1
-		n := 0
-		if slices.Contains(a.left.Ends, at) {
-			n = 3
-		} else if i := slices.IndexFunc(a.left.Breaks, func(b breakpoint.LeftBreak) bool { return b.Addr == at }); i >= 0 {
-			n = 3
-			if len(a.left.Breaks[i].Insn) == 1 {
-				n = 2
-			}
-		} else {
-			// Not what is between functions, behind which one begins.
-			var b [2]byte
-			if a.read(s.ctx.CtrlReg[3], at-1, b[:]) == nil && b[1] == int3 && b[0] != int3 {
-				n = 1
-			}
-		}
+		n := a.behind(s.ctx.CtrlReg[3], s.ctx.User.RIP-1)
 		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
 			n = 0 // it hasn't moved since its last answer
 		}
@@ -319,6 +310,37 @@ func (a *takeover) taken() (vcpu int, sure bool) {
 		}
 	}
 	return best, score == 3
+}
+
+// behind says how sure it is that a vCPU one byte behind addr has executed an int3 there:
+// 0 (not at all) to 3.
+func (a *takeover) behind(cr3, addr uint64) int {
+	at := func(b breakpoint.LeftBreak) bool { return b.Addr == addr }
+	sure := func(b breakpoint.LeftBreak) int {
+		if len(b.Insn) == 1 {
+			return 2 // the next instruction begins there
+		}
+		return 3
+	}
+	if slices.Contains(a.left.Ends, addr) {
+		return 3
+	}
+	if i := slices.IndexFunc(a.left.Breaks, at); i >= 0 {
+		return sure(a.left.Breaks[i])
+	}
+	if i := slices.IndexFunc(a.left.Gone, at); i >= 0 {
+		b := a.left.Gone[i]
+		now := make([]byte, len(b.Insn))
+		if a.read(cr3, addr, now) == nil && bytes.Equal(now, b.Insn) {
+			return sure(b)
+		}
+	}
+	// Not what is between functions, behind which one begins.
+	var b [2]byte
+	if a.read(cr3, addr-1, b[:]) == nil && b[1] == int3 && b[0] != int3 {
+		return 1
+	}
+	return 0
 }
 
 // sameRegs reports whether a vCPU has the registers that it was given. What Xen changes
@@ -361,7 +383,7 @@ func (a *takeover) stepMade() bool {
 		return false
 	}
 	s := &a.vcpus[sh.vcpu-1]
-	return !s.stopped && s.ctx.DebugReg[6]&dr6BS != 0 && s.ctx.User.RFLAGS&eflagTF != 0
+	return !s.stopped && s.ctx.DebugReg[6]&dr6BS != 0 // POPF may have cleared TF
 }
 
 // resumeStep takes up a step where it was.

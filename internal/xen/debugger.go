@@ -407,6 +407,8 @@ func (d *Debugger) pause() error { return d.account(intentPause, d.hv.Pause, &d.
 // keep is how many pauses of those that are owed are needed.
 func (d *Debugger) keep() int {
 	switch {
+	case d.stepping() && d.vcpus[d.step.vcpu].stopped:
+		return 1 // it has come to another breakpoint on its way
 	case d.stepping():
 		return 0
 	case d.pins.loose:

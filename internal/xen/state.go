@@ -28,11 +28,11 @@ type shared struct {
 
 	// Of a takeover (Debugger's): pauses undone, events taken that had been latched,
 	// calls of an earlier process of which nobody knows whether they were made: those
-	// that ask for an event, and those that pause.
-	undone, latched, asked, maybe int
-	tries                         int  // takeovers begun
-	counted                       bool // undone is all of them
-	unsure                        bool // MonitorRoute's: a process died while it told Xen of answers
+	// that ask for an event, those that pause, and those that unpause.
+	undone, latched, asked, maybe, paid int
+	tries                               int  // takeovers begun
+	counted                             bool // undone is all of them
+	unsure                              bool // MonitorRoute's: a process died while it told Xen of answers
 
 	step sharedStep
 }
