@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,6 +56,18 @@ func (f osFile) mapShared(n int) ([]byte, error) {
 }
 
 func (osFile) unmap(b []byte) error { return unix.Munmap(b) }
+
+func (f osFile) letGo(b []byte) error {
+	p, err := unix.MmapPtr(-1, 0, unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b)), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
+	if err == nil && p != unsafe.Pointer(unsafe.SliceData(b)) {
+		err = unix.EFAULT // MAP_FIXED moves nothing (mmap(2))
+	}
+	if err != nil {
+		return fmt.Errorf("let go of %s: %w", f.path, err)
+	}
+	return nil
+}
 
 func (f osFile) forget(off, n int64) {
 	// What isn't given back is only space.

@@ -139,6 +139,8 @@ type file interface {
 	reserve(n int64) error
 	mapShared(n int) ([]byte, error)
 	unmap(b []byte) error
+	// letGo puts memory of this process in the place of what mapShared has mapped.
+	letGo(b []byte) error
 	// forget gives back the space of a range, which nobody reads any more.
 	forget(off, n int64)
 	remove() error
@@ -154,8 +156,9 @@ func (f *File) Owner() Owner { return f.info.Owner }
 // Path returns the file's name.
 func (f *File) Path() string { return f.path }
 
-// State returns the memory that outlives the process. It begins at a multiple of 8 bytes,
-// and is zero in a new journal.
+// State returns the memory that outlives the process; after Close or Remove it is this
+// process' own, and means nothing. It begins at a multiple of 8 bytes, and is zero in a new
+// journal.
 func (f *File) State() []byte { return f.m[headerSize:] }
 
 // Layout returns a checksum of how values of the types are laid out in memory, which is not
@@ -455,9 +458,9 @@ func (f *File) finish(remove bool) error {
 	if remove {
 		err = f.f.remove() // while the lock is held
 	}
-	// The mapping stays: whoever has State may still store to it, and the owner of a
-	// journal that ends ends soon.
-	return errors.Join(err, f.f.Close())
+	// Whoever has State may still store to it, which must not reach the next owner. Nor is
+	// the file's memory given back as long as it is mapped.
+	return errors.Join(err, f.f.letGo(f.m), f.f.Close())
 }
 
 // fileName is the name of a guest's journal in its folder.

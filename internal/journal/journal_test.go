@@ -177,6 +177,23 @@ func TestOneWins(t *testing.T) {
 	}
 }
 
+// TestLetsGo: what is stored after Close doesn't reach the next owner, and a file that is
+// removed isn't kept by its mapping.
+func TestLetsGo(t *testing.T) {
+	_, f := made(t)
+	copy(f.State(), "mine")
+	require.NoError(t, f.Close())
+	next, err := Open(f.Path())
+	require.NoError(t, err)
+	copy(f.State(), "late")
+	assert.Equal(t, "mine", string(next.State()[:4]))
+	require.NoError(t, next.Remove())
+	maps, err := os.ReadFile("/proc/self/maps")
+	require.NoError(t, err)
+	assert.NotContains(t, string(maps), f.Path())
+	copy(next.State(), "later")
+}
+
 func TestReplace(t *testing.T) {
 	_, f := made(t)
 	var want []Record
@@ -383,6 +400,7 @@ func (m *memFile) reserve(int64) error    { return nil }
 
 func (m *memFile) mapShared(n int) ([]byte, error) { return m.b[:n:n], nil }
 func (m *memFile) unmap([]byte) error              { return nil }
+func (m *memFile) letGo([]byte) error              { return nil }
 func (m *memFile) forget(int64, int64)             {}
 func (m *memFile) remove() error                   { return nil }
 func (m *memFile) Close() error                    { return nil }

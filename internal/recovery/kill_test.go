@@ -182,6 +182,7 @@ func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool
 		}
 	}()
 	if err = <-done; err == errDied {
+		require.NoError(t, f.Close())
 		return then
 	}
 	if err != nil {
