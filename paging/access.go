@@ -226,9 +226,11 @@ func (v *view) page(f Frame) (page []byte, release func(), err error) {
 		}
 		// Mapping it takes the locks of all stripes.
 		v.stripe.RUnlock()
-		defer v.stripe.RLock()
 	}
 	page, release, err = v.m.frames.Page(f, false)
+	if v.stripe != nil {
+		v.stripe.RLock() // not deferred: if a backend panics nobody unlocks it
+	}
 	if err != nil {
 		return nil, nil, noFrame(f, err)
 	}

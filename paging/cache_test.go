@@ -240,6 +240,28 @@ func TestCacheInvalidateWhileMapping(t *testing.T) {
 	assert.Zero(t, b.live)
 }
 
+// TestCachePanic: a backend that panics leaves nothing locked.
+func TestCachePanic(t *testing.T) {
+	b := &backend{during: func() { panic("as if out of memory") }}
+	c := paging.NewCache(b, 8, 0)
+	m := paging.New(c, paging.Mode{Kind: paging.FourLevel})
+	var p [8]byte
+	assert.Panics(t, func() { _, _ = m.ReadPhys(paging.PageSize, p[:]) })
+	b.during = nil
+	done := make(chan error, 1)
+	go func() {
+		c.Invalidate()
+		_, err := m.ReadPhys(paging.PageSize, p[:])
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		assert.NoError(t, err)
+	case <-time.After(time.Minute):
+		t.Error("locked")
+	}
+}
+
 // TestCacheConcurrent reads while pages are evicted and invalidated all the time:
 // no reader may ever see an unmapped one. Run it with -race.
 func TestCacheConcurrent(t *testing.T) {

@@ -78,7 +78,6 @@ func AdoptDebugger(hv Hypervisor, frames *paging.Cache, left Left) (_ *Debugger,
 	if err := a.run(); err != nil {
 		return nil, 0, err
 	}
-	d.startPins()
 	return d, a.unknown, nil
 }
 

@@ -102,7 +102,6 @@ func OpenDebugger(hv Hypervisor, frames *paging.Cache, cfg Config) (*Debugger, e
 	if err := attempts(func() error { return hv.SetDebugging(true) }); err != nil {
 		return nil, fmt.Errorf("attach debugger: %w", err)
 	}
-	d.startPins()
 	return d, nil
 }
 
@@ -323,7 +322,7 @@ func (d *Debugger) take() (st xenctrl.DomStatus, err error) {
 	v.tick = d.pins.tick
 	d.pending++
 	d.queue = append(d.queue, st.VCPU)
-	d.wakePins()
+	d.watchPins()
 	if d.pins.loose {
 		err = d.pin(st.VCPU)
 	}
@@ -587,7 +586,7 @@ func (d *Debugger) pollStep(s *breakpoint.Stop) (bool, error) {
 	d.takeStop(-(d.step.vcpu + 1))
 	v.reason, v.dirty, v.dr6 = breakpoint.Stepped, true, v.ctx.DebugReg[6]
 	v.tick = d.pins.tick
-	d.wakePins()
+	d.watchPins()
 	d.pending++
 	d.step.done = true
 	*s = breakpoint.Stop{VCPU: d.step.vcpu, Reason: breakpoint.Stepped, Regs: regsOf(&v.ctx)}
@@ -745,7 +744,6 @@ func (d *Debugger) Close() error {
 		return err
 	}
 	d.closed = true
-	d.stopPins()
 	return err
 }
 

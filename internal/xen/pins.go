@@ -8,8 +8,13 @@ import (
 )
 
 // pinTick is how often stops are looked at that wait for their answer. When one has
-// waited for a whole tick, all are pinned.
-const pinTick = 4 * time.Millisecond
+// waited for a whole tick, all are pinned. A timer's cost is felt where time is scarce, so
+// the ticks are longer once every stop has been answered in time for a while.
+const (
+	pinTick     = 4 * time.Millisecond
+	slowPinTick = 20 * time.Millisecond
+	quickTicks  = 25 // in a row that found nothing to pin
+)
 
 // pins guard a PV guest against an administrator's "xl unpause" while a handler
 // runs: it takes away the pause that keeps a vCPU at a breakpoint, and the guest
@@ -27,105 +32,79 @@ type pins struct {
 	ran     bool   // a vCPU has stepped since then
 	loose   bool
 
-	awake bool
-	wake  chan struct{}
-	stop  chan struct{}
-	ended chan struct{}
+	timer *time.Timer // runs while stops come
+	armed bool
+	quick int // ticks since one found a stop that had waited
 }
 
-func (d *Debugger) startPins() {
-	d.pins.wake, d.pins.stop, d.pins.ended = make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
-	go d.watchPins()
-}
-
-// stopPins ends watchPins; d.mu is held, and is not held while it waits.
-func (d *Debugger) stopPins() {
-	close(d.pins.stop)
-	d.mu.Unlock()
-	<-d.pins.ended
-	d.mu.Lock()
-}
-
-func (d *Debugger) wakePins() {
-	if !d.pins.awake {
-		d.pins.awake = true
-		d.pins.wake <- struct{}{} // buffered, and empty as long as it isn't awake
-	}
-}
-
-// watchPins ticks while stops come, and sleeps when none has come for a while.
+// watchPins has pinTick called a tick from now, if it isn't going to be called anyway.
 func (d *Debugger) watchPins() {
-	defer close(d.pins.ended)
-	const idleTicks = 25
-	for {
-		select {
-		case <-d.pins.stop:
-			return
-		case <-d.pins.wake:
-		}
-		t := time.NewTicker(pinTick)
-		for idle := 0; idle < idleTicks; idle++ {
-			select {
-			case <-d.pins.stop:
-				t.Stop()
-				return
-			case <-t.C:
-			}
-			if d.pinTick() {
-				idle = 0
-			}
-		}
-		t.Stop()
-		d.mu.Lock()
-		d.pins.awake = d.pending > 0
-		if d.pins.awake {
-			d.pins.wake <- struct{}{}
-		}
-		d.mu.Unlock()
+	if d.pins.armed {
+		return
+	}
+	d.pins.armed = true
+	tick := pinTick
+	if d.pins.quick >= quickTicks {
+		tick = slowPinTick
+	}
+	if d.pins.timer == nil {
+		d.pins.timer = time.AfterFunc(tick, d.pinTick)
+	} else {
+		d.pins.timer.Reset(tick)
 	}
 }
 
-// pinTick pins what has waited for a tick, and reports whether stops are pending.
-// What fails is tried again at the next tick.
-func (d *Debugger) pinTick() (busy bool) {
+func (d *Debugger) pinTick() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.pins.armed = false
 	d.pins.tick++
-	if d.closed || d.pending == 0 {
-		return false
+	d.pins.quick++
+	if !d.closed && d.pending > 0 { // else the next stop arms the timer
+		d.pinDue()
+		d.watchPins()
 	}
+}
+
+// pinDue pins what has waited for a tick. What fails is tried again at the next one.
+func (d *Debugger) pinDue() {
 	if d.stepping() {
 		d.pinStepping()
-		return true
+		return
 	}
 	due := d.pins.n > 0
 	for v := range d.vcpus {
 		c := &d.vcpus[v]
 		due = due || c.stopped && d.pins.tick-c.tick > 1
 	}
-	if !due || d.takeAll() != nil {
-		return true
+	if !due {
+		return
+	}
+	d.pins.quick = 0
+	if d.takeAll() != nil {
+		return
 	}
 	// Those that have stopped since wait as long as the first, and are as much in danger.
 	for v := range d.vcpus {
 		if c := &d.vcpus[v]; c.stopped && !c.pinned {
 			if d.pin(v) != nil {
-				return true
+				return
 			}
 		}
 	}
 	_ = d.checkPins()
-	return true
 }
 
 // pinStepping pins the vCPU of a step if it has come to another breakpoint on the way.
 // The others are held.
 func (d *Debugger) pinStepping() {
 	v := d.step.vcpu
-	if c := &d.vcpus[v]; !c.stopped || c.pinned || d.pins.tick-c.tick <= 1 {
+	c := &d.vcpus[v]
+	if !c.stopped || d.pins.tick-c.tick <= 1 {
 		return
 	}
-	if d.pin(v) == nil {
+	d.pins.quick = 0
+	if !c.pinned && d.pin(v) == nil {
 		d.pins.ran = true // the step goes on
 	}
 }
