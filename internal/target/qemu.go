@@ -94,8 +94,7 @@ func (g *qemuGuest) CPUs() ([]linux.CPU, error) {
 	return cpus, nil
 }
 
-// PhysicalPages implements [Sized]. Memory beyond 3 GiB has a hole before it: the
-// size is of the RAM alone then.
+// PhysicalPages implements [Sized].
 func (g *qemuGuest) PhysicalPages() (uint64, error) {
 	return g.VM.Info().RAM / paging.PageSize, nil
 }
