@@ -40,7 +40,8 @@ var (
 	ErrPermission = target.ErrPermission
 	// ErrImage: the guest is a saved image. Nothing runs in it, so it has no probes.
 	ErrImage = target.ErrImage
-	// ErrDomainGone: the domain was destroyed or has shut down.
+	// ErrDomainGone: the domain was destroyed or has shut down, or its kernel isn't there any
+	// more, as after a reset.
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
 	ErrBusy = target.ErrBusy

@@ -461,7 +461,7 @@ func (s *Session) endIdle() {
 // of them returns something else than Continue (then Loop returns nil, or the error
 // of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
-// (ErrDomainGone) or something fails.
+// or runs another kernel (ErrDomainGone), or something fails.
 // The probes stay registered: Loop may be called again.
 //
 // If a handler panics, the Session is closed, and so the guest restored, before
@@ -510,14 +510,19 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 		}
 	}()
 	s.log.Debug("loop begins")
+	var watch sync.WaitGroup
+	watch.Go(func() { s.watchKernel(ctx, cancel) })
 	v, err := s.eng.Serve(ctx, true)
+	cause := context.Cause(ctx)
+	cancel(nil)
+	watch.Wait()
 	finished = true
 	s.log.Debug("loop ends", "action", int(v), "err", err)
 	if bad := s.bad.Swap(nil); bad != nil {
 		return s.fail("loop", nil, errors.Join(*bad, err))
 	}
-	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
-		err = context.Cause(ctx)
+	if err != nil && cause != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		err = cause
 		// A cause need not be a context.Canceled: those of signal.NotifyContext
 		// aren't in Go 1.26.0.
 		if ended := caller.Err(); ended != nil && !errors.Is(err, ended) {
@@ -525,6 +530,36 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 		}
 	}
 	return s.fail("loop", nil, err)
+}
+
+// kernelEvery is how often a Loop looks whether the guest's kernel is still there, as
+// after a reset nothing else may tell: there are just no hits any more.
+const kernelEvery = 5 * time.Second
+
+// watchKernel ends a Loop when the guest runs another kernel.
+func (s *Session) watchKernel(ctx context.Context, end context.CancelCauseFunc) {
+	if s.kernel == nil {
+		return
+	}
+	for missed, wait := 0, kernelEvery; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		switch ok, err := s.kernel.Running(); {
+		case err != nil:
+			s.log.Debug("look for the guest's kernel", "err", err)
+		case ok:
+			missed, wait = 0, kernelEvery
+		case missed < 2:
+			missed, wait = missed+1, time.Second
+		default:
+			end(fmt.Errorf("%w: it has rebooted, was reset or runs another kernel by kexec, since %q isn't where it was: close this session and open the guest again",
+				ErrDomainGone, s.kernel.Banner()))
+			return
+		}
+	}
 }
 
 // Hits is Loop for those who prefer a range statement to handlers: it yields

@@ -373,7 +373,7 @@ func (k *Kernel) identify(ctx context.Context) error {
 	if err != nil || !strings.HasPrefix(s, bannerMagic) {
 		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(ErrWrongSymbols, err), at)
 	}
-	k.banner = strings.TrimRight(s, "\n")
+	k.banner, k.bannerAt = strings.TrimRight(s, "\n"), at
 	if want := strings.TrimRight(k.syms.Banner(), "\n\x00"); want != "" && want != k.banner {
 		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
 	}

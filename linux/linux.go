@@ -96,7 +96,9 @@ type Kernel struct {
 	ranges  []sysmap.Range
 	syms    *sysmap.Map
 	banner  string
-	buildID string
+	// bannerAt is where the banner is.
+	bannerAt uint64
+	buildID  string
 
 	rungMu sync.Mutex
 	rungs  []Rung
