@@ -32,10 +32,8 @@ func (v *VM) Page(f paging.Frame, writable bool) (page []byte, release func(), e
 		if err := v.hole(uint64(f)<<12, paging.PageSize); err != nil {
 			return nil, nil, err // for which the VM needn't stop
 		}
-		err = v.held(func() error {
-			page = make([]byte, paging.PageSize)
-			return v.readPhys(uint64(f)<<12, page)
-		})
+		page = make([]byte, paging.PageSize)
+		err = v.held(func() error { return errors.Join(v.readPhys(uint64(f)<<12, page), v.linger()) })
 		if err != nil {
 			return nil, nil, err
 		}

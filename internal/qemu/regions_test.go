@@ -49,6 +49,7 @@ func TestRegions(t *testing.T) {
 				vm, err := qemu.Dial(t.Context(), "qemu:"+guest.GDB, opts)
 				require.NoError(t, err)
 				assert.Equal(t, test.end, vm.Info().RAM, "where it ends")
+				require.NoError(t, vm.Freeze()) // the BIOS writes, too
 				for _, f := range test.frames {
 					var b [8]byte
 					mark := uint64(f)<<32 | 0xfeed0000 | uint64(i)
@@ -64,6 +65,7 @@ func TestRegions(t *testing.T) {
 					_, _, err := vm.Page(f, false)
 					assert.ErrorIs(t, err, qemu.ErrNotRAM, "frame %#x", f)
 				}
+				require.NoError(t, vm.Thaw())
 				require.NoError(t, vm.Close())
 			}
 		})

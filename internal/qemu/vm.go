@@ -82,14 +82,15 @@ type VM struct {
 	closed  bool
 
 	// Running and stopping (run.go).
-	running bool      // as far as we know
-	reading bool      // somebody receives, without mu
-	reads   uint64    // counts those
-	breakin bool      // the VM has been told to stop
-	frozen  int       // Freezes without their Thaw
-	served  bool      // stops at breakpoints are for a Driver
-	trap    trapState // of the last such stop
-	trapOf  string    // its thread
+	running   bool   // as far as we know
+	reading   bool   // somebody receives, without mu
+	reads     uint64 // counts those
+	breakin   bool   // the VM has been told to stop
+	frozen    int    // Freezes without their Thaw
+	lingering linger
+	served    bool      // stops at breakpoints are for a Driver
+	trap      trapState // of the last such stop
+	trapOf    string    // its thread
 
 	// What the stub has been told (cpu.go, breaks.go, memory.go).
 	threads []string        // by number of vCPU
