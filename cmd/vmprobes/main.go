@@ -70,7 +70,8 @@ func statusCommand() *cobra.Command {
 		Long: `Show who is attached to which guest, and which guests need a repair.
 
 A guest is "served" while the program that has attached to it lives, and "left" when
-that has died: "vmprobes recover" repairs it. Domains that are paused, or that have a
+that has died: "vmprobes recover" repairs it. While that is done, by whomever, it is
+"repaired". Domains that are paused, or that have a
 debugger attached, without a program that is known are shown, too. They may be so for
 a good reason.`,
 		Args: cobra.NoArgs,

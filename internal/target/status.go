@@ -15,6 +15,7 @@ import (
 const (
 	Served   = "served"   // its owner lives
 	Left     = "left"     // its owner died, and it is not repaired
+	Repaired = "repaired" // its owner died, and somebody repairs it at this moment
 	Paused   = "paused"   // by somebody who is no owner
 	Debugged = "debugged" // by a tool that keeps no journal
 	Unknown  = "unknown"  // its journal can't be read
@@ -46,6 +47,8 @@ func Status() (guests []State, errs error) {
 				errs = errors.Join(errs, e.Err)
 			case e.Hot:
 				s.State = Left
+			case !lives(e.Owner):
+				s.State = Repaired
 			}
 			if e.Guest.Kind != "qemu" {
 				known[xenctrl.DomID(e.Guest.Domain)] = true
