@@ -79,6 +79,8 @@ var (
 	ErrAmbiguous      = sysmap.ErrAmbiguous
 	// ErrWrongSymbols: the table is of another kernel than the one that runs.
 	ErrWrongSymbols = linux.ErrWrongSymbols
+	// ErrWrongTypes: the types of a file are of another kernel than the one that runs.
+	ErrWrongTypes = linux.ErrWrongTypes
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
 	// ErrNoTerminator: a string is longer than the limit.

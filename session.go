@@ -24,12 +24,13 @@ type Options struct {
 	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
 	// file named by the environment variable VMPROBES_SYMBOLS, else what the
 	// configuration says, else the guest's own table, found in its memory; if it has
-	// none, the file that it was booted from, or one of its release in /boot or
-	// /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
+	// none, the file that it was booted from, or one of its release in /boot,
+	// /usr/lib/modules or /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
 	// that is named here and is of no use fails Open.
 	Symbols string
-	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, or a
-	// Volatility 3 symbol file. Empty means the guest's own.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
+	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel are
+	// refused, with ErrWrongTypes. Empty means the guest's own.
 	Types string
 	// Config is an xenaccess.conf or libvmi.conf. Empty means /etc/xenaccess.conf, if
 	// it is there; "-" means none.

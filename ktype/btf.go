@@ -54,7 +54,7 @@ func (t *Types) WithModule(name string, btf []byte) (*Types, error) {
 		return nil, fmt.Errorf("module %q: %w", name, err)
 	}
 	modules := append(t.modules[:len(t.modules):len(t.modules)], module{name, src})
-	return &Types{name: t.name, src: t.src, modules: modules, ptr: t.ptr}, nil
+	return &Types{name: t.name, src: t.src, modules: modules, ptr: t.ptr, origin: t.origin}, nil
 }
 
 // btfSource has the types of one BTF. They are decoded when they are asked for,

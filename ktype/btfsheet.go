@@ -120,6 +120,7 @@ const (
 // before it is.
 type btfSheet struct {
 	base    *btfSheet // of split BTF
+	raw     []byte    // as it was read
 	types   []byte
 	strings []byte
 	first   uint32              // the ID of the first type here
@@ -145,7 +146,7 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 		}
 		return raw[start:end], end
 	}
-	s := &btfSheet{base: base, first: 1, tags: make(map[uint32][]uint32)}
+	s := &btfSheet{base: base, raw: raw, first: 1, tags: make(map[uint32][]uint32)}
 	var typesEnd, stringsEnd uint64
 	s.types, typesEnd = section(8)
 	s.strings, stringsEnd = section(16)

@@ -31,7 +31,11 @@ func FromELF(r io.ReaderAt) (*Types, error) {
 		if sec.Flags&elf.SHF_COMPRESSED != 0 || sec.Type == elf.SHT_NOBITS {
 			return nil, formatErr("ELF section .BTF has no plain data")
 		}
-		return FromBTF(sec, int64(min(sec.FileSize, maxBTF+1)))
+		t, err := FromBTF(sec, int64(min(sec.FileSize, maxBTF+1)))
+		if err != nil {
+			return nil, err
+		}
+		return withOrigin(t, f), nil
 	}
 	return fromDWARF(f)
 }
@@ -88,7 +92,7 @@ func fromDWARF(f *elf.File) (t *Types, err error) {
 	}
 	src := &dwarfSource{d: d, ptr: ptr, scan: d.Reader(),
 		index: make(map[dwarfKey]dwarf.Offset), nodes: make(map[dwarf.Offset]*Type)}
-	return &Types{name: "DWARF", src: src, ptr: ptr}, nil
+	return withOrigin(&Types{name: "DWARF", src: src, ptr: ptr}, f), nil
 }
 
 // typeSections reads what the types are in, without the tables of lines, ranges

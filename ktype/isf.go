@@ -1,7 +1,9 @@
 package ktype
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"github.com/vmprobes/vmprobes/internal/kimage"
 )
 
 // maxISF bounds the bytes of an unpacked ISF file. Those of kernels have 20 to
@@ -43,7 +47,12 @@ func FromISF(r io.Reader) (*Types, error) {
 	if s.ptr != 4 && s.ptr != 8 {
 		return nil, formatErr("ISF file has pointers of %d bytes", s.ptr)
 	}
-	return &Types{name: "ISF", src: s, ptr: s.ptr}, nil
+	t := &Types{name: "ISF", src: s, ptr: s.ptr}
+	// dwarf2json keeps the contents of linux_banner, for Volatility to compare.
+	if b, err := base64.StdEncoding.DecodeString(f.Symbols["linux_banner"].Data); err == nil {
+		t.origin.Banners = kimage.Banners(bytes.NewReader(b))
+	}
+	return t, nil
 }
 
 // readErr tells damaged data from a failed read.
@@ -94,6 +103,7 @@ type isfEnum struct {
 
 type isfSymbol struct {
 	Type *isfRef `json:"type"`
+	Data string  `json:"constant_data"` // base64
 }
 
 // isfRef is a use of a type.

@@ -24,6 +24,7 @@ type Types struct {
 	src     source
 	modules []module // see WithModule
 	ptr     uint64   // bytes of a pointer
+	origin  Origin
 
 	fields cache[string, Field]
 	plans  cache[planKey, *plan]
