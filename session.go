@@ -327,7 +327,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 		defer s.handling.Store(nil)
 		r := &s.regs
 		r.load(c.Regs, s.readHit)
-		r.kernel = s.kernel
+		r.kernel, r.entry = s.kernel, addr
 		a := Continue
 		switch {
 		case c.Post:

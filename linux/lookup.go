@@ -17,15 +17,15 @@ type Symbol struct {
 	// wrapper of the system call, or if Asked says which of several is meant.
 	Asked string
 	// Syscall is the name of a system call, as in "openat", if the symbol is its
-	// wrapper (__x64_sys_openat), else "". The arguments of a wrapper are where
-	// [SyscallArgOffset] says.
+	// wrapper (__x64_sys_openat, __ia32_compat_sys_openat …), else "". The arguments of a
+	// wrapper are where [Wrapper.ArgOffset] says.
 	Syscall string
 }
 
 // Note returns what a program should tell its user about the symbol, in a sentence
 // without a full stop, or "" if it is what was asked for.
 func (s Symbol) Note() string {
-	if s.Syscall == "" || strings.HasPrefix(s.Asked, wrapperPrefix) {
+	if s.Syscall == "" || strings.Contains(s.Asked, s.Name) {
 		return ""
 	}
 	return fmt.Sprintf("this kernel has no %s; %s, the wrapper of the system call, is used: its one argument points to the caller's registers", s.Asked, s.Name)
@@ -71,7 +71,8 @@ func (k *Kernel) Lookup(name string) (Symbol, error) {
 
 func found(sym sysmap.Symbol, asked string) Symbol {
 	s := Symbol{Symbol: sym, Asked: asked}
-	s.Syscall, _ = wrapped(sym.Name)
+	w, _ := WrapperOf(sym.Name)
+	s.Syscall = w.Call
 	return s
 }
 

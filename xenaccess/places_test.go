@@ -8,9 +8,9 @@ import (
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
-// TestSymbolPlaces: where Debian before and after 7.2, Fedora, Arch and openSUSE, and
+// TestSymbolPlaceNames: where Debian before and after 7.2, Fedora, Arch and openSUSE, and
 // their debug packages, put a kernel.
-func TestSymbolPlaces(t *testing.T) {
+func TestSymbolPlaceNames(t *testing.T) {
 	files := xenaccess.SymbolFiles("7.2.13")
 	for _, want := range []string{
 		"/boot/vmlinuz-7.2.13", "/boot/System.map-7.2.13", "/usr/lib/debug/boot/vmlinux-7.2.13",

@@ -391,7 +391,7 @@ func (s *Synthetic) places() {
 	for _, name := range []string{"register_kprobe", "arch_jump_label_transform", "ftrace_location", "alternatives_enable_smp"} {
 		asmSym(name)
 	}
-	for _, name := range []string{"__x64_sys_openat", "__x64_sys_getpid", "__x64_sys_undescribed"} {
+	for _, name := range []string{"__x64_sys_openat", "__x64_sys_getpid", "__x64_sys_undescribed", "__ia32_sys_openat", "__ia32_compat_sys_openat", "sys_old"} {
 		asmSym(name)
 	}
 	if !s.layout.NoStaticCalls {
