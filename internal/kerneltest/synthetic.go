@@ -117,6 +117,7 @@ func NewSynthetic(l Layout) *Synthetic {
 	s.syscalls()
 	s.tasks()
 	s.modules()
+	s.sym('d', "__initcall__kmod_part__293_217_part_init6", s.data(4)) // of what is built in
 	s.sym('B', "_end", synData+synDataSize-8)
 	if !l.NoSymbols {
 		s.kallsyms()
