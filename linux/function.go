@@ -75,7 +75,15 @@ func (k *Kernel) Function(addr uint64) (*Function, error) {
 			return f, nil
 		}
 	}
-	proto, err := types.Prototype(sym.Name)
+	name := sym.Name
+	if sym.Module != "" {
+		// A function of the kernel's may have the same name.
+		if types, err = k.ModuleTypes(sym.Module); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
+		}
+		name = sym.Module + ":" + name
+	}
+	proto, err := types.Prototype(name)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
 	}

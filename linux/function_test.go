@@ -53,7 +53,13 @@ func TestFunction(t *testing.T) {
 	assert.Equal(t, "getpid", f.Syscall)
 	assert.Empty(t, f.Params)
 
-	for _, addr := range []uint64{kerneltest.Fn(700) + 1, kerneltest.Fn(701), s.Sym["__x64_sys_undescribed"], s.Sym["text demo"] + 0x10, 1} {
+	// A module's function, by the module's types; one of a module without types.
+	f, err = k.Function(s.Sym["text demo"] + 0x10)
+	require.NoError(t, err)
+	assert.Equal(t, "demo_run", f.Symbol.Name)
+	assert.Equal(t, []param{{"howmany", "demo_t", false, "4294967295"}}, params(f))
+
+	for _, addr := range []uint64{kerneltest.Fn(700) + 1, kerneltest.Fn(701), s.Sym["__x64_sys_undescribed"], s.Sym["text older"] + 0x10, 1} {
 		_, err = k.Function(addr)
 		require.ErrorIs(t, err, linux.ErrNoPrototype, "%#x", addr)
 	}

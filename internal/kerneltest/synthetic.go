@@ -1,6 +1,7 @@
 package kerneltest
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -58,6 +59,7 @@ type Synthetic struct {
 	mod    uint64
 	syms   []synSymbol
 	tables *pagetest.Tables
+	types  uint32 // how many the kernel has
 }
 
 type synSymbol struct {
@@ -350,6 +352,18 @@ func (s *Synthetic) btf() []byte {
 	if err != nil {
 		panic(err)
 	}
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(blob))
+	if err != nil {
+		panic(err)
+	}
+	s.types = 0
+	for _, err := range spec.All() {
+		if err != nil {
+			panic(err)
+		}
+		s.types++
+	}
+	s.types-- // void
 	return blob
 }
 
@@ -733,11 +747,17 @@ func (s *Synthetic) modules() {
 	if s.layout.NoTypes {
 		return
 	}
-	// The types of demo: an int, called demo_t.
+	// The types of demo: an int, called demo_t, and demo_run(demo_t howmany), whose name
+	// a function of the kernel's might have.
 	kernel := s.Bytes(s.Sym["__start_BTF"])
 	name := binary.LittleEndian.Uint32(kernel[20:]) // of the kernel's strings: ours come behind
-	blob := append(slices.Clone(kernel[:8]), le32s(0, 16, 16, 8, name+1, 1<<24, 4, 32)...)
-	blob = append(blob, "\x00demo_t\x00"...)
+	types := le32s(name+1, 1<<24, 4, 32)
+	first := s.types + 1
+	types = append(types, le32s(0, 13<<24|1, 0, name+8, first)...) // FUNC_PROTO
+	types = append(types, le32s(name+16, 12<<24, first+1)...)      // FUNC
+	strs := "\x00demo_t\x00howmany\x00demo_run\x00"
+	blob := append(slices.Clone(kernel[:8]), le32s(0, uint32(len(types)), uint32(len(types)), uint32(len(strs)))...)
+	blob = append(append(blob, types...), strs...)
 	bhead, bm, b := s.data(16), s.data(64), s.data(64)
 	s.sym('d', "btf_modules", bhead)
 	s.Sym["btf demo"] = b
