@@ -225,6 +225,9 @@ func configured(name string, opts *Options) (DomainConfig, error) {
 		}
 	}
 	d, _ := c.Domain(name)
+	if d.Err != nil {
+		return d, d.Err
+	}
 	if d.OSType != "" && d.OSType != "Linux" {
 		return d, fmt.Errorf("%s:%d: ostype %s: only Linux guests are understood: %w", d.File, d.Line, d.OSType, errors.ErrUnsupported)
 	}
