@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"debug/dwarf"
 	"debug/elf"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -440,6 +441,10 @@ func TestParseFile(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, tw.Close())
 
+	// A file with task.pid, packed by bzip2, for which Go has no packer.
+	isfBzip2, err := base64.StdEncoding.DecodeString("QlpoOTFBWSZTWcobvFYAAILbgCAAEARn0AAAv6/eejAAtMGppoelT01NPTJGgYRiJ5FAANABoNBKCT0oz1QeoANGm1IweHuO5grBFVV2ZkaBimIrQgISgJLgACSgaQpeiQWqYvil52QKrB6JZLXJEZIZuc4YVff3oKwH3eQDH0umvlv7uITiemFIEYvXiO56sp1AkAaUBw44thew8hGrIPPOqOQb8TKXoZFuGwHoxbV7ulFvM+rRgdRtsVSEqaKAsKiqaN/F3JFOFCQyhu8VgA==")
+	require.NoError(t, err)
+
 	dir := t.TempDir()
 	try := func(data []byte) (*Types, error) {
 		file := filepath.Join(dir, "file")
@@ -452,7 +457,7 @@ func TestParseFile(t *testing.T) {
 	}{
 		"btf": {raw, "BTF"}, "btf.gz": {pack(raw, gz), "BTF"}, "btf.xz": {pack(raw, xzw), "BTF"}, "btf.zst": {pack(raw, zst), "BTF"},
 		"btf.tar.xz": {pack(archive.Bytes(), xzw), "BTF"}, "btf.tar": {archive.Bytes(), "BTF"},
-		"json": {isf, "ISF"}, "json.gz": {pack(isf, gz), "ISF"}, "json.xz": {pack(isf, xzw), "ISF"}, "json.zst": {pack(isf, zst), "ISF"},
+		"json": {isf, "ISF"}, "json.gz": {pack(isf, gz), "ISF"}, "json.xz": {pack(isf, xzw), "ISF"}, "json.zst": {pack(isf, zst), "ISF"}, "json.bz2": {isfBzip2, "ISF"},
 	} {
 		types, err := try(c.data)
 		require.NoError(t, err, name)
@@ -487,6 +492,34 @@ func TestParseFile(t *testing.T) {
 	n, err := io.Copy(io.Discard, r)
 	assert.ErrorIs(t, err, ErrFormat)
 	assert.LessOrEqual(t, n, int64(1001))
+}
+
+// ISF files that lack something: the rest can be used, and the error names what is
+// lacking.
+func TestISFLacks(t *testing.T) {
+	t.Parallel()
+	types, err := FromISF(strings.NewReader(`{"user_types": {"task_struct": {"size": 9000, "kind": "struct", "fields": {
+		"pid": {"type": {"kind": "base", "name": "int"}, "offset": 2464},
+		"all": {"type": {"kind": "array", "count": 2, "subtype": {"kind": "base", "name": "int"}}, "offset": 2472},
+		"bit": {"type": {"kind": "bitfield", "bit_position": 1, "bit_length": 2, "type": {"kind": "base", "name": "int"}}, "offset": 2480},
+		"state": {"type": {"kind": "enum", "name": "states"}, "offset": 2484},
+		"ref": {"type": {"kind": "reference"}, "offset": 2488},
+		"to": {"type": {"kind": "pointer", "subtype": {"kind": "base", "name": "int"}}, "offset": 0},
+		"self": {"type": {"kind": "pointer", "subtype": {"kind": "struct", "name": "task_struct"}}, "offset": 8}}}}}`))
+	require.NoError(t, err)
+	f, err := types.Offset("task_struct.self")
+	require.NoError(t, err)
+	assert.EqualValues(t, 8, f.Offset)
+	assert.True(t, types.HasField("task_struct.to"))
+	for field, why := range map[string]string{
+		"pid": `base type "int" is not among`, "all": `base type "int" is not among`, "all[1]": `base type "int" is not among`,
+		"bit": `base type "int" is not among`, "state": `enum "states" is not among`, "ref": `type of kind "reference"`, "to[1]": `base type "int" is not among`,
+	} {
+		_, err := types.At(&fixed{}, "task_struct", 0).Field(field).Uint()
+		require.ErrorIs(t, err, ErrFormat, field)
+		assert.ErrorContains(t, err, why, field)
+	}
+	use(types)
 }
 
 func TestDistance(t *testing.T) {

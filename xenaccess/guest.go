@@ -19,10 +19,10 @@ import (
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the kernel's symbols: its vmlinux or vmlinuz, its
-	// System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
-	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed or
+	// not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
 	// configuration says, else the guest's own table, found in its memory; if it
-	// has none, the file that it was booted from, or one of its release in /boot,
+	// has none, the file that Types names, the one that it was booted from, or one of its release in /boot,
 	// /usr/lib/modules or among the debug symbols here (/usr/lib/debug).
 	Symbols string
 	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
@@ -133,7 +133,13 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		}
 	}
 	if symbols == "" {
-		lo.SymbolFiles = func(release string) []string { return symbolFiles(t.Info().Kernel, release) }
+		lo.SymbolFiles = func(release string) []string {
+			files := symbolFiles(t.Info().Kernel, release)
+			if types != "" {
+				files = append([]string{types}, files...) // it may have both
+			}
+			return files
+		}
 		k, err := linux.Discover(ctx, t, lo)
 		if errors.Is(err, linux.ErrWrongTypes) {
 			return nil, fmt.Errorf("%s: %w", types, err)
