@@ -537,7 +537,7 @@ func TestDistance(t *testing.T) {
 // an answer.
 func TestHostileDWARF(t *testing.T) {
 	t.Parallel()
-	for _, flags := range [][]string{{"-gdwarf-3"}, {"-gdwarf-5"}} {
+	for _, flags := range [][]string{{"-gdwarf-3"}, {"-gdwarf-5"}, {"-gdwarf-5", "-fdebug-types-section"}, {"-gdwarf-4", "-fdebug-types-section"}} {
 		data, err := os.ReadFile(compile(t, flags...))
 		require.NoError(t, err)
 		f, err := elf.NewFile(bytes.NewReader(data))
@@ -561,6 +561,40 @@ func TestHostileDWARF(t *testing.T) {
 		}
 		assert.Positive(t, good)
 	}
+}
+
+// The types of a file with split DWARF are elsewhere: that is said.
+func TestSplitDWARF(t *testing.T) {
+	t.Parallel()
+	for _, flags := range [][]string{{"-gdwarf-4", "-gsplit-dwarf"}, {"-gdwarf-5", "-gsplit-dwarf"}} {
+		file := compile(t, flags...)
+		types, err := ParseFile(file)
+		require.NoError(t, err)
+		_, err = types.Offset("task.pid")
+		require.ErrorIs(t, err, ErrFormat)
+		assert.ErrorContains(t, err, "whose DWARF is split")
+		dwo, err := filepath.Glob(filepath.Join(filepath.Dir(file), "*.dwo"))
+		require.NoError(t, err)
+		require.Len(t, dwo, 1)
+		_, err = ParseFile(dwo[0])
+		require.ErrorIs(t, err, ErrFormat)
+		assert.ErrorContains(t, err, "split DWARF")
+	}
+}
+
+func FuzzTypeUnits(f *testing.F) {
+	f.Add([]byte("\x16\x00\x00\x00\x05\x00\x02\x08\x00\x00\x00\x00sigsigsi\x18\x00\x00\x00\x01\x02"), []byte("\x15\x00\x00\x00\x04\x00\x00\x00\x00\x00\x08sigsigsi\x17\x00\x00\x00\x01\x02"))
+	f.Fuzz(func(t *testing.T, info, types []byte) {
+		all, sigs := signatures(bytes.Clone(info), types)
+		if len(all) != len(info)+len(types) {
+			t.Fatalf("%d bytes", len(all))
+		}
+		for _, off := range sigs {
+			if int(off) >= len(all) {
+				t.Fatalf("offset %#x", off)
+			}
+		}
+	})
 }
 
 // Entries in entries in entries, which Reader.SkipChildren would follow with one
