@@ -82,6 +82,10 @@ var (
 	ErrAmbiguous      = sysmap.ErrAmbiguous
 	// ErrWrongSymbols: the table is of another kernel than the one that runs.
 	ErrWrongSymbols = linux.ErrWrongSymbols
+	// ErrWrongTypes: the types of a file are of another kernel than the one that runs.
+	ErrWrongTypes = linux.ErrWrongTypes
+	// ErrOffset: Probe.Offset leads out of the function that Probe.Symbol names.
+	ErrOffset = errors.New("the offset is beyond the function")
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
 	// ErrNoTerminator: a string is longer than the limit.

@@ -21,15 +21,16 @@ import (
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
-	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// its System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed
+	// or not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
 	// configuration says, else the guest's own table, found in its memory; if it has
-	// none, the file that it was booted from, or one of its release in /boot or
-	// /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
+	// none, the file that it was booted from, or one of its release in /boot,
+	// /usr/lib/modules or /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
 	// that is named here and is of no use fails Open.
 	Symbols string
-	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, or a
-	// Volatility 3 symbol file. Empty means the guest's own.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
+	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel are
+	// refused, with ErrWrongTypes. Empty means the guest's own.
 	Types string
 	// Config is an xenaccess.conf or libvmi.conf. Empty means /etc/xenaccess.conf, if
 	// it is there; "-" means none.
@@ -355,7 +356,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 		defer s.handling.Store(nil)
 		r := &s.regs
 		r.load(c.Regs, s.readHit)
-		r.kernel = s.kernel
+		r.kernel, r.entry = s.kernel, addr
 		a := Continue
 		switch {
 		case c.Post:

@@ -138,7 +138,7 @@ func insufficient(opts *Options, err error) bool {
 	switch {
 	case err == nil:
 		return false
-	case errors.Is(err, ErrWrongSymbols), errors.Is(err, xenaccess.ErrConfig):
+	case errors.Is(err, ErrWrongSymbols), errors.Is(err, ErrWrongTypes), errors.Is(err, xenaccess.ErrConfig):
 		return true
 	case opts.Symbols != "" || opts.Types != "":
 		return true

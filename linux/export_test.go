@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmprobes/vmprobes/internal/kimage"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
@@ -38,7 +39,7 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 func RetrySafety(d time.Duration) { retrySafety = d }
 
 // BuildID finds the build id among notes.
-var BuildID = buildID
+var BuildID = kimage.BuildID
 
 // ReadCache reads an entry of the cache.
 func ReadCache(r io.Reader) (*sysmap.Map, error) {
