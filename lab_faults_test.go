@@ -65,6 +65,7 @@ func TestLabFaults(t *testing.T) {
 				{"Unpause", []string{pv}, []string{pv}, testUnpause},
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
+				{"FromFile", both, []string{pv}, testFromFile},
 				{"Killed", both, both, testKilledTool},
 			} {
 				t.Run(c.name, func(t *testing.T) {

@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/vmprobes/vmprobes/internal/kimage"
 	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -382,7 +381,7 @@ func (k *Kernel) identify(ctx context.Context) error {
 	o := k.begin("build id")
 	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
 		if notes, err := o.table("notes", addr, n, maxNotes); err == nil {
-			k.buildID = buildID(notes)
+			k.buildID = kimage.BuildID(notes)
 		}
 	}
 	if k.buildID != "" {
@@ -507,26 +506,6 @@ func (k *Kernel) useOwnRoot() {
 		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
 		return
 	}
-}
-
-// ntGNUBuildID is the type of the note that holds a build id (NT_GNU_BUILD_ID).
-const ntGNUBuildID = 3
-
-// buildID finds the build id among ELF notes.
-func buildID(notes []byte) string {
-	for len(notes) >= 12 {
-		name, desc, typ := binary.LittleEndian.Uint32(notes), binary.LittleEndian.Uint32(notes[4:]), binary.LittleEndian.Uint32(notes[8:])
-		notes = notes[12:]
-		n, d := (uint64(name)+3)&^3, (uint64(desc)+3)&^3
-		if n+d > uint64(len(notes)) {
-			return ""
-		}
-		if typ == ntGNUBuildID && bytes.Equal(notes[:name], []byte("GNU\x00")) && desc > 0 && desc <= 64 {
-			return hex.EncodeToString(notes[n : n+uint64(desc)])
-		}
-		notes = notes[n+d:]
-	}
-	return ""
 }
 
 // Types returns the kernel's types: those given to Discover, else its own (BTF),

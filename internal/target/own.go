@@ -147,7 +147,7 @@ func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Rep
 func (g *qemuGuest) own(s Setup) (*journal.File, error) {
 	i := g.VM.Info()
 	id := journal.Identity{Name: g.info.Name, Kind: "qemu", Handle: []byte(i.UUID)}
-	name := "qemu:" + i.Socket
+	name := vmJournal(i.Socket)
 	for range 3 {
 		f, err := journal.Create(JournalDir(), name, id, 0)
 		var busy *journal.BusyError
