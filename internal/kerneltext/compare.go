@@ -136,7 +136,7 @@ func (c *comparison) look(addr uint64) {
 	sites := sitesAt(c.sites, addr)
 	in := len(sites) > 0
 	if in {
-		if slices.ContainsFunc(sites, func(s site) bool { return c.padding(s, addr) }) {
+		if slices.ContainsFunc(sites, func(s site) bool { _, padding := c.within(s, addr); return padding }) {
 			return
 		}
 		s = sites[0]
@@ -147,11 +147,14 @@ func (c *comparison) look(addr uint64) {
 		return
 	}
 	if int64(c.starts[i]) != int64(addr-c.fn.start) {
-		// Inside an instruction of the file's. If it is the kernel's own instruction
-		// there the byte is part of it.
+		// Inside an instruction of the file's, and a part of it unless the guest has
+		// another one there.
 		start := c.fn.start + uint64(c.starts[i])
-		if !in && !c.same(span{start, c.end(i)}) {
+		switch {
+		case !in && !c.same(span{start, c.end(i)}):
 			c.unclear(addr, "inside an instruction of the file's, which is another one in the guest")
+		case slices.ContainsFunc(sites, func(s site) bool { begins, _ := c.within(s, addr); return begins }):
+			c.unclear(addr, "in code that the kernel has changed")
 		}
 		return
 	}
@@ -267,36 +270,37 @@ func (c *comparison) where(addr uint64) string {
 // at returns what b, the text in the file or in memory, has from addr on.
 func (c *comparison) at(b []byte, addr uint64) []byte { return b[addr-c.f.text.start:] }
 
-// padding reports whether the int3 at addr, in code that the kernel changes, is what it
-// puts behind an instruction that leaves, or a part of an instruction.
-func (c *comparison) padding(s site, addr uint64) bool {
+// within looks at the int3 at addr in code that the kernel changes, as the guest has it. It
+// reports whether an instruction begins there, and whether the int3 is what the kernel puts
+// behind one that leaves, or a part of an instruction.
+func (c *comparison) within(s site, addr uint64) (begins, padding bool) {
 	// A breakpoint may hide the first of them.
 	left := s.kind == returns && addr > s.start && c.at(c.mem, s.start)[0] == int3
 	for at := s.start; at <= addr; {
 		in, err := x86.Decode(c.at(c.mem, at))
 		if err != nil {
-			return false
+			return false, false
 		}
 		if at == addr {
-			return left
+			return true, left
 		}
 		left = in.IsInt3() && left || leaves(in.Bytes())
 		at += uint64(in.Len)
 	}
-	return true
+	return false, true
 }
 
 // leaves reports whether int3 behind an instruction only stop speculation: behind
-// returns, jumps, indirect jumps and calls (SDM 2A and 2B: RET, JMP, CALL).
+// returns and jumps (SDM 2A and 2B: RET, JMP).
 func leaves(b []byte) bool {
 	for len(b) > 1 && (bytes.IndexByte([]byte{0x2e, 0x3e, 0x66, 0xf2, 0xf3}, b[0]) >= 0 || b[0]&0xf0 == 0x40) {
 		b = b[1:]
 	}
 	switch b[0] {
-	case 0xc2, 0xc3, 0xe8, 0xe9, 0xeb:
+	case 0xc2, 0xc3, 0xe9, 0xeb:
 		return true
 	case 0xff:
-		return len(b) > 1 && (b[1]>>3&7 == 4 || b[1]>>3&7 == 2)
+		return len(b) > 1 && b[1]>>3&7 == 4
 	}
 	return false
 }

@@ -118,14 +118,16 @@ func plant(t *testing.T, k *linux.Kernel, f *kerneltext.File) {
 		for addr, p := range planted {
 			n := map[int]int{1: 0, 2: 1, 0: 2}[seen[addr]]
 			if p.changes {
-				changed[n]++
+				if changed[n]++; n == 2 {
+					t.Logf("missed: %#x, %#x on %d bytes", addr, p.orig, p.length)
+				}
 			} else if all[n]++; n > 0 {
 				t.Logf("not found: %#x, %d bytes", addr, p.length)
 			}
 		}
 	}
 	t.Logf("of int3s on instructions that the kernel never changes %d were found, %d said to be unclear and %d missed; on others %d, %d and %d", all[0], all[1], all[2], changed[0], changed[1], changed[2])
-	assert.Zero(t, all[2])
+	assert.Zero(t, all[2]+changed[2], "missed")
 	assert.Less(t, 100*all[1], all[0], "unclear")
 	assert.Greater(t, all[0], 1000)
 }
