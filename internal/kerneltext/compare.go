@@ -291,7 +291,8 @@ func (c *comparison) within(s site, addr uint64) (begins, padding bool) {
 }
 
 // leaves reports whether int3 behind an instruction only stop speculation: behind
-// returns and jumps (SDM 2A and 2B: RET, JMP).
+// returns and jumps, and calls over what is behind them, which fill the return stack
+// buffer (SDM 2A and 2B: RET, JMP, CALL).
 func leaves(b []byte) bool {
 	for len(b) > 1 && (bytes.IndexByte([]byte{0x2e, 0x3e, 0x66, 0xf2, 0xf3}, b[0]) >= 0 || b[0]&0xf0 == 0x40) {
 		b = b[1:]
@@ -299,6 +300,8 @@ func leaves(b []byte) bool {
 	switch b[0] {
 	case 0xc2, 0xc3, 0xe9, 0xeb:
 		return true
+	case 0xe8:
+		return len(b) == 5 && b[1] > 0 && b[1] <= 16 && b[2]|b[3]|b[4] == 0
 	case 0xff:
 		return len(b) > 1 && b[1]>>3&7 == 4
 	}
