@@ -32,7 +32,7 @@ func (t labTest) untouched(compare func() *kerneltext.Report) {
 		began := time.Now()
 		r := compare()
 		t.Logf("%s: %d bytes of text, %d int3s of the guest's own, %d left, %d unclear, %d copies, in %v",
-			when, r.Text, r.Own, len(r.Breaks), len(r.Unclear), len(r.Copies), time.Since(began).Round(time.Millisecond))
+			when, r.Text, len(r.Own), len(r.Breaks), len(r.Unclear), len(r.Copies), time.Since(began).Round(time.Millisecond))
 		assert.Empty(t, r.Breaks, when)
 		assert.Empty(t, r.Unclear, when)
 		assert.Empty(t, r.Copies, when)

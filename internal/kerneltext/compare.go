@@ -31,10 +31,10 @@ type Report struct {
 	Unread    uint64 // bytes that can't be read
 	Breaks    []Break
 	Unclear   []Place
-	Own       int     // int3s that are the guest's own
-	Copies    []Place // what somebody has written to dead code
-	More      int     // int3s and copies that were found and aren't listed
-	Rewriting error   // why it isn't known what the kernel is rewriting just now, if it is
+	Own       []uint64 // int3s that are the guest's own
+	Copies    []Place  // what somebody has written to dead code
+	More      int      // int3s and copies that were found and aren't listed
+	Rewriting error    // why it isn't known what the kernel is rewriting just now, if it is
 }
 
 // maxPlaces bounds the lists of a Report.
@@ -129,7 +129,11 @@ const int3 = 0xcc
 // look finds out what an int3 at addr is, where the file has something else.
 func (c *comparison) look(addr uint64) {
 	if _, own := slices.BinarySearch(c.own.Addrs, addr+c.slide); own {
-		c.r.Own++
+		if len(c.r.Own) == maxPlaces {
+			c.r.More++
+			return
+		}
+		c.r.Own = append(c.r.Own, addr+c.slide)
 		return
 	}
 	var s site

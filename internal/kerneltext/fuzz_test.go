@@ -190,7 +190,7 @@ func TestSmall(t *testing.T) {
 		u := slices.IndexFunc(r.Unclear, func(p Place) bool { return p.Addr == addr })
 		switch {
 		case c.own:
-			assert.Equal(t, 1, r.Own, name)
+			assert.Equal(t, []uint64{addr}, r.Own, name)
 			assert.Empty(t, r.Breaks, name)
 		case c.why != "":
 			if assert.GreaterOrEqual(t, u, 0, name) {

@@ -45,7 +45,7 @@ func TestRunning(t *testing.T) {
 					r, err := kerneltext.Compare(t.Context(), k, f)
 					require.NoError(t, err)
 					none(t, r)
-					t.Logf("%s: %d bytes of text, %d int3s of the guest's own, none taken for a breakpoint, in %v", when, r.Text, r.Own, time.Since(began).Round(time.Millisecond))
+					t.Logf("%s: %d bytes of text, %d int3s of the guest's own, none taken for a breakpoint, in %v", when, r.Text, len(r.Own), time.Since(began).Round(time.Millisecond))
 				}
 				check("idle")
 				vm.Must("event sched on")

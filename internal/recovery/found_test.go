@@ -84,7 +84,7 @@ func findKilled(t *testing.T, cfg xentest.Config, seed uint64) {
 		require.NoError(t, err)
 		require.NoError(t, xen.Stranger(hv, l.DriverState(), xen.Config{Lookup: m.Lookup}, likely))
 		breaks := different(t, m, before)
-		if err := xen.CheckStops(hv, read, breaks); err != nil && !likely {
+		if err := xen.CheckStops(hv, read, breaks, m.OwnBreakpoints()); err != nil && !likely {
 			require.ErrorIs(t, err, xen.ErrUnsure)
 			require.False(t, l.Begun())
 			require.NoError(t, errors.Join(xen.LetGo(hv, l.DriverState()), l.Remove()))

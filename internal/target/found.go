@@ -112,7 +112,7 @@ func RecoverFrom(ctx context.Context, name, file string, force bool, log *slog.L
 	for _, b := range c.Text.Breaks {
 		breaks = append(breaks, breakpoint.LeftBreak{Addr: b.Addr, Insn: b.Insn})
 	}
-	err = errors.Join(c.unclear(), xen.CheckStops(c.g.hv, k.Read, breaks))
+	err = errors.Join(c.unclear(), xen.CheckStops(c.g.hv, k.Read, breaks, c.Text.Own))
 	switch {
 	case err != nil && !force:
 		return &c.Found, fmt.Errorf("%w: %w", ErrUnclear, err)
@@ -172,7 +172,7 @@ func (f *Found) Lines() []string {
 			say("code was put at %#x (%s), where the kernel has none; it is left there: %s", p.Addr, p.Where, p.Why)
 		}
 		say("%d bytes of its kernel's text were compared with %s: %d int3s left, %d unclear, %d of the guest's own; the text of modules wasn't",
-			t.Text-t.Unread, f.File, len(t.Breaks), len(t.Unclear), t.Own)
+			t.Text-t.Unread, f.File, len(t.Breaks), len(t.Unclear), len(t.Own))
 	}
 	if f.StillPaused {
 		say("it is paused still: by an administrator, or by the tool that died; nothing is left in its kernel's text that would hurt it, and xl unpause lets it go on")
@@ -295,12 +295,12 @@ func (c *finding) look() (err error) {
 	if c.Debugger, c.Monitor, err = xen.Attached(c.g.hv); err != nil {
 		return err
 	}
-	c.Standing = c.g.standing()
+	c.Standing = c.g.standing(nil)
 	return nil
 }
 
 // standing returns the vCPUs that stand at an int3, as far as that can be told.
-func (g *xenGuest) standing() []xen.Standing {
+func (g *xenGuest) standing(known []uint64) []xen.Standing {
 	cpus, err := g.CPUs()
 	if err != nil || len(cpus) == 0 {
 		return nil
@@ -317,7 +317,7 @@ func (g *xenGuest) standing() []xen.Standing {
 		all, err = xen.AtInt3(g.hv, func(addr uint64, b []byte) error {
 			_, err := mem.Read(paging.Root(c.CR3&^0xfff), paging.VAddr(addr), b)
 			return err
-		})
+		}, known)
 		if err == nil && len(all) > 0 {
 			break // the kernel is the same in all page tables
 		}
@@ -342,5 +342,13 @@ func (c *finding) compare(ctx context.Context, file string) error {
 		return err
 	}
 	c.File = file
+	known := c.Text.Own
+	for _, b := range c.Text.Breaks {
+		known = append(known, b.Addr)
+	}
+	for _, p := range c.Text.Unclear {
+		known = append(known, p.Addr)
+	}
+	c.Standing = c.g.standing(known)
 	return nil
 }

@@ -108,7 +108,7 @@ func note(hv xen.Hypervisor, d xenctrl.DomainInfo) string {
 	g := newXen(hv, d)
 	defer g.Cache.Close() //nolint:errcheck // mappings to read from
 	var at []string
-	for _, s := range g.standing() {
+	for _, s := range g.standing(nil) {
 		at = append(at, fmt.Sprintf("vCPU %d stands at the int3 at %#x", s.VCPU, s.Addr))
 	}
 	return strings.Join(at, ", ")

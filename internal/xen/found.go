@@ -66,9 +66,10 @@ func LetGo(hv Hypervisor, state []byte) error {
 // CheckStops looks, before anything is done, for vCPUs of which it can't be told where
 // they are: with the trap flag in the kernel, which is ErrStepped; or, of a PV guest, one
 // byte behind an int3 that hides an instruction of one byte, or that isn't among breaks
-// and so is the guest's own. Such a vCPU may have stopped there or come there by itself:
-// that is ErrUnsure. The guest is paused; read reads its kernel's memory.
-func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []breakpoint.LeftBreak) (errs error) {
+// and so is the guest's own, as those at the addresses own are. Such a vCPU may have
+// stopped there or come there by itself: that is ErrUnsure. The guest is paused; read reads
+// its kernel's memory.
+func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []breakpoint.LeftBreak, own []uint64) (errs error) {
 	info, err := hv.Info()
 	if err != nil {
 		return mapErr(err)
@@ -86,7 +87,7 @@ func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []
 		switch {
 		case !pv, i >= 0 && len(breaks[i].Insn) > 1:
 			continue // it can be there only because of the int3
-		case i < 0 && !behindInt3(read, ip):
+		case i < 0 && !slices.Contains(own, ip-1) && !behindInt3(read, ip):
 			continue
 		}
 		errs = errors.Join(errs, fmt.Errorf("vCPU %d, at %#x: %w", v, ip, ErrUnsure))
@@ -118,8 +119,10 @@ type Standing struct {
 	Addr uint64 // of the int3
 }
 
-// AtInt3 returns the vCPUs that stand at an int3 in the kernel.
-func AtInt3(hv Hypervisor, read func(addr uint64, b []byte) error) (at []Standing, err error) {
+// AtInt3 returns the vCPUs that stand at an int3 in the kernel: at one of those whose
+// addresses are known, or at another as far as that can be told from the end of what is
+// between functions.
+func AtInt3(hv Hypervisor, read func(addr uint64, b []byte) error, known []uint64) (at []Standing, err error) {
 	info, err := hv.Info()
 	if err != nil {
 		return nil, mapErr(err)
@@ -132,7 +135,7 @@ func AtInt3(hv Hypervisor, read func(addr uint64, b []byte) error) (at []Standin
 		}
 		var b [1]byte
 		switch {
-		case pv && behindInt3(read, ip):
+		case pv && (slices.Contains(known, ip-1) || behindInt3(read, ip)):
 			at = append(at, Standing{v, ip - 1})
 		case !pv && read(ip, b[:]) == nil && b[0] == int3:
 			at = append(at, Standing{v, ip})
