@@ -73,7 +73,7 @@ func testFromFile(t labTest) {
 	_, err := target.RecoverFrom(t.Context(), t.g.Name(), "/proc/self/exe", false, log)
 	require.ErrorIs(t, err, kerneltext.ErrNotKernel)
 
-	rounds := 20
+	rounds := map[bool]int{true: 20, false: 5}[labguest.Host() == "pv"]
 	if testing.Short() {
 		rounds = 4
 	}

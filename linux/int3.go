@@ -50,6 +50,11 @@ func (k *Kernel) Int3s() (Int3s, error) {
 			own.Rewriting = fmt.Errorf("the kernel is rewriting its code: %w", err)
 		}
 	}
+	// Before 5.8 ftrace put int3s at all its sites at once (arch/x86/kernel/ftrace.c).
+	var busy [4]byte
+	if at, err := o.symbol("modifying_ftrace_code"); err == nil && (o.Read(at, busy[:]) != nil || le32(busy[:]) != 0) {
+		own.Rewriting = errors.Join(own.Rewriting, errors.New("ftrace is rewriting the kernel's code"))
+	}
 	slices.Sort(own.Addrs)
 	own.Addrs = slices.Compact(own.Addrs)
 	return own, nil

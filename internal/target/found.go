@@ -82,6 +82,11 @@ func RecoverFrom(ctx context.Context, name, file string, force bool, log *slog.L
 	if err != nil {
 		return nil, err
 	}
+	c.File = file
+	return c.recover(ctx, f, force, log)
+}
+
+func (c *finding) recover(ctx context.Context, f *kerneltext.File, force bool, log *slog.Logger) (*Found, error) {
 	if err := c.prepare(ctx, log); err != nil {
 		return nil, err
 	}
@@ -104,7 +109,6 @@ func RecoverFrom(ctx context.Context, name, file string, force bool, log *slog.L
 	}
 	c.frozen = true
 	c.g.Invalidate() // what was read while the guest ran
-	c.File = file
 	if c.Text, err = kerneltext.Compare(ctx, k, f); err != nil {
 		return &c.Found, err
 	}
@@ -124,8 +128,11 @@ func RecoverFrom(ctx context.Context, name, file string, force bool, log *slog.L
 	ctx, cancel := context.WithTimeout(ctx, repairFor)
 	defer cancel()
 	r, err := recovery.Found(ctx, c.g.hv, c.log, breaks, log)
-	c.StillPaused, c.Changed, c.Took = r.StillPaused, r.Changed, r.Took
+	c.Changed, c.Took = r.Changed, r.Took
 	c.Repaired = err == nil
+	if info, ierr := c.g.hv.Info(); ierr == nil {
+		c.StillPaused = info.Flags&xenctrl.DomainPaused != 0
+	}
 	return &c.Found, err
 }
 
