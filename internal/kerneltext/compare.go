@@ -81,15 +81,16 @@ func Compare(ctx context.Context, k *linux.Kernel, f *File) (*Report, error) {
 	return r, nil
 }
 
-// sameKernel reports whether most of the text is the file's.
+// sameKernel reports whether most of the text is the file's, by every 16th byte of it.
 func (f *File) sameKernel(mem []byte) bool {
-	same := 0
-	for i, c := range f.at(f.text) {
-		if mem[i] == c {
+	same, all := 0, 0
+	file := f.at(f.text)
+	for i := 0; i < len(file); i += 16 {
+		if all++; mem[i] == file[i] {
 			same++
 		}
 	}
-	return same > len(mem)/4*3
+	return same > all/4*3
 }
 
 // comparison is a comparison of text: all addresses are the file's.
@@ -108,7 +109,7 @@ type comparison struct {
 
 // compare compares the text with mem, which is slide higher in the guest.
 func (f *File) compare(slide uint64, mem []byte, own linux.Int3s) *Report {
-	c := &comparison{f: f, slide: slide, file: f.at(f.text), mem: mem, sites: f.sites(), own: own,
+	c := &comparison{f: f, slide: slide, file: f.at(f.text), mem: mem, sites: f.changes(), own: own,
 		r: &Report{Text: uint64(len(mem)), Rewriting: own.Rewriting}}
 	for off := 0; off < len(c.file); {
 		n := bytes.IndexByte(c.mem[off:], int3)
@@ -424,30 +425,32 @@ func relocated(file, mem []byte, slide uint64) bool {
 // instructions there.
 func (c *comparison) copies() {
 	const least = 64 // of what is padding between functions, less
-	run := 0
-	for i := 0; i <= len(c.file); i++ {
-		if i < len(c.file) && c.file[i] == int3 {
-			run++
+	for end := 0; end < len(c.file); {
+		n := bytes.IndexByte(c.file[end:], int3)
+		if n < 0 {
+			return
+		}
+		run := end + n
+		for end = run + 1; end < len(c.file) && c.file[end] == int3; end++ {
+		}
+		if end-run < least {
 			continue
 		}
-		if run >= least {
-			for at := i - run; at < i; at++ {
-				if c.mem[at] == int3 {
-					continue
-				}
-				n := at
-				for n < i && !(c.mem[n] == int3 && (n+1 == i || c.mem[n+1] == int3)) {
-					n++
-				}
-				addr := c.f.text.start + uint64(at)
-				if len(c.r.Copies) < maxPlaces {
-					c.r.Copies = append(c.r.Copies, Place{addr + c.slide, c.where(addr), fmt.Sprintf("% x", c.mem[at:min(n, at+32)])})
-				} else {
-					c.r.More++
-				}
-				at = n
+		for at := run; at < end; at++ {
+			if c.mem[at] == int3 {
+				continue
 			}
+			n := at
+			for n < end && !(c.mem[n] == int3 && (n+1 == end || c.mem[n+1] == int3)) {
+				n++
+			}
+			addr := c.f.text.start + uint64(at)
+			if len(c.r.Copies) < maxPlaces {
+				c.r.Copies = append(c.r.Copies, Place{addr + c.slide, c.where(addr), fmt.Sprintf("% x", c.mem[at:min(n, at+32)])})
+			} else {
+				c.r.More++
+			}
+			at = n
 		}
-		run = 0
 	}
 }

@@ -13,7 +13,7 @@ func (f *File) CompareText(slide uint64, mem []byte, own linux.Int3s) *Report {
 // Boundaries calls do with the instructions of the file's functions, and whether the kernel
 // changes what is there.
 func (f *File) Boundaries(do func(addr uint64, insn []byte, changes bool)) {
-	c := &comparison{f: f, file: f.at(f.text), mem: f.at(f.text), sites: f.sites()}
+	c := &comparison{f: f, file: f.at(f.text), mem: f.at(f.text), sites: f.changes()}
 	for addr := f.text.start; addr < f.text.end; {
 		if i, ok := c.function(addr); !ok || i > 0 || c.fn.end <= addr {
 			addr++

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/vmprobes/vmprobes/internal/kimage"
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -36,6 +37,7 @@ type File struct {
 	segments []segment
 	syms     *sysmap.Map
 	text     span
+	changes  func() []site // sites, once
 }
 
 type segment struct {
@@ -105,6 +107,7 @@ func Read(r io.ReaderAt) (*File, error) {
 	if b := f.at(f.text); b == nil || allZero(b) {
 		return nil, fmt.Errorf("%w: it has no code (a file with debug information only?)", ErrNotKernel)
 	}
+	f.changes = sync.OnceValue(f.sites)
 	return f, nil
 }
 
