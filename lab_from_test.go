@@ -1,6 +1,7 @@
 package vmprobes_test
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -56,14 +57,17 @@ func (t labTest) untouched(compare func() *kerneltext.Report) {
 // testFromFile kills a tool of which then nothing is known, and repairs the guest from its
 // kernel's file.
 func testFromFile(t labTest) {
-	file := filepath.Join(filepath.Dir(t.g.KernelPath()), "vmlinuz")
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	packed := filepath.Join(filepath.Dir(t.g.KernelPath()), "vmlinuz")
+	file := packed // which takes long to unpack here
 	t.untouched(func() *kerneltext.Report {
 		f, err := target.RecoverFrom(t.Context(), t.g.Name(), file, false, log)
 		require.NoError(t, err)
 		require.False(t, f.Repaired)
+		file = t.g.KernelPath()
 		return f.Text
 	})
+	require.NotEqual(t, packed, file)
 	for _, k := range labguest.Kernels() {
 		if other := strings.Replace(file, t.cfg.Kernel, k, 1); other != file {
 			_, err := target.RecoverFrom(t.Context(), t.g.Name(), other, false, log)
@@ -97,10 +101,15 @@ func testFromFile(t labTest) {
 		require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
 		<-out.done
 		require.NoError(t, os.Remove(journal))
-		var reply <-chan string
-		if !busy {
-			reply = t.later("busy 0 all") // the guest comes to the breakpoint now
-			time.Sleep(200 * time.Millisecond)
+		reply := make(chan string, 1)
+		if !busy { // the guest comes to the breakpoint now, and stands there for some time
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+				defer cancel()
+				said, err := t.g.Command(ctx, "busy 0 all")
+				reply <- fmt.Sprint(said, err)
+			}()
+			time.Sleep(time.Second)
 		}
 		t.standsStill("after the tool was killed")
 

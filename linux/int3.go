@@ -71,6 +71,22 @@ func (o *op) kprobes(own *Int3s) error {
 		return err
 	}
 	word := uint64(o.bits / 8)
+	var probes []uint64
+	for b := range uint64(kprobeBuckets) {
+		at, err := o.pointer(table + b*word)
+		for ; err == nil && at != 0; at, err = o.pointer(at) { // hlist_node begins with next
+			if len(probes) == maxKprobes {
+				return fmt.Errorf("more than %d: %w", maxKprobes, ErrBadKernel)
+			}
+			probes = append(probes, at)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if len(probes) == 0 {
+		return nil
+	}
 	addr := 5 * word // behind hlist, list and nmissed (include/linux/kprobes.h, since 2.6.24)
 	if t, err := o.Types(); err == nil && t.HasField("kprobe.addr") && t.HasField("kprobe.hlist") {
 		a, err := t.Offset("kprobe.addr")
@@ -86,22 +102,12 @@ func (o *op) kprobes(own *Int3s) error {
 		}
 		addr = a.Offset
 	}
-	n := 0
-	for b := range uint64(kprobeBuckets) {
-		at, err := o.pointer(table + b*word)
-		for ; err == nil && at != 0; at, err = o.pointer(at) { // hlist_node begins with next
-			if n++; n > maxKprobes {
-				return fmt.Errorf("more than %d: %w", maxKprobes, ErrBadKernel)
-			}
-			a, err := o.pointer(at + addr)
-			if err != nil {
-				return err
-			}
-			own.Addrs = append(own.Addrs, a)
-		}
+	for _, p := range probes {
+		a, err := o.pointer(p + addr)
 		if err != nil {
 			return err
 		}
+		own.Addrs = append(own.Addrs, a)
 	}
 	return nil
 }
