@@ -67,6 +67,7 @@ func TestLabFaults(t *testing.T) {
 				{"Unpause", []string{pv}, []string{pv}, testUnpause},
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
+				{"FromFile", both, []string{pv}, testFromFile},
 				{"Killed", both, both, testKilledTool},
 				{"Stopped", both, both, testStoppedTool},
 				{"OpenAtOnce", []string{pv}, []string{pv}, testOpenAtOnce},

@@ -902,6 +902,14 @@ func TestChild(t *testing.T) {
 		require.NoError(t, s.Loop(t.Context()))
 		return
 	}
+	if end == "alone" { // nobody takes over from it, and all it has is emulated
+		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{NoGuardian: true})
+		require.NoError(t, err)
+		require.NoError(t, s.Register(p))
+		fmt.Println("armed")
+		require.NoError(t, s.Loop(t.Context()))
+		return
+	}
 	if kind := os.Getenv("VMPROBES_TEST_STEPPING"); kind != "" {
 		step := map[string]vmprobes.Stepping{"auto": vmprobes.StepAuto, "out-of-line": vmprobes.StepOutOfLine, "in-place": vmprobes.StepInPlace}[kind]
 		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{Stepping: step, Watchdog: watchdog})

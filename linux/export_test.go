@@ -5,7 +5,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/vmprobes/vmprobes/internal/kimage"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
@@ -37,9 +36,6 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 
 // RetrySafety sets how long tables that were not understood are taken for that.
 func RetrySafety(d time.Duration) { retrySafety = d }
-
-// BuildID finds the build id among notes.
-var BuildID = kimage.BuildID
 
 // ReadCache reads an entry of the cache.
 func ReadCache(r io.Reader) (*sysmap.Map, error) {

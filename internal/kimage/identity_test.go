@@ -2,10 +2,12 @@ package kimage
 
 import (
 	"bytes"
+	"encoding/hex"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 func TestBanners(t *testing.T) {
@@ -35,11 +37,15 @@ func TestBanners(t *testing.T) {
 }
 
 func FuzzBuildID(f *testing.F) {
-	f.Add([]byte("\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00ab\x00\x00"))
+	note := "\x04\x00\x00\x00\x14\x00\x00\x00\x03\x00\x00\x00GNU\x00aaaaabbbbbcccccddddd"
+	f.Add([]byte(note))
+	f.Add([]byte("\x05\x00\x00\x00\x01\x00\x00\x00\x09\x00\x00\x00Linux\x00\x00\x00x\x00\x00\x00" + note))
+	f.Add([]byte("\xff\xff\xff\xff\xff\xff\xff\xff\x03\x00\x00\x00GNU\x00"))
 	f.Fuzz(func(t *testing.T, notes []byte) {
-		if id := BuildID(notes); len(id) > 128 {
-			t.Errorf("%d digits", len(id))
-		}
+		b, err := hex.DecodeString(BuildID(notes))
+		require.NoError(t, err)
+		require.LessOrEqual(t, len(b), 64)
+		require.True(t, bytes.Contains(notes, b))
 		Banners(bytes.NewReader(notes))
 	})
 }

@@ -151,7 +151,7 @@ func (g *qemuGuest) own(s Setup) (*journal.File, error) {
 
 // ownVM makes this process the owner of the VM with that socket, in its journal.
 func ownVM(socket string, id journal.Identity, log *slog.Logger) (*journal.File, error) {
-	name := "qemu:" + socket
+	name := vmJournal(socket)
 	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
 		f, err := journal.Create(JournalDir(), name, id, 0)
 		if errors.Is(err, journal.ErrHot) {

@@ -32,7 +32,7 @@ var (
 	ErrBusy          = errors.New("another tool is attached to the guest")
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
 	ErrNoWatchdog    = errors.New("no watchdog can be had")
-	ErrPaused        = errors.New("the domain is paused, and no tool has left it so: unpause it first (xl unpause)")
+	ErrPaused        = errors.New("the domain is paused, and no tool has left it so, as far as is known: unpause it first (xl unpause)")
 	ErrPermission    = sentinel.New("this program may not look into the guest", fs.ErrPermission)
 )
 

@@ -25,7 +25,8 @@ var (
 		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
 	// ErrBusy: somebody else debugs or monitors the guest.
 	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed, and keeps no journal, its " +
-		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there)")
+		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there), " +
+		"and repair it from its kernel's file (vmprobes recover GUEST --from FILE)")
 )
 
 // Config is what OpenDebugger and OpenMonitor may be told. All of it is optional.
