@@ -96,6 +96,9 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	}
 	drv, err := g.Attach(ctx, setup)
 	if err != nil {
+		if errors.Is(err, linux.ErrNotInPlace) && guest.Err() != nil {
+			err = fmt.Errorf("%w; %w", err, guest.Err())
+		}
 		return nil, err
 	}
 	s := newSession(g.Info(), drv, k, guest.Err(), opts, g.Close)
@@ -109,7 +112,12 @@ func known(k *linux.Kernel) (known target.Setup) {
 	if k == nil {
 		return known
 	}
-	known.Root, known.BuildID = k.Root(), k.BuildID()
+	known.BuildID = k.BuildID()
+	if root, own := k.Settled(); own {
+		known.Root = root
+	} else {
+		known.Roots = k.Settled
+	}
 	known.Lookup = func(name string) (uint64, bool) {
 		sym, err := k.Symbols().Lookup(name)
 		return sym.Addr, err == nil

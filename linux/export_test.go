@@ -14,7 +14,8 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 	if k == nil {
 		return nil, ErrNoKernel
 	}
-	c := &Kernel{machine: k.machine, mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	c := &Kernel{machine: k.machine, mem: k.mem, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	c.root.Store(k.root.Load())
 	if noData {
 		var b strings.Builder
 		for s := range k.syms.All() {
