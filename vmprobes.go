@@ -49,6 +49,9 @@ import (
 // guest's memory is, debugregs takes the CPU's debug registers under KVM, timeout=30s
 // bounds QEMU's answers, gdb=SOCKET is where a monitor makes the stub's socket.
 // "file:PATH" is a saved image, which has no probes. A nil opts means defaults.
+//
+// A domain that is paused is refused with ErrDomainPaused, but for a PV guest that was
+// created paused and has not run yet: its probes are hit from its first instruction on.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)
 	if err != nil {

@@ -280,7 +280,10 @@ func (g *guest) lift(p *patch) error {
 	var buf [x86.MaxLen]byte
 	orig := p.insn.Bytes()
 	cur := buf[:len(orig)]
-	if err := g.read(0, p.addr, cur); err != nil {
+	if err := g.read(0, p.addr, cur); errors.Is(err, breakpoint.ErrNotMapped) {
+		// A module was unloaded, and its pages were given back.
+		return fmt.Errorf("%w: the guest has nothing at %#x any more: %w", breakpoint.ErrTextChanged, p.addr, err)
+	} else if err != nil {
 		return err
 	}
 	if cur[0] != int3 || !bytes.Equal(cur[1:], orig[1:]) {

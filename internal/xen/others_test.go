@@ -1,6 +1,7 @@
 package xen_test
 
 import (
+	"encoding/binary"
 	"testing"
 	"time"
 
@@ -68,5 +69,55 @@ func TestPausedFromTheStart(t *testing.T) {
 		m.Release()
 		xentest.Verify(t, m, before)
 		assert.Zero(t, m.Pauses())
+	}
+}
+
+// leaf returns the entry of the page tables that maps va, in memory that is mapped until
+// the test ends.
+func leaf(t *testing.T, hv xen.Hypervisor, va uint64) []byte {
+	t.Helper()
+	c, err := hv.HVMCPU(0)
+	require.NoError(t, err)
+	table := c.CR3 >> 12
+	for level := 4; ; level-- {
+		m, err := hv.MapFrames(true, table)
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, m.Unmap()) })
+		entry := m.Bytes()[va>>(12+9*(level-1))&511*8:][:8]
+		e := binary.LittleEndian.Uint64(entry)
+		require.NotZero(t, e&1, "level %d", level)
+		if level == 1 || e&(1<<7) != 0 {
+			return entry
+		}
+		table = e >> 12 & (1<<40 - 1)
+	}
+}
+
+// TestUnmapped: a probe in memory that the guest has given back, as that of a module that
+// it has unloaded, is gone. Its probe says so, and Close leaves the guest.
+func TestUnmapped(t *testing.T) {
+	// Xen lets nobody write to a PV guest's page tables, and what is tried is both routes'.
+	for _, byClose := range []bool{false, true} {
+		m, left := running(t, xentest.Config{Kind: xentest.HVM, VCPUs: 2, Seed: 7})
+		hv := m.Hypervisor()
+		entry := leaf(t, hv, m.Symbol("nop5"))
+		drv, err := m.Attach(hv)
+		require.NoError(t, err)
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
+		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
+		orig := m.Peek(p.Addr, 1)
+		require.NoError(t, e.Register(p))
+		entry[0] &^= 1
+		if byClose {
+			require.ErrorIs(t, e.Close(), breakpoint.ErrTextChanged)
+			assert.True(t, e.Left())
+		} else {
+			require.ErrorIs(t, e.Unregister(p), breakpoint.ErrTextChanged)
+			assert.False(t, e.Registered(p))
+		}
+		entry[0] |= 1
+		assert.Equal(t, []byte{0xcc}, m.Peek(p.Addr, 1), "nothing was written")
+		m.Poke(p.Addr, orig) // for the guest that was never without the page
+		left(e)
 	}
 }
