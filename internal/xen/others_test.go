@@ -1,7 +1,9 @@
 package xen_test
 
 import (
+	"context"
 	"encoding/binary"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // TestDetachedByOthers: a second debugger, which Xen lets in, detaches the first one with
@@ -119,5 +122,80 @@ func TestUnmapped(t *testing.T) {
 		assert.Equal(t, []byte{0xcc}, m.Peek(p.Addr, 1), "nothing was written")
 		m.Poke(p.Addr, orig) // for the guest that was never without the page
 		left(e)
+	}
+}
+
+// spare is a Xen whose guest has a last vCPU that was never brought up.
+type spare struct {
+	xen.Hypervisor
+	last int
+}
+
+func (s spare) VCPUContext(v int, c *xenctrl.VCPUContext) error {
+	if v == s.last {
+		return syscall.Errno(61) // ENODATA
+	}
+	return s.Hypervisor.VCPUContext(v, c)
+}
+
+func (s spare) HVMCPU(v int) (xenctrl.HVMCPU, error) {
+	if v == s.last {
+		return xenctrl.HVMCPU{}, syscall.ENOENT
+	}
+	return s.Hypervisor.HVMCPU(v)
+}
+
+// TestAdoptSpare: a guest may be repaired though it has a vCPU without registers
+// (maxvcpus, or xl vcpu-set).
+func TestAdoptSpare(t *testing.T) {
+	for _, kind := range []xentest.Kind{xentest.PV, xentest.HVM} {
+		m := xentest.New(xentest.Config{Kind: kind, GDBSX: kind == xentest.PV, VCPUs: 2, Seed: 3})
+		before := m.Text()
+		m.Start()
+		t.Cleanup(m.Stop)
+		require.NoError(t, m.Quiesce(t.Context()))
+		hv := spare{m.Hypervisor(), 1}
+		mem := make([]byte, xen.StateSize(2))
+		tool := xentest.NewMortal(hv)
+		cfg := xen.Config{State: mem, Lookup: m.Lookup}
+		var d breakpoint.Driver
+		var err error
+		if kind == xentest.PV {
+			d, err = xen.OpenDebugger(tool, xen.NewFrames(tool), cfg)
+		} else {
+			d, err = xen.OpenMonitor(tool, xen.NewFrames(tool), cfg)
+		}
+		require.NoError(t, err)
+		died := make(chan struct{})
+		tool.Die(0, false, func() { close(died) })
+		go func() { _ = d.Freeze() }()
+		<-died
+
+		frames := xen.NewFrames(hv)
+		left := xen.Left{State: append([]byte(nil), mem...)}
+		var next interface {
+			breakpoint.Driver
+			breakpoint.Adopter
+		}
+		if kind == xentest.PV {
+			next, _, err = xen.AdoptDebugger(hv, frames, left)
+		} else {
+			next, err = xen.AdoptMonitor(hv, frames, left)
+		}
+		require.NoError(t, err)
+		ips, err := next.IPs()
+		require.NoError(t, err)
+		require.Len(t, ips, 2)
+		assert.NotZero(t, ips[0])
+		assert.Zero(t, ips[1])
+		require.NoError(t, next.Thaw())
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		assert.ErrorIs(t, next.Wait(ctx, new(breakpoint.Stop)), context.DeadlineExceeded)
+		cancel()
+		require.NoError(t, next.Close())
+		require.NoError(t, frames.Close())
+		m.Release()
+		xentest.Verify(t, m, before)
+		assert.Zero(t, m.Pauses())
 	}
 }
