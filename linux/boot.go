@@ -49,6 +49,15 @@ func (k *Kernel) borrow() error {
 	if _, err := k.symbol(ownRoots[0]); err != nil {
 		return fmt.Errorf("%w: when it gets page tables of its own can't be told: %w", ErrNotInPlace, err)
 	}
+	// What the builder has mapped below the image isn't part of it.
+	if text, err := k.symbol("_text"); err == nil {
+		for len(k.ranges) > 1 && k.ranges[0].Addr+k.ranges[0].Size <= text {
+			k.ranges = k.ranges[1:]
+		}
+		if r := &k.ranges[0]; r.Addr < text && text-r.Addr < r.Size {
+			r.Addr, r.Size = text, r.Size-(text-r.Addr)
+		}
+	}
 	k.builder = k.root.Load()
 	k.borrowed.Store(true)
 	return nil

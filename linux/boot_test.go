@@ -57,7 +57,16 @@ func TestBoot(t *testing.T) {
 			// The own tables of a PV guest's kernel have pseudo-physical frames in them.
 			own := v.memory(v.addr("init_top_pgt"))[:paging.PageSize]
 			clear(own)
+			// The domain's builder maps what is below the kernel, too.
+			entry := func(table uint64, i int) []byte { return g.RAM[table&^(1<<63)&^0xfff:][8*i:][:8] }
+			below := le.Uint64(entry(le.Uint64(entry(g.CR3, 511)), 510))
+			for i := 0; i < 8; i++ {
+				require.Zero(t, le.Uint64(entry(below, i)))
+				le.PutUint64(entry(below, i), uint64(i)<<21|1<<7|1<<1|1<<0) // of 2 MiB
+			}
 			m := &newMachine{Machine: g.Machine()}
+			_, err = linux.Discover(t.Context(), m, &linux.Options{Symbols: g.Symbols})
+			require.NoError(t, err, "symbols of a file")
 			k, err := linux.Discover(t.Context(), m, nil)
 			require.NoError(t, err)
 			assert.Empty(t, rung(k, "own tables"))

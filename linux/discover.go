@@ -345,11 +345,12 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 	align := uint64(2 << 20)
 	if k.bits == 32 {
 		align = 8 << 10
-		// Without the NX bit nothing tells where in the mapping of all memory the
-		// image begins. Few of these kernels move.
-		if last := k.ranges[len(k.ranges)-1]; text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
-			slide = 0
-		}
+	}
+	// Without the NX bit nothing tells where in the mapping of all memory the image
+	// begins. Few of these kernels move. Nor does a PV guest's, in which the domain's builder
+	// has mapped what is below it, too.
+	if last := k.ranges[len(k.ranges)-1]; (k.bits == 32 || k.unstarted()) && text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
+		slide = 0
 	}
 	if slide >= windowSize || slide%align != 0 {
 		return fmt.Errorf("%w: _text is at %#x in the file, and the kernel's image at %#x", ErrWrongSymbols, text.Addr, k.ranges[0].Addr)
