@@ -60,7 +60,7 @@ func TestBoot(t *testing.T) {
 			// The domain's builder maps what is below the kernel, too.
 			entry := func(table uint64, i int) []byte { return g.RAM[table&^(1<<63)&^0xfff:][8*i:][:8] }
 			below := le.Uint64(entry(le.Uint64(entry(g.CR3, 511)), 510))
-			for i := 0; i < 8; i++ {
+			for i := range 8 {
 				require.Zero(t, le.Uint64(entry(below, i)))
 				le.PutUint64(entry(below, i), uint64(i)<<21|1<<7|1<<1|1<<0) // of 2 MiB
 			}
