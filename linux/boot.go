@@ -63,15 +63,21 @@ func (k *Kernel) borrow() error {
 	return nil
 }
 
+// settleEvery bounds how often a vCPU is asked for its page tables. Those of the builder
+// aren't used for anything else so soon: they stay reserved while the kernel makes its own
+// (xen_setup_kernel_pagetable in arch/x86/xen/mmu_pv.c).
+var settleEvery = time.Millisecond
+
 // settle looks whether a kernel that has run on its builder's page tables has others. Its
 // own are taken only when a vCPU has left the builder's: before that the kernel may be
 // making them.
 func (k *Kernel) settle() {
 	k.settling.Lock()
 	defer k.settling.Unlock()
-	if !k.borrowed.Load() {
+	if !k.borrowed.Load() || time.Since(k.lookedAt) < settleEvery {
 		return
 	}
+	defer func() { k.lookedAt = time.Now() }()
 	cpus, err := k.machine.CPUs()
 	if err != nil || len(cpus) == 0 {
 		return
@@ -103,8 +109,10 @@ type bootTable struct {
 	read             func(o *op, p *places, base uint64, table []byte) (int, error)
 }
 
-// maxBootTable bounds a table. Debian's 6.12 has 897 KiB of call sites, and 7.3 about as
-// many.
+// maxText bounds the text of a kernel. That of Debian's 6.12 has 16 MiB.
+const maxText = 64 << 20
+
+// maxBootTable bounds a table. Debian's 6.12 has 897 KiB of call sites.
 const maxBootTable = 16 << 20
 
 // bootTables are what apply_alternatives and its like in arch/x86/kernel/alternative.c go
@@ -132,6 +140,11 @@ func (o *op) readBoot(p *places) (found []string) {
 	unknown := func(what string, err error) {
 		o.log.Warn("a table of this kernel is not known", "what", what, "err", err)
 		p.unknown = append(p.unknown, fmt.Errorf("the table of %s: %w", what, err))
+	}
+	var err error
+	if o.text, err = o.table("text", p.text.start, p.text.end-p.text.start, maxText); err != nil {
+		unknown("instructions", err)
+		return nil
 	}
 	for i, t := range bootTables {
 		base, size, err := o.section(t.start, t.end, maxBootTable)
@@ -172,7 +185,7 @@ func relativeSpans(n uint64, what string) func(*op, *places, uint64, []byte) (in
 			}
 			size := n
 			if size == 0 {
-				size = o.lengthAt(addr)
+				size = o.lengthAt(p, addr)
 			}
 			p.boot = append(p.boot, span{addr, addr + size, what})
 			found++
@@ -181,12 +194,10 @@ func relativeSpans(n uint64, what string) func(*op, *places, uint64, []byte) (in
 	}
 }
 
-// lengthAt returns the length of the instruction at addr, or if it can't be told the
+// lengthAt returns the length of the instruction at addr, in p's text, or if it can't be told the
 // longest that there is.
-func (o *op) lengthAt(addr uint64) uint64 {
-	var b [x86.MaxLen]byte
-	n, _ := o.readText(addr, b[:])
-	in, err := x86.Decode(b[:n])
+func (o *op) lengthAt(p *places, addr uint64) uint64 {
+	in, err := x86.Decode(o.text[addr-p.text.start:])
 	if err != nil {
 		return x86.MaxLen
 	}

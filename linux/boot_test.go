@@ -5,6 +5,7 @@ import (
 	"debug/elf"
 	"encoding/binary"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -45,6 +46,8 @@ func (v vmlinux) section(name string) (addr uint64, b []byte) {
 // TestBoot: in a kernel that has not run yet a probe may be anywhere but where the kernel
 // rewrites its text, by the sections of its file.
 func TestBoot(t *testing.T) {
+	linux.SettleEvery(0)
+	t.Cleanup(func() { linux.SettleEvery(time.Millisecond) })
 	for _, series := range serieses {
 		t.Run(series, func(t *testing.T) {
 			b := kerneltest.File(t, series, "vmlinux")

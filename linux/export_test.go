@@ -38,6 +38,9 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 // RetrySafety sets how long tables that were not understood are taken for that.
 func RetrySafety(d time.Duration) { retrySafety = d }
 
+// SettleEvery sets how often the page tables in use are looked at.
+func SettleEvery(d time.Duration) { settleEvery = d }
+
 // BuildID finds the build id among notes.
 var BuildID = buildID
 

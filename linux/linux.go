@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -112,6 +113,7 @@ type Kernel struct {
 	withMods *sysmap.Map
 
 	settling sync.Mutex
+	lookedAt time.Time   // when settle did last
 	borrowed atomic.Bool // root isn't the kernel's own; it gets one when it boots
 	builder  uint64      // the page tables that it begins with
 
