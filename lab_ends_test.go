@@ -355,7 +355,10 @@ func testReboot(t *testing.T, cfg labguest.Config) {
 	defer cancel()
 	var next *labguest.Guest
 	require.Eventually(t, func() bool {
-		n, err := labguest.Find(ctx, cfg)
+		// It may find the one that is about to go, which gets no console any more.
+		short, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		n, err := labguest.Find(short, cfg)
 		if err == nil && n.DomID() != g.DomID() {
 			next = n
 			return true
