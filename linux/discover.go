@@ -72,7 +72,8 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		if err := done(ctx); err != nil {
 			return nil, errors.Join(errs, err)
 		}
-		k.mem, k.root, k.bits, k.ranges, k.rungs = img.mem, img.root, img.bits, img.ranges, nil
+		k.mem, k.bits, k.ranges, k.rungs = img.mem, img.bits, img.ranges, nil
+		k.root.Store(uint64(img.root))
 		k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
 		k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
 		if err := k.findSymbols(ctx, opts); err != nil {
@@ -80,7 +81,14 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 			continue
 		}
 		k.explainPlace(cpus)
-		k.useOwnRoot()
+		switch own := k.useOwnRoot(); {
+		case own || !k.unstarted(): // a guest that was restored and has not run since has booted
+			k.started.Store(true)
+		default:
+			if err := k.borrow(); err != nil {
+				return nil, errors.Join(errs, err)
+			}
+		}
 		if k.givenTypes != nil {
 			if k.typesWhy, err = k.checkOrigin(k.givenTypes); err != nil {
 				return nil, err
@@ -341,11 +349,12 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 	align := uint64(2 << 20)
 	if k.bits == 32 {
 		align = 8 << 10
-		// Without the NX bit nothing tells where in the mapping of all memory the
-		// image begins. Few of these kernels move.
-		if last := k.ranges[len(k.ranges)-1]; text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
-			slide = 0
-		}
+	}
+	// Without the NX bit nothing tells where in the mapping of all memory the image
+	// begins. Few of these kernels move. Nor does a PV guest's, in which the domain's builder
+	// has mapped what is below it, too.
+	if last := k.ranges[len(k.ranges)-1]; (k.bits == 32 || k.unstarted()) && text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
+		slide = 0
 	}
 	if slide >= windowSize || slide%align != 0 {
 		return fmt.Errorf("%w: _text is at %#x in the file, and the kernel's image at %#x", ErrWrongSymbols, text.Addr, k.ranges[0].Addr)
@@ -490,15 +499,28 @@ func (k *Kernel) explainPlace(cpus []CPU) {
 	k.explain("place", nil, why, "_text at %#x", text)
 }
 
+// ownRoots are the names of the kernel's own page tables, by age.
+var ownRoots = []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"}
+
 // useOwnRoot switches from the page tables of whatever process was running to the
 // kernel's own, which live as long as the kernel.
-func (k *Kernel) useOwnRoot() {
-	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
+func (k *Kernel) useOwnRoot() bool {
+	root, name, ok := k.ownRoot(paging.Root(k.root.Load()))
+	if ok {
+		k.root.Store(uint64(root))
+		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
+	}
+	return ok
+}
+
+// ownRoot finds the kernel's own page tables through those in use.
+func (k *Kernel) ownRoot(inUse paging.Root) (root paging.Root, name string, ok bool) {
+	for _, name := range ownRoots {
 		at, err := k.symbol(name)
 		if err != nil {
 			continue
 		}
-		t, err := k.mem.Translate(k.root, paging.VAddr(at))
+		t, err := k.mem.Translate(inUse, paging.VAddr(at))
 		if err != nil {
 			continue
 		}
@@ -507,10 +529,9 @@ func (k *Kernel) useOwnRoot() {
 		if t2, err := k.mem.Translate(root, paging.VAddr(at)); err != nil || t2.Frame != t.Frame {
 			continue
 		}
-		k.root = root
-		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
-		return
+		return root, name, true
 	}
+	return 0, "", false
 }
 
 // Types returns the kernel's types: those given to Discover, else its own (BTF),

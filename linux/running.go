@@ -14,6 +14,9 @@ func (k *Kernel) Running() (bool, error) {
 	if k == nil {
 		return true, ErrNoKernel
 	}
+	if k.borrowed.Load() {
+		return true, nil // its page tables change until it has booted
+	}
 	b := make([]byte, len(k.banner))
 	err := k.Read(k.bannerAt, b)
 	switch {
@@ -23,7 +26,7 @@ func (k *Kernel) Running() (bool, error) {
 		return false, nil // there is something else at the root
 	case errors.Is(err, paging.ErrNoFrame):
 		// Either the tables lead nowhere, or no memory can be read now.
-		if _, rerr := k.mem.ReadPhys(paging.PAddr(k.root)&^(paging.PageSize-1), b[:1]); rerr == nil {
+		if _, rerr := k.mem.ReadPhys(paging.PAddr(k.Root())&^(paging.PageSize-1), b[:1]); rerr == nil {
 			return false, nil
 		}
 	}

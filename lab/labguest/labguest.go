@@ -39,6 +39,9 @@ type Config struct {
 	Cmdline string
 	// Extra lines for the domain's configuration.
 	Extra []string
+	// Restart has a guest that reboots be started again, as another domain of the same
+	// name (on_reboot = "restart"). Otherwise it is kept as it is then.
+	Restart bool
 }
 
 // Host returns the name of the lab host this process runs in: "pv",
@@ -131,7 +134,7 @@ func (c Config) file() string {
 		fmt.Sprintf("vcpus = %d", c.VCPUs),
 		// What a guest leaves behind when it dies is worth a look.
 		`on_crash = "preserve"`,
-		`on_reboot = "preserve"`,
+		"on_reboot = " + strconv.Quote(map[bool]string{true: "restart", false: "preserve"}[c.Restart]),
 		`on_poweroff = "preserve"`,
 	}
 	if c.Kind == PVH {
@@ -149,6 +152,26 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 	g, err := start(ctx, c.withDefaults())
 	if err != nil {
 		return nil, fmt.Errorf("start guest: %w", err)
+	}
+	return g, nil
+}
+
+// StartPaused starts a guest that has not run when it returns (xl create -p): see
+// [Guest.Booted].
+func StartPaused(ctx context.Context, c Config) (*Guest, error) {
+	g, err := startPaused(ctx, c.withDefaults())
+	if err != nil {
+		return nil, fmt.Errorf("start guest, paused: %w", err)
+	}
+	return g, nil
+}
+
+// Find returns a guest that runs and was started otherwise: one that was restored, or has
+// been started again ([Config.Restart]). It may have to boot yet: see [Guest.Booted].
+func Find(ctx context.Context, c Config) (*Guest, error) {
+	g, err := find(ctx, c.withDefaults())
+	if err != nil {
+		return nil, fmt.Errorf("find guest: %w", err)
 	}
 	return g, nil
 }
