@@ -656,6 +656,40 @@ func makeXen(ctx context.Context, xen string) ([]byte, error) {
 	return os.ReadFile(filepath.Join(xen, "xen"))
 }
 
+// buildHeaders unpacks the headers of a release of Xen, and returns their folder.
+func (c *cache) buildHeaders(ctx context.Context, r release) (string, error) {
+	unlock, err := lock(ctx, c.path("build.lock"), "another lab build")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	a, err := c.apt(ctx, r.debian)
+	if err != nil {
+		return "", err
+	}
+	pkgs, err := a.candidates(ctx, "libxen-dev")
+	if err != nil {
+		return "", err
+	}
+	out, have, err := c.made("xen-headers-" + versionKey("headers", pkgs))
+	if err != nil || have {
+		return out, err
+	}
+	debs, err := c.fetch(ctx, pkgs)
+	if err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(c.dir, "headers-*")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(tmp) }()
+	if _, err := output(ctx, tmp, "dpkg-deb", "-x", debs["libxen-dev"], "."); err != nil {
+		return "", err
+	}
+	return out, os.Rename(filepath.Join(tmp, "usr", "include"), out)
+}
+
 const modulePath = "github.com/vmprobes/vmprobes"
 
 // buildPrograms builds dom0's and the guests' init from the source tree that

@@ -111,7 +111,7 @@ These have Xen 4.17, Debian 12's. pv-4.20, pv-stock-4.20 and hvm-4.20 have Debia
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(buildCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
+	root.AddCommand(buildCommand(), headersCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
 	return root
 }
 
@@ -146,6 +146,29 @@ func buildCommand() *cobra.Command {
 				hosts = []string{h}
 			}
 			return c.build(cmd.Context(), hosts)
+		},
+	}
+}
+
+func headersCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "headers RELEASE",
+		Short: "Fetch the headers of a release of Xen and print their folder",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ok := findRelease(args[0])
+			if !ok {
+				return &exitError{codeUsage, fmt.Errorf("no release %q of Xen", args[0])}
+			}
+			c, err := openCache()
+			if err != nil {
+				return err
+			}
+			dir, err := c.buildHeaders(cmd.Context(), r)
+			if err == nil {
+				fmt.Fprintln(cmd.OutOrStdout(), dir)
+			}
+			return err
 		},
 	}
 }

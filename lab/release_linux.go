@@ -69,13 +69,20 @@ func ownKernels() []guestKernel { return []guestKernel{linux61, linux612} }
 
 // releaseOf returns the release of Xen that a host has.
 func releaseOf(host string) release {
-	xen := job.Find(host).Xen
+	r, ok := findRelease(job.Find(host).Xen)
+	if !ok {
+		panic("lab: no release of Xen for the host " + host)
+	}
+	return r
+}
+
+func findRelease(xen string) (release, bool) {
 	for _, r := range releases {
 		if r.xen == xen {
-			return r
+			return r, true
 		}
 	}
-	panic("lab: no release of Xen for the host " + host)
+	return release{}, false
 }
 
 // kernels returns the series of the guests' kernels.

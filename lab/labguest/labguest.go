@@ -45,6 +45,10 @@ type Config struct {
 // "pv-stock", "hvm", "hvm-amd" or "pv-4.20", or "" outside the lab.
 func Host() string { return os.Getenv(job.EnvHost) }
 
+// Xen returns the release of Xen that the lab host has, such as "4.17", or "" outside
+// the lab.
+func Xen() string { return job.Find(Host()).Xen }
+
 // Is tells whether this process runs in the named lab host, or in one like it:
 // "hvm-amd" is an "hvm", "pv-4.20" a "pv".
 func Is(host string) bool { return job.IsA(Host(), host) }
