@@ -84,8 +84,9 @@ headers:
 	$(GO) test -count=1 -tags xenheaders ./xenctrl
 
 # And against those of each release of Xen that the lab has.
+XEN_RELEASES = 4.17 4.20
 headers-all: deps-lab
-	@for r in 4.17 4.20; do \
+	@for r in $(XEN_RELEASES); do \
 		dir=$$($(RUN_LAB) headers $$r) && echo "== Xen $$r: $$dir" && \
 		CGO_CFLAGS="-I$$dir" $(GO) test -count=1 -tags xenheaders ./xenctrl || exit 1; \
 	done
