@@ -547,7 +547,7 @@ func testCheckpoint(t labTest) {
 // whether its guest runs on within a second, without anybody's help. In every fourth round
 // the guardian is killed first: then the next tool that opens the guest repairs it.
 func testKilledTool(t labTest) {
-	rounds := map[bool]int{true: 200, false: 50}[labguest.Host() == "pv"]
+	rounds := map[bool]int{true: 200, false: 50}[labguest.Is("pv")]
 	if testing.Short() {
 		rounds = 4
 	}

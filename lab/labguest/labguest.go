@@ -32,7 +32,7 @@ const (
 type Config struct {
 	Name     string // default "labguest"
 	Kind     Kind   // default: what the host is for
-	Kernel   string // series, as in "6.1" (the default) or "6.12"
+	Kernel   string // series, as in "6.1" (the default, where it is) or "6.12"
 	VCPUs    int    // default 1
 	MemoryMB int    // default 256
 	// Cmdline is added to the guest kernel's command line.
@@ -44,12 +44,16 @@ type Config struct {
 	Restart bool
 }
 
-// Host returns the name of the lab host this process runs in: "pv",
-// "pv-stock", "hvm", "hvm-amd", or "" outside the lab.
+// Host returns the name of the lab host this process runs in, such as "pv",
+// "pv-stock", "hvm", "hvm-amd" or "pv-4.20", or "" outside the lab.
 func Host() string { return os.Getenv(job.EnvHost) }
 
+// Xen returns the release of Xen that the lab host has, such as "4.17", or "" outside
+// the lab.
+func Xen() string { return job.Find(Host()).Xen }
+
 // Is tells whether this process runs in the named lab host, or in one like it:
-// "hvm-amd" is an "hvm".
+// "hvm-amd" is an "hvm", "pv-4.20" a "pv".
 func Is(host string) bool { return job.IsA(Host(), host) }
 
 // Require skips the test, saying why, unless it runs in one of the named lab
@@ -104,6 +108,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Kernel == "" {
 		c.Kernel = "6.1"
+		if all := Kernels(); len(all) > 0 && !slices.Contains(all, c.Kernel) {
+			c.Kernel = all[0]
+		}
 	}
 	if c.VCPUs == 0 {
 		c.VCPUs = 1
