@@ -44,16 +44,14 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if opts == nil {
 		opts = new(Options)
 	}
-	k := &Kernel{machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets}
-	if k.log == nil {
-		k.log = slog.New(slog.DiscardHandler)
-	}
 	cpus, err := m.CPUs()
 	if err != nil {
 		return nil, fmt.Errorf("%w (registers: %w)", ErrNoKernel, err)
 	}
 	images, err := findImages(ctx, m, cpus)
+	searched := false
 	if scanner, ok := m.(Scanner); ok && len(images) == 0 {
+		searched = true
 		var serr error
 		images, serr = findVMCoreInfo(ctx, scanner)
 		if serr != nil {
@@ -69,22 +67,47 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	// user mode map only its entry code (page-table isolation), and a page that is
 	// no table maps garbage, if anything.
 	var errs error
+	var found []*Kernel
 	for _, img := range images[:min(len(images), maxImages)] {
 		if err := done(ctx); err != nil {
+			if len(found) > 0 {
+				break
+			}
 			return nil, errors.Join(errs, err)
 		}
-		k.mem, k.root, k.bits, k.ranges, k.rungs = img.mem, img.root, img.bits, img.ranges, nil
-		k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
-		k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
-		if err := k.findSymbols(ctx, opts); err != nil {
+		k, err := discover(ctx, m, opts, img, cpus)
+		if err != nil {
 			errs = errors.Join(errs, err)
 			continue
 		}
-		k.explainPlace(cpus)
-		k.useOwnRoot()
-		return k, nil
+		if !searched {
+			return k, nil
+		}
+		found = append(found, k)
 	}
-	return nil, errs
+	if len(found) == 0 {
+		return nil, errs
+	}
+	return running(found), nil
+}
+
+// discover takes an image for the kernel's, if it has symbols.
+func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []CPU) (*Kernel, error) {
+	k := &Kernel{
+		machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets,
+		mem: img.mem, root: img.root, bits: img.bits, ranges: img.ranges,
+	}
+	if k.log == nil {
+		k.log = slog.New(slog.DiscardHandler)
+	}
+	k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
+	k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
+	if err := k.findSymbols(ctx, opts); err != nil {
+		return nil, err
+	}
+	k.explainPlace(cpus)
+	k.useOwnRoot()
+	return k, nil
 }
 
 // image is a candidate for the kernel's image.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -336,4 +337,53 @@ func TestModuleTypesName(t *testing.T) {
 	_, err := discover(t, s).ModuleTypes()
 	require.ErrorIs(t, err, ktype.ErrFormat)
 	requirePrintable(t, err.Error())
+}
+
+// vmcoreinfoPage is a page that leads to page tables.
+func vmcoreinfoPage(cr3 uint64) []byte {
+	page := make([]byte, paging.PageSize)
+	copy(page, fmt.Sprintf("OSRELEASE=1\nSYMBOL(swapper_pg_dir)=%x\nNUMBER(phys_base)=0\n", uint64(0xffffffff80000000)+cr3))
+	return page
+}
+
+// TestSeveralKernels has the remains of the kernel that ran before in the image, as a
+// guest has that has rebooted by kexec: the one that runs is taken, in whatever order
+// they are, and the other is named.
+func TestSeveralKernels(t *testing.T) {
+	const dead = "Linux version 8.8.8-dead (me@here) #1 SMP"
+	for name, kill := range map[string]func(*kerneltest.Synthetic){
+		"tasks":    func(s *kerneltest.Synthetic) { s.Put64(s.Sym["init_task"]+kerneltest.TaskTasks, 0x4141414141414141) },
+		"modules":  func(s *kerneltest.Synthetic) { s.Put64(s.Sym["modules"], 0x4141414141414141) },
+		"clock":    func(s *kerneltest.Synthetic) { s.SetClock(1699999999) },
+		"ended":    func(s *kerneltest.Synthetic) { s.Put32(s.Sym["system_state"], 6) },
+		"no clock": func(s *kerneltest.Synthetic) { s.SetClock(0); s.Put32(s.Sym["system_state"], 6) },
+	} {
+		for _, order := range []string{"dead first", "alive first"} {
+			t.Run(name+", "+order, func(t *testing.T) {
+				a, b := kerneltest.NewSynthetic(kerneltest.Layout{}), kerneltest.NewSynthetic(kerneltest.Layout{})
+				killed := a
+				if order == "alive first" {
+					killed = b
+				}
+				kill(killed)
+				copy(killed.Bytes(killed.Sym["linux_banner"]), dead+"\n\x00")
+				ram, cr3 := b.Behind(a.RAM)
+				a.RAM = slices.Concat(ram, vmcoreinfoPage(a.CR3), vmcoreinfoPage(a.CR3), vmcoreinfoPage(cr3))
+				k, err := linux.Discover(t.Context(), scanner{a.Machine(), uint64(len(a.RAM)) / paging.PageSize}, nil)
+				require.NoError(t, err)
+				assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+				said := rung(k, "other kernels")
+				assert.Contains(t, said, "1 more in memory: "+dead)
+				assert.False(t, slices.ContainsFunc(k.Explain(), func(r linux.Rung) bool { return strings.Contains(r.Why, "nothing tells") }))
+			})
+		}
+	}
+
+	// Twins.
+	a := kerneltest.NewSynthetic(kerneltest.Layout{})
+	ram, cr3 := a.Behind(a.RAM)
+	a.RAM = slices.Concat(ram, vmcoreinfoPage(a.CR3), vmcoreinfoPage(cr3))
+	k, err := linux.Discover(t.Context(), scanner{a.Machine(), uint64(len(a.RAM)) / paging.PageSize}, nil)
+	require.NoError(t, err)
+	assert.True(t, slices.ContainsFunc(k.Explain(), func(r linux.Rung) bool { return strings.Contains(r.Why, "nothing tells") }))
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -81,6 +82,9 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 				}
 				continue
 			}
+			if slices.ContainsFunc(images, img.same) {
+				continue // a copy of the page
+			}
 			img.why = fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f))
 			images = append(images, img)
 		}
@@ -89,6 +93,11 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 		errs = errors.New("no crash dump information (vmcoreinfo) in memory")
 	}
 	return images, errs
+}
+
+// same reports whether two candidates are one kernel.
+func (img image) same(other image) bool {
+	return img.root == other.root && img.mode == other.mode && slices.Equal(img.ranges, other.ranges)
 }
 
 func parseVMCoreInfo(page []byte) vmcoreinfo {

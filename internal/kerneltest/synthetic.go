@@ -127,6 +127,23 @@ func NewSynthetic(l Layout) *Synthetic {
 	return s
 }
 
+// SetClock sets the kernel's time of day, in seconds since 1970.
+func (s *Synthetic) SetClock(sec uint64) { s.Put64(s.Sym["tk_core"]+8+0x70, sec) }
+
+// Behind puts the guest's memory behind other memory, which is as long as a page's
+// multiple, as another kernel's that is there, too. It returns both, and where its
+// page tables now begin.
+func (s *Synthetic) Behind(other []byte) (ram []byte, cr3 uint64) {
+	by := uint64(len(other))
+	ram = append(slices.Clone(other), s.RAM...)
+	for at := by + synTablesPhys; at < uint64(len(ram)); at += 8 {
+		if e := binary.LittleEndian.Uint64(ram[at:]); e&pagetest.Present != 0 {
+			binary.LittleEndian.PutUint64(ram[at:], e+by)
+		}
+	}
+	return ram, s.CR3 + by
+}
+
 func le32s(words ...uint32) (b []byte) {
 	for _, w := range words {
 		b = binary.LittleEndian.AppendUint32(b, w)
@@ -246,6 +263,7 @@ func (s *Synthetic) structs() map[string]struct {
 		"css_set":       {64, []synField{{8, "dfl_cgrp", "*cgroup"}}},
 		"cgroup":        {64, []synField{{24, "kn", "*kernfs_node"}}},
 		"kernfs_node":   {64, []synField{{8, "parent", "*kernfs_node"}, {16, "name", "*char"}}},
+		"timekeeper":    {0x80, []synField{{0x70, "xtime_sec", "u64"}}},
 		"mm_struct":     {0x180, []synField{{MMPgd, "pgd", "*"}}},
 		"module": {0x200, []synField{
 			{0, "state", "int"}, {ModuleList, "list", "list_head"}, {ModuleName, "name", "char[56]"},
@@ -378,6 +396,8 @@ var (
 func (s *Synthetic) places() {
 	s.sym('T', "__noinstr_text_start", Fn(100))
 	s.sym('T', "__noinstr_text_end", Fn(110))
+	s.sym('d', "tk_core", s.data(8+0x80))
+	s.SetClock(1700000000)
 	s.sym('D', "system_state", s.data(8))
 	s.Put32(s.Sym["system_state"], 3) // SYSTEM_RUNNING
 
