@@ -293,8 +293,8 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 		return why
 	}
 	var rel string
-	if at, err := k.findBanner(ctx); err == nil {
-		if s, err := k.ReadString(at, 1024); err == nil {
+	if at, err := k.findBanner(ctx, ""); err == nil {
+		if s, err := k.ReadString(at, maxBanner); err == nil {
 			rel = safeRelease(release(s))
 		}
 	}
@@ -382,22 +382,23 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 // identify reads the kernel's version string and build id. That it finds them shows that
 // the symbols are at the right addresses.
 func (k *Kernel) identify(ctx context.Context) error {
+	want := strings.TrimRight(k.syms.Banner(), "\n\x00")
 	why := "read at linux_banner"
 	at, err := k.symbol("linux_banner")
 	if errors.Is(err, sysmap.ErrNotFound) {
 		// A kernel without CONFIG_KALLSYMS_ALL has only functions among its symbols.
 		why = "found in read-only data"
-		at, err = k.findBanner(ctx)
+		at, err = k.findBanner(ctx, want)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrWrongSymbols, err)
 	}
-	s, err := k.ReadString(at, 1024)
+	s, err := k.ReadString(at, maxBanner)
 	if err != nil || !strings.HasPrefix(s, bannerMagic) {
 		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(ErrWrongSymbols, err), at)
 	}
 	k.banner = strings.TrimRight(s, "\n")
-	if want := strings.TrimRight(k.syms.Banner(), "\n\x00"); want != "" && want != k.banner {
+	if want != "" && want != k.banner {
 		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
 	}
 	k.explain("banner", nil, why, "%s", printable(k.banner))
@@ -453,10 +454,12 @@ func (k *Kernel) confirm() error {
 // bannerMagic begins the version string (init/version.c).
 const bannerMagic = "Linux version "
 
-// findBanner searches read-only data for the version string. The kernel's log has it,
-// too, but is writable.
-func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
+// findBanner searches read-only data for the version string: for the one that is wanted,
+// or else the first (see [sysmap.VersionString]). The kernel's log has it, too, but is
+// writable.
+func (k *Kernel) findBanner(ctx context.Context, want string) (uint64, error) {
 	o := k.begin("version string")
+	var first uint64
 	for _, r := range k.ranges {
 		for off := uint64(0); off < r.Size && !r.Writable; off += paging.PageSize {
 			if err := done(ctx); err != nil {
@@ -467,14 +470,36 @@ func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
 			if err := o.Read(r.Addr+off, b); errors.Is(err, ErrBudget) {
 				return 0, err
 			}
-			// A digit tells it from format strings.
-			if i := bytes.Index(b, []byte(bannerMagic)); i >= 0 && i+len(bannerMagic) < len(b) && isDigit(b[i+len(bannerMagic)]) {
-				return r.Addr + off + uint64(i), nil
+			for from := 0; ; from++ {
+				i := bytes.Index(b[from:], []byte(bannerMagic))
+				if i < 0 {
+					break
+				}
+				from += i
+				at := r.Addr + off + uint64(from)
+				s, err := o.str(at, maxBanner)
+				if errors.Is(err, ErrBudget) {
+					return 0, err
+				}
+				i, line := sysmap.VersionString([]byte(s + "\x00"))
+				switch {
+				case i != 0:
+				case line == want || want == "":
+					return at, nil
+				case first == 0:
+					first = at
+				}
 			}
 		}
 	}
-	return 0, errors.New("no version string in the kernel's image")
+	if first == 0 {
+		return 0, errors.New("no version string in the kernel's image")
+	}
+	return first, nil
 }
+
+// maxBanner bounds the version string, in bytes.
+const maxBanner = 1024
 
 func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 

@@ -312,6 +312,11 @@ func noise(rng *rand.Rand, n int) []byte {
 
 // testKernel makes the memory of a kernel with tables of n symbols.
 func testKernel(l layout, seed uint64, n int) (seg Segment, syms []Symbol) {
+	return testKernelOf(l, seed, n, nil)
+}
+
+// testKernelOf is testKernel with symbols that edit has changed, if it isn't nil.
+func testKernelOf(l layout, seed uint64, n int, edit func(s *Symbol, i int)) (seg Segment, syms []Symbol) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	base := uint64(0xffffffff81000000)
 	if l.word == 4 {
@@ -321,6 +326,11 @@ func testKernel(l layout, seed uint64, n int) (seg Segment, syms []Symbol) {
 	before := bannerAt + 256 + rng.IntN(1<<16)
 	size := uint64(4<<20 + rng.IntN(1<<22))
 	syms = kernelSymbols(rng, l, n, base, size, base+bannerAt)
+	for i := range syms {
+		if edit != nil {
+			edit(&syms[i], i)
+		}
+	}
 	data := noise(rng, before)
 	copy(data[bannerAt:], testBanner+"\n\x00")
 	for len(data)%l.word != 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"strings"
 )
 
 // The kernel's own symbol table, as scripts/kallsyms.c has written it into
@@ -660,7 +661,7 @@ func at(segs []Segment, addr uint64, n int) []byte {
 }
 
 // findBanner returns the banner at addr, or without that (addr is 0 or has none)
-// the first in the image.
+// the first in the image, see [VersionString].
 func findBanner(segs []Segment, addr uint64) string {
 	if addr != 0 {
 		if s := bannerAt(at(segs, addr, maxBanner)); s != "" {
@@ -668,19 +669,37 @@ func findBanner(segs []Segment, addr uint64) string {
 		}
 	}
 	for i := range segs {
-		d := segs[i].Data
-		for range 64 {
-			n := bytes.Index(d, []byte(bannerStart))
-			if n < 0 {
-				break
-			}
-			if s := bannerAt(d[n:]); s != "" {
-				return s
-			}
-			d = d[n+1:]
+		if _, s := VersionString(segs[i].Data); s != "" {
+			return s
 		}
 	}
 	return ""
+}
+
+// maxBanners bounds what is looked at as a version string: a kernel has two, and some
+// text that begins like one.
+const maxBanners = 64
+
+// VersionString finds the first version string of a kernel, "Linux version 6.1.0 (…)
+// #1 …", in memory, and returns where it begins and its text, without the line's end; -1
+// if there is none.
+//
+// Since Linux 6.1 an image has two: before that of the build comes a weak one
+// (init/version.c), which a later object (init/version-timestamp.c) replaces and which
+// lacks the build's number: "# SMP". That one is not returned.
+func VersionString(b []byte) (at int, line string) {
+	for range maxBanners {
+		i := bytes.Index(b[at:], []byte(bannerStart))
+		if i < 0 {
+			break
+		}
+		at += i
+		if s := bannerAt(b[at:]); s != "" && !strings.Contains(s+" ", " # ") {
+			return at, s
+		}
+		at++
+	}
+	return -1, ""
 }
 
 // bannerAt accepts "Linux version 6.1.0 (…) …\n".

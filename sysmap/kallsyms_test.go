@@ -176,3 +176,41 @@ func placements() uint64 {
 	}
 	return 8
 }
+
+const weakBanner = "Linux version 6.6.6-test (me@here) (cc 1) # SMP"
+
+func TestVersionString(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]struct {
+		at   int
+		line string
+	}{
+		"":                                    {-1, ""},
+		"Linux version %s (%s)\n":             {-1, ""},
+		"xx" + testBanner + "\n":              {2, testBanner},
+		testBanner:                            {-1, ""}, // cut
+		weakBanner + "\n":                     {-1, ""},
+		weakBanner[:len(weakBanner)-4] + "\n": {-1, ""},
+		weakBanner + "\n\x00Linux version " + testBanner + "\n":                 {len(weakBanner) + 2 + len(bannerStart), testBanner},
+		"Linux version 6.8.0-41-generic (b@h) (gcc) #41~22.04.1-Ubuntu SMP\x00": {0, "Linux version 6.8.0-41-generic (b@h) (gcc) #41~22.04.1-Ubuntu SMP"},
+	} {
+		at, line := VersionString([]byte(in))
+		assert.Equal(t, want.at, at, "%q", in)
+		assert.Equal(t, want.line, line, "%q", in)
+	}
+}
+
+// TestWeakBanner: the kernel of a file has two version strings, and no symbol for either.
+func TestWeakBanner(t *testing.T) {
+	t.Parallel()
+	l := layouts[len(layouts)-3]
+	seg, _ := testKernelOf(l, 7, 1500, func(s *Symbol, _ int) {
+		if s.Name == "linux_banner" {
+			s.Name, s.Type = "some_function", 'T'
+		}
+	})
+	copy(seg.Data[0x100:], weakBanner+"\n\x00")
+	m, err := FromELF(bytes.NewReader(testELF(l.word, seg, nil)))
+	require.NoError(t, err)
+	assert.Equal(t, testBanner, m.Banner())
+}

@@ -1,7 +1,6 @@
 package sysmap
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -194,10 +193,8 @@ func (s *finder) banner(m *Map, t *Tables) (line string, addr uint64) {
 	}
 	for _, a := range places {
 		d := s.at(a, 2*maxBanner)
-		if i := bytes.Index(d, []byte(bannerStart)); i >= 0 {
-			if line := bannerAt(d[i:]); line != "" {
-				return line, a + uint64(i)
-			}
+		if i, line := VersionString(d); i >= 0 {
+			return line, a + uint64(i)
 		}
 	}
 	return "", 0

@@ -20,6 +20,9 @@ type Layout struct {
 	NoSymbols   bool // no table of symbols (CONFIG_KALLSYMS=n)
 	OtherPlaces bool // the tables of where no probe may be have a layout of their own
 	NoData      bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
+	// WeakBanner: the string of init/version.c comes first, and that of the build right
+	// before the symbols (since 6.1).
+	WeakBanner bool
 	// NoStaticCalls is a kernel that has none (before 5.10).
 	NoStaticCalls bool
 }
@@ -41,8 +44,10 @@ const (
 	synRAM          = synTablesPhys + 0x20000
 	SyntheticUser   = 0x7ffc00000000 // a page of the memory of init
 	SyntheticBanner = "Linux version 9.9.9-synthetic (me@here) #1 SMP"
-	SyntheticID     = "000102030405060708090a0b0c0d0e0f10111213"
-	synNames        = 2304 // functions beside those with a meaning
+	// SyntheticWeakBanner lacks the number of the build.
+	SyntheticWeakBanner = "Linux version 9.9.9-synthetic (me@here) # SMP"
+	SyntheticID         = "000102030405060708090a0b0c0d0e0f10111213"
+	synNames            = 2304 // functions beside those with a meaning
 )
 
 // A Synthetic is a small guest with a made-up kernel: the structures that package
@@ -99,7 +104,11 @@ func NewSynthetic(l Layout) *Synthetic {
 	for i := range uint64(synNames) {
 		s.sym('t', fmt.Sprintf("fn_%04d", i), SyntheticText+16*(i+1))
 	}
-	s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	if l.WeakBanner {
+		s.String(&s.ro, SyntheticWeakBanner+"\n")
+	} else {
+		s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	}
 	notes := le32s(4, 4, 1) // some other note first
 	notes = append(append(notes, "Xen\x00abcd"...), le32s(4, 20, 3)...)
 	notes = append(notes, "GNU\x00"...)
@@ -807,6 +816,9 @@ func (s *Synthetic) SystemMap() []byte {
 // kallsyms writes the symbols as kernels from 6.15 to 6.19 have them, without any
 // packing: each character is a token of its own.
 func (s *Synthetic) kallsyms() {
+	if s.layout.WeakBanner {
+		s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	}
 	syms := s.syms
 	if s.layout.NoData {
 		syms = slices.DeleteFunc(slices.Clone(syms), func(y synSymbol) bool { return y.typ|0x20 != 't' })
