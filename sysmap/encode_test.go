@@ -31,9 +31,14 @@ type layout struct {
 	seqs      bool
 	longNames bool
 	numLong   bool // num_syms is a long
+	plain     bool // OpenWrt's: no tokens
 }
 
 var layouts = []layout{
+	{name: "5.15 OpenWrt", word: 8, kind: addrRelative, marker: 4, plain: true},
+	{name: "5.15 OpenWrt i386", word: 4, kind: addrRelative, marker: 4, plain: true},
+	{name: "6.6 OpenWrt", word: 8, kind: addrPerCPU, marker: 4, longNames: true, seqs: true, reordered: true, plain: true},
+	{name: "6.4 x86_64 absolute", word: 8, kind: addrLong, marker: 4, longNames: true, seqs: true, reordered: true},
 	{name: "2.6.10 x86_64", word: 8, kind: addrLong, marker: 8, numLong: true},
 	{name: "2.6.10 i386", word: 4, kind: addrLong, marker: 4, numLong: true},
 	{name: "4.6 x86_64", word: 8, kind: addrPerCPU, marker: 8, numLong: true},
@@ -235,7 +240,10 @@ func encodeKallsyms(l layout, syms []Symbol, va uint64) []byte {
 		if i%256 == 0 {
 			markers = append(markers, len(b)-start)
 		}
-		enc := encodeName(string(s.Type)+s.Name, by)
+		enc := []byte(string(s.Type) + s.Name)
+		if !l.plain {
+			enc = encodeName(string(enc), by)
+		}
 		switch {
 		case len(enc) < 0x80, !l.longNames && len(enc) < 0x100:
 			b = append(b, byte(len(enc)))
@@ -267,9 +275,14 @@ func encodeKallsyms(l layout, syms []Symbol, va uint64) []byte {
 	align()
 	var index []uint16
 	start = len(b)
+	if l.plain {
+		tok = [256]string{}
+	}
 	for _, t := range tok {
-		index = append(index, uint16(len(b)-start))
-		b = append(append(b, t...), 0)
+		if !l.plain {
+			index = append(index, uint16(len(b)-start))
+			b = append(append(b, t...), 0)
+		}
 	}
 	align()
 	for _, i := range index {

@@ -55,7 +55,7 @@ func TestFromImageDamaged(t *testing.T) {
 
 func TestFromImageErrors(t *testing.T) {
 	t.Parallel()
-	seg, _ := testKernel(layouts[11], 1, 2000)
+	seg, _ := testKernel(layouts[15], 1, 2000)
 	for name, segs := range map[string][]Segment{
 		"none":       nil,
 		"empty":      {{}},
@@ -75,7 +75,7 @@ func TestFromImageErrors(t *testing.T) {
 func TestFromImageWorkIsBounded(t *testing.T) {
 	large(t)
 	t.Parallel()
-	l := layouts[5]
+	l := layouts[9]
 	var syms []Symbol
 	for range 1 << 16 {
 		syms = append(syms, Symbol{Addr: 0xffffffff81000000, Type: 'T', Name: "0"})
@@ -148,7 +148,7 @@ func checkFuzzed(t *testing.T, m *Map, err error) {
 }
 
 func BenchmarkFromImage(b *testing.B) {
-	for _, i := range []int{9, 11, 14} {
+	for _, i := range []int{13, 15, 18} {
 		seg, _ := testKernel(layouts[i], 1, 100000)
 		b.Run(fmt.Sprint(layouts[i].name), func(b *testing.B) {
 			b.ReportAllocs()
@@ -213,4 +213,34 @@ func TestWeakBanner(t *testing.T) {
 	m, err := FromELF(bytes.NewReader(testELF(l.word, seg, nil)))
 	require.NoError(t, err)
 	assert.Equal(t, testBanner, m.Banner())
+}
+
+// TestOddNames: names with bytes that none had when this was written are no reason to
+// lose all of them.
+func TestOddNames(t *testing.T) {
+	t.Parallel()
+	for _, l := range layouts {
+		seg, syms := testKernelOf(l, 9, 1500, func(s *Symbol, i int) {
+			if i == 700 {
+				s.Name = "caf\xc3\xa9_init"
+			}
+		})
+		syms[700].Name = `caf\xc3\xa9_init`
+		m, err := FromImage([]Segment{seg})
+		require.NoError(t, err, l.name)
+		require.Equal(t, syms, slices.Collect(m.All()), l.name)
+		for _, name := range []string{"café_init", `caf\xc3\xa9_init`, "café_init@1"} {
+			sym, err := m.Lookup(name)
+			require.NoError(t, err, name)
+			assert.Equal(t, syms[700].Addr, sym.Addr)
+		}
+		// Control characters are none of them.
+		seg, _ = testKernelOf(l, 9, 1500, func(s *Symbol, i int) {
+			if i == 700 {
+				s.Name = "a\x1b[31m"
+			}
+		})
+		_, err = FromImage([]Segment{seg})
+		require.ErrorIs(t, err, ErrFormat, l.name)
+	}
 }
