@@ -68,7 +68,11 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	// no table maps garbage, if anything.
 	var errs error
 	var found []*Kernel
+	seen := make(map[paging.Root]bool)
 	for _, img := range images[:min(len(images), maxImages)] {
+		if seen[img.root] {
+			continue
+		}
 		if err := done(ctx); err != nil {
 			if len(found) > 0 {
 				break
@@ -84,6 +88,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 			return k, nil
 		}
 		found = append(found, k)
+		seen[img.root] = true
 	}
 	if len(found) == 0 {
 		return nil, errs
@@ -118,6 +123,7 @@ type image struct {
 	bits   int
 	ranges []sysmap.Range
 	size   uint64
+	text   uint64 // of i386: bytes of code at its beginning that can't be written
 	why    string
 }
 
@@ -156,17 +162,22 @@ func findImages(ctx context.Context, m Machine, cpus []CPU) ([]image, error) {
 				continue
 			}
 			tried[r.root] = true
-			img := image{mem: mem, mode: mode, root: r.root, why: fmt.Sprintf(r.why, i)}
-			if err := img.find(); err != nil {
+			found, err := image{mem: mem, mode: mode, root: r.root, why: fmt.Sprintf(r.why, i)}.find()
+			if err != nil {
 				errs = errors.Join(errs, err)
 				continue
 			}
-			images = append(images, img)
+			for _, img := range found {
+				// Every process maps the same kernel: one look at it is enough.
+				if !slices.ContainsFunc(images, func(o image) bool { return slices.Equal(o.ranges, img.ranges) }) {
+					images = append(images, img)
+				}
+			}
 		}
 	}
-	slices.SortStableFunc(images, func(a, b image) int { return cmp.Compare(b.size, a.size) })
-	// Every process maps the same kernel: one look at it is enough.
-	images = slices.CompactFunc(images, func(a, b image) bool { return slices.Equal(a.ranges, b.ranges) })
+	slices.SortStableFunc(images, func(a, b image) int {
+		return cmp.Or(cmp.Compare(b.text, a.text), cmp.Compare(b.size, a.size))
+	})
 	if len(images) == 0 {
 		return nil, errs
 	}
@@ -194,48 +205,107 @@ func roots(mode paging.Mode, c CPU) []rootWhy {
 	}
 }
 
-// find looks for the image through the page tables.
-func (img *image) find() error {
+// find looks for the image through the page tables. On i386 there may be several, see
+// find32.
+func (img image) find() ([]image, error) {
 	from := paging.VAddr(window64)
 	img.bits = 64
 	if img.mode.Kind == paging.PAE || img.mode.Kind == paging.TwoLevel {
 		from, img.bits = window32, 32
 	}
-	var end uint64
+	var all []sysmap.Range
 	var errs error
 	for r, err := range img.mem.Ranges(img.root, from, from+windowSize-1, tableBudget) {
 		if err != nil { // of one entry, or the last
 			errs = err
 			continue
 		}
-		sr := sysmap.Range{
-			Addr: uint64(r.Addr), Size: r.Size,
-			Writable: r.Prot&paging.Writable != 0, Exec: r.Prot&paging.NoExecute == 0,
-		}
-		if img.bits == 32 {
-			// The image is in the mapping of all memory: it begins with code.
-			if len(img.ranges) == 0 && !sr.Exec {
-				continue
-			}
-			sr.Size = min(sr.Size, maxImage32-img.size)
-		}
-		if len(img.ranges) > 0 && sr.Addr-end > maxGap || sr.Size == 0 {
+		if n := len(all); img.bits == 64 && n > 0 && uint64(r.Addr)-all[n-1].Addr-all[n-1].Size > maxGap {
 			break
 		}
-		if len(img.ranges) == maxRanges {
-			return fmt.Errorf("page tables at %#x: more than %d pieces: %w", uint64(img.root), maxRanges, ErrBadKernel)
+		if len(all) == maxRanges {
+			if img.bits == 32 {
+				break // modules and mappings of devices follow
+			}
+			return nil, fmt.Errorf("page tables at %#x: more than %d pieces: %w", uint64(img.root), maxRanges, ErrBadKernel)
 		}
-		img.ranges = append(img.ranges, sr)
-		img.size += sr.Size
-		end = sr.Addr + sr.Size
+		all = append(all, sysmap.Range{
+			Addr: uint64(r.Addr), Size: r.Size,
+			Writable: r.Prot&paging.Writable != 0, Exec: r.Prot&paging.NoExecute == 0,
+		})
 	}
-	if img.size == 0 {
+	var images []image
+	if img.bits == 32 {
+		images = img.find32(all)
+	} else if len(all) > 0 {
+		img.ranges = all
+		for _, r := range all {
+			img.size += r.Size
+		}
+		images = []image{img}
+	}
+	if len(images) == 0 {
 		if errs != nil {
-			return errs
+			return nil, errs
 		}
-		return fmt.Errorf("page tables at %#x map nothing from %v on", uint64(img.root), from)
+		return nil, fmt.Errorf("page tables at %#x map nothing from %v on", uint64(img.root), from)
 	}
-	return nil
+	return images, nil
+}
+
+const (
+	minText32   = 1 << 20 // bytes of code: the kernel of 5.10 has 8 MiB
+	maxImages32 = 4       // of one root
+)
+
+// find32 cuts images out of what an i386 kernel has mapped: its image is somewhere in the
+// mapping of all memory, which KASLR (CONFIG_RANDOMIZE_BASE) uses up to its end. It
+// begins with code, which can't be written once the kernel has booted
+// (mark_rodata_ro, arch/x86/mm/init_32.c): without the NX bit that is all that tells it
+// from the rest. What begins with the first page that can be executed at all comes last,
+// for a kernel that has not booted that far.
+func (img image) find32(all []sysmap.Range) []image {
+	var images []image
+	first := -1
+	for i := 0; i < len(all); i++ {
+		if !all[i].Exec {
+			continue
+		}
+		if first < 0 {
+			first = i
+		}
+		from, end, text := i, all[i].Addr, uint64(0)
+		for ; i < len(all) && all[i].Exec && !all[i].Writable && all[i].Addr == end; i++ {
+			text += all[i].Size
+			end += all[i].Size
+		}
+		i = max(i-1, from)
+		if text >= minText32 {
+			images = append(images, img.cut(all[from:], text))
+		}
+	}
+	slices.SortStableFunc(images, func(a, b image) int { return cmp.Compare(b.text, a.text) })
+	images = images[:min(len(images), maxImages32-1)]
+	if first >= 0 {
+		images = append(images, img.cut(all[first:], 0))
+	}
+	return images
+}
+
+// cut takes the first ranges, up to a gap or to as much as an i386 kernel may have.
+func (img image) cut(ranges []sysmap.Range, text uint64) image {
+	img.ranges, img.size, img.text = nil, 0, text
+	end := ranges[0].Addr
+	for _, r := range ranges {
+		r.Size = min(r.Size, maxImage32-img.size)
+		if r.Addr-end > maxGap || r.Size == 0 {
+			break
+		}
+		img.ranges = append(img.ranges, r)
+		img.size += r.Size
+		end = r.Addr + r.Size
+	}
+	return img
 }
 
 // findSymbols takes the symbols that were given, or finds the kernel's own, and checks

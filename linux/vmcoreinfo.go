@@ -47,10 +47,9 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 	var images []image
 	var errs error
 	if info := parseVMCoreInfo(m.VMCoreInfo()); len(info) > 0 {
-		img, err := info.image(m)
+		found, err := info.image(m, "named in the image's crash dump information")
 		if err == nil {
-			img.why = "named in the image's crash dump information"
-			return []image{img}, nil
+			return found, nil
 		}
 		errs = err
 	}
@@ -72,21 +71,21 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 			if info == nil {
 				continue
 			}
-			if found++; found > maxVMCoreInfo || len(images) == maxInfoImages {
+			if found++; found > maxVMCoreInfo || len(images) >= maxInfoImages {
 				return images, fmt.Errorf("too many pages with crash dump information: %w", ErrBadKernel)
 			}
-			img, err := info.image(m)
+			candidates, err := info.image(m, fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f)))
 			if err != nil {
 				if errs == nil {
 					errs = fmt.Errorf("crash dump information in frame %#x: %w", uint64(f), err)
 				}
 				continue
 			}
-			if slices.ContainsFunc(images, img.same) {
-				continue // a copy of the page
+			for _, img := range candidates {
+				if !slices.ContainsFunc(images, img.same) { // not a copy of the page
+					images = append(images, img)
+				}
 			}
-			img.why = fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f))
-			images = append(images, img)
 		}
 	}
 	if len(images) == 0 && errs == nil {
@@ -117,10 +116,10 @@ func parseVMCoreInfo(page []byte) vmcoreinfo {
 // image follows the page tables that the information names: it has the virtual address
 // of swapper_pg_dir, and by how much the kernel's mapping of itself is moved in physical
 // memory (phys_base, arch/x86/kernel/head64.c), which may be negative.
-func (v vmcoreinfo) image(m Machine) (image, error) {
+func (v vmcoreinfo) image(m Machine, why string) ([]image, error) {
 	pgd, err := strconv.ParseUint(v["SYMBOL(swapper_pg_dir)"], 16, 64)
 	if err != nil {
-		return image{}, fmt.Errorf("vmcoreinfo without SYMBOL(swapper_pg_dir): %w", err)
+		return nil, fmt.Errorf("vmcoreinfo without SYMBOL(swapper_pg_dir): %w", err)
 	}
 	mode := paging.Mode{Kind: paging.FourLevel, NXE: true}
 	var phys int64
@@ -133,13 +132,12 @@ func (v vmcoreinfo) image(m Machine) (image, error) {
 		pgd -= window32
 	default:
 		if phys, err = strconv.ParseInt(v["NUMBER(phys_base)"], 10, 64); err != nil {
-			return image{}, fmt.Errorf("vmcoreinfo without NUMBER(phys_base): %w", err)
+			return nil, fmt.Errorf("vmcoreinfo without NUMBER(phys_base): %w", err)
 		}
 		if v["NUMBER(pgtable_l5_enabled)"] == "1" {
 			mode.Kind = paging.FiveLevel
 		}
 		pgd -= window64
 	}
-	img := image{mode: mode, mem: paging.New(m, mode), root: paging.Root(pgd + uint64(phys))}
-	return img, img.find()
+	return image{mode: mode, mem: paging.New(m, mode), root: paging.Root(pgd + uint64(phys)), why: why}.find()
 }
