@@ -563,21 +563,38 @@ func TestNoHole(t *testing.T) {
 	assert.NotContains(t, err.Error(), "hole")
 }
 
-// FuzzNew: whatever a file has, opening and reading it ends, and without a panic.
-func FuzzNew(f *testing.F) {
+// packedSeeds are files for fuzzing.
+func packedSeeds(tb testing.TB) [][]byte {
 	pieces := []piece{{0x1000, mixed(1, 3)}, {0x100000, mixed(0x100, 5)}}
-	f.Add(avmlBytes(f, pieces...))
-	f.Add(limeBytes(pieces...))
-	for _, flags := range []uint32{0, kdumpZlib, kdumpLZO, kdumpSnappy, kdumpZstd} {
-		b := kdumpFile{pieces: pieces, flags: flags, info: "OSRELEASE=1\n", notes: []note{{"CORE", 1, prstatus64(1, 2, 3, 4)}}}.bytes(f)
-		f.Add(b)
-		f.Add(flattened(b, 3000))
+	all := [][]byte{
+		avmlBytes(tb, pieces...),
+		vmss(map[string][]byte{"memory": slices.Concat(vmwareTag("regionsCount", u32(1)), vmwareTag("regionSize", u32(5), 0), vmwareBlockTag("Memory", 63, pages(0, 8), 99), []byte{0, 0})}),
 	}
-	f.Add(vmss(map[string][]byte{"memory": slices.Concat(vmwareTag("regionsCount", u32(1)), vmwareTag("regionSize", u32(5), 0), vmwareBlockTag("Memory", 63, pages(0, 8), 99), []byte{0, 0})}))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	for _, flags := range []uint32{0, kdumpZlib, kdumpLZO, kdumpSnappy, kdumpZstd} {
+		b := kdumpFile{pieces: pieces, flags: flags, info: "OSRELEASE=1\n", notes: []note{{"CORE", 1, prstatus64(1, 2, 3, 4)}}}.bytes(tb)
+		all = append(all, b, flattened(b, 3000))
+	}
+	return all
+}
+
+// TestDamaged changes bytes of files of all packed forms: whatever comes of it, opening and
+// reading them ends, and without a panic.
+func TestDamaged(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 6))
+	all := packedSeeds(t)
+	for range 3000 {
+		b := slices.Clone(all[rng.IntN(len(all))])
+		for range 1 + rng.IntN(3) {
+			at := rng.IntN(len(b) - 8)
+			if rng.IntN(2) == 0 {
+				at = rng.IntN(600)
+			}
+			le.PutUint64(b[at:], []uint64{0, 1, ^uint64(0), 1 << 31, 1 << 40, 1<<52 - 1, rng.Uint64()}[rng.IntN(7)])
+		}
+		b = b[:len(b)-rng.IntN(2)*rng.IntN(len(b))]
 		m, err := New(bytes.NewReader(b), int64(len(b)), nil)
 		if err != nil {
-			return
+			continue
 		}
 		n := 0
 		for r := range m.Frames() {
@@ -592,5 +609,5 @@ func FuzzNew(f *testing.F) {
 			}
 		}
 		require.NoError(t, m.Close())
-	})
+	}
 }

@@ -767,7 +767,7 @@ func seeds() [][]byte {
 
 // Whatever the file is, what it has adds up.
 func FuzzOpen(f *testing.F) {
-	for _, b := range seeds() {
+	for _, b := range append(seeds(), packedSeeds(f)...) {
 		f.Add(b, uint32(0))
 		f.Add(b[:len(b)*2/3], uint32(4096))
 	}
@@ -777,7 +777,13 @@ func FuzzOpen(f *testing.F) {
 			return
 		}
 		defer m.Close()
-		if m.Size() == 0 || m.Size() > uint64(len(b)) {
+		// What is packed is unpacked when it is read: pages of kdump's that are zero
+		// share their contents, and have 24 bytes each.
+		packed, most := false, uint64(len(b))
+		if strings.HasPrefix(m.Format(), "kdump") || m.Format() == "AVML" {
+			packed, most = true, uint64(len(b))*paging.PageSize/24
+		}
+		if m.Size() == 0 || m.Size() > most {
 			t.Fatalf("%d bytes of memory in %d", m.Size(), len(b))
 		}
 		var last paging.Frame
@@ -789,6 +795,9 @@ func FuzzOpen(f *testing.F) {
 			first, last = false, r.First+paging.Frame(r.Count)
 			for _, f := range []paging.Frame{r.First, last - 1} {
 				page, release, err := m.Page(f, false)
+				if packed && (errors.Is(err, ErrFormat) || errors.Is(err, ErrTruncated)) {
+					continue
+				}
 				if err != nil || len(page) != paging.PageSize {
 					t.Fatalf("frame %#x: %v", f, err)
 				}

@@ -57,6 +57,11 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		if serr != nil {
 			err = fmt.Errorf("%w; %w", err, serr)
 		}
+		if len(images) == 0 && ctx.Err() == nil && (opts.Symbols != nil || opts.SymbolFiles != nil) {
+			if images, serr = findBySymbols(ctx, scanner, opts); serr != nil {
+				err = fmt.Errorf("%w; %w", err, serr)
+			}
+		}
 	}
 	if len(images) == 0 {
 		return nil, err
@@ -454,7 +459,7 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 func (k *Kernel) identify(ctx context.Context) error {
 	want := strings.TrimRight(k.syms.Banner(), "\n\x00")
 	why := "read at linux_banner"
-	at, err := k.symbol("linux_banner")
+	at, err := k.symbol(bannerSymbol)
 	if errors.Is(err, sysmap.ErrNotFound) {
 		// A kernel without CONFIG_KALLSYMS_ALL has only functions among its symbols.
 		why = "found in read-only data"
@@ -604,10 +609,17 @@ func (k *Kernel) explainPlace(cpus []CPU) {
 	k.explain("place", nil, why, "_text at %#x", text)
 }
 
+// ownTables are the names of the kernel's own page tables: since 4.13, up to then, and on
+// i386.
+var ownTables = []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"}
+
+// bannerSymbol is the name of the version string.
+const bannerSymbol = "linux_banner"
+
 // useOwnRoot switches from the page tables of whatever process was running to the
 // kernel's own, which live as long as the kernel.
 func (k *Kernel) useOwnRoot() {
-	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
+	for _, name := range ownTables {
 		at, err := k.symbol(name)
 		if err != nil {
 			continue

@@ -6,6 +6,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -18,6 +20,7 @@ import (
 	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
 )
 
 // allocated returns how many bytes f allocates, in all.
@@ -386,4 +389,65 @@ func TestSeveralKernels(t *testing.T) {
 	k, err := linux.Discover(t.Context(), scanner{a.Machine(), uint64(len(a.RAM)) / paging.PageSize}, nil)
 	require.NoError(t, err)
 	assert.True(t, slices.ContainsFunc(k.Explain(), func(r linux.Rung) bool { return strings.Contains(r.Why, "nothing tells") }))
+}
+
+// TestBySymbols: an image without registers and without crash dump information.
+func TestBySymbols(t *testing.T) {
+	for _, l := range []kerneltest.Layout{{}, {NoSymbols: true}} {
+		s := kerneltest.NewSynthetic(l)
+		text := bytes.Clone(s.SystemMap())
+		const textPhys = 0x100000
+		text = fmt.Appendf(text, "%016x D init_top_pgt\n", uint64(kerneltest.SyntheticText)+s.CR3-textPhys)
+		syms, err := sysmap.Parse(bytes.NewReader(text))
+		require.NoError(t, err)
+		// Strings that lead nowhere.
+		at := len(s.RAM)
+		s.RAM = append(s.RAM, make([]byte, 16*paging.PageSize)...)
+		copy(s.RAM[0x1234:], kerneltest.SyntheticBanner+"\n")
+		copy(s.RAM[at+paging.PageSize-10:], kerneltest.SyntheticBanner+"\n")
+		m := scanner{s.Machine(), uint64(len(s.RAM)) / paging.PageSize}
+		_, err = linux.Discover(t.Context(), m, nil)
+		require.ErrorIs(t, err, linux.ErrNoKernel)
+		assert.ErrorContains(t, err, "vmcoreinfo")
+
+		k, err := linux.Discover(t.Context(), m, &linux.Options{Symbols: syms})
+		require.NoError(t, err)
+		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+		assert.Contains(t, k.Explain()[0].Why, "init_top_pgt, as the symbols that were given says")
+		tasks, err := k.Processes(true)
+		require.NoError(t, err)
+		assert.Len(t, tasks, 6)
+
+		path := filepath.Join(t.TempDir(), "System.map")
+		require.NoError(t, os.WriteFile(path, text, 0o600))
+		var asked []string
+		k, err = linux.Discover(t.Context(), m, &linux.Options{SymbolFiles: func(release string) []string {
+			asked = append(asked, release)
+			return []string{"/no/such/file", path}
+		}})
+		require.NoError(t, err)
+		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+		assert.Equal(t, "9.9.9-synthetic", asked[0])
+
+		other := bytes.ReplaceAll(text, []byte(" D linux_banner"), []byte(" D some_other"))
+		syms, err = sysmap.Parse(bytes.NewReader(other))
+		require.NoError(t, err)
+		_, err = linux.Discover(t.Context(), m, &linux.Options{Symbols: syms})
+		require.ErrorIs(t, err, linux.ErrNoKernel)
+		assert.ErrorContains(t, err, "9.9.9-synthetic")
+	}
+}
+
+// TestShifted: the image has 512 bytes before its memory.
+func TestShifted(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	page := make([]byte, paging.PageSize)
+	copy(page, fmt.Sprintf("OSRELEASE=1\nBUILD-ID=00\nPAGESIZE=4096\nSYMBOL(swapper_pg_dir)=%x\nNUMBER(phys_base)=0\n", uint64(0xffffffff80000000)+s.CR3))
+	note := make([]byte, paging.PageSize)
+	copy(note[12:], "VMCOREINFO\x00\x00"+string(page[:1000]))
+	s.RAM = slices.Concat(make([]byte, 512), s.RAM, note, page, make([]byte, paging.PageSize-512))
+	_, err := linux.Discover(t.Context(), scanner{s.Machine(), uint64(len(s.RAM)) / paging.PageSize}, nil)
+	require.ErrorIs(t, err, linux.ErrNoKernel)
+	assert.ErrorContains(t, err, "512 bytes into a page")
+	assert.ErrorContains(t, err, "?skip=512")
 }

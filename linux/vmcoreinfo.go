@@ -53,7 +53,7 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 		}
 		errs = err
 	}
-	found := 0
+	found, odd := 0, uint64(0)
 	for first, count := range m.Ranges() {
 		for f := first; f < first+paging.Frame(count); f++ {
 			if f%1024 == 0 && ctx.Err() != nil {
@@ -66,6 +66,8 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 			var info vmcoreinfo
 			if bytes.HasPrefix(page, []byte(vmcoreMagic)) {
 				info = parseVMCoreInfo(page)
+			} else if i := oddVMCoreInfo(page); i > 0 && odd == 0 {
+				odd = uint64(f)*paging.PageSize + uint64(i)
 			}
 			release()
 			if info == nil {
@@ -88,10 +90,33 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 			}
 		}
 	}
-	if len(images) == 0 && errs == nil {
+	switch {
+	case len(images) > 0 || errs != nil:
+	case odd != 0:
+		shift := odd % paging.PageSize
+		errs = fmt.Errorf("crash dump information (vmcoreinfo) lies at %#x, %d bytes into a page, and not at the start of one: the image has something else before its memory, "+
+			"such as a header (if that has %d bytes, ?skip=%d behind the name leaves it out), or ranges of memory without the gaps between them, as LiME's format=raw (take it with format=lime): %w",
+			odd, shift, shift, shift, ErrBadKernel)
+	default:
 		errs = errors.New("no crash dump information (vmcoreinfo) in memory")
 	}
 	return images, errs
+}
+
+// oddVMCoreInfo returns where crash dump information begins in a page, if not at its
+// start, or 0. The kernel has a copy in a note, behind 24 bytes of header, and programs
+// have its beginning in their text; neither counts.
+func oddVMCoreInfo(page []byte) int {
+	const note = 24
+	i := bytes.Index(page, []byte(vmcoreMagic))
+	if i <= 0 || i == note || i >= note && bytes.HasPrefix(page[i-note+12:], []byte("VMCOREINFO\x00")) {
+		return 0
+	}
+	lines := bytes.SplitN(page[i:], []byte("\n"), 3)
+	if len(lines) < 3 || !bytes.HasPrefix(lines[1], []byte("BUILD-ID=")) && !bytes.HasPrefix(lines[1], []byte("PAGESIZE=")) {
+		return 0
+	}
+	return i
 }
 
 // same reports whether two candidates are one kernel.

@@ -97,6 +97,11 @@ func look(ctx context.Context, t target.Guest, opts *Options) *Guest {
 		defer func() { g.err = errors.Join(g.err, f.Thaw()) }()
 	}
 	g.kernel, g.err = discover(ctx, t, opts)
+	if opts.Logger != nil {
+		for _, w := range g.Warnings() {
+			opts.Logger.Warn("guest", "warning", w)
+		}
+	}
 	return g
 }
 
@@ -226,6 +231,22 @@ func (g *Guest) Close() error { return g.target.Close() }
 
 // Name returns the guest's name.
 func (g *Guest) Name() string { return g.target.Info().Name }
+
+// Warnings returns what makes the guest's memory less than certain: that an image is cut
+// short, for example, or that it has several kernels. Programs should show them; they may
+// quote the guest, and are printable.
+func (g *Guest) Warnings() []string {
+	var all []string
+	if w, ok := g.target.(interface{ Warnings() []string }); ok {
+		all = w.Warnings()
+	}
+	for _, r := range g.kernel.Explain() {
+		if r.Name == "other kernels" {
+			all = append(all, fmt.Sprintf("%s; %s", r.Found, r.Why))
+		}
+	}
+	return all
+}
 
 // Err returns why no kernel was found, or nil.
 func (g *Guest) Err() error { return g.err }
