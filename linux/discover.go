@@ -98,7 +98,9 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if len(found) == 0 {
 		return nil, errs
 	}
-	return running(found), nil
+	k := running(found)
+	k.checkLayout(m.(Scanner))
+	return k, nil
 }
 
 // discover takes an image for the kernel's, if it has symbols.

@@ -451,3 +451,47 @@ func TestShifted(t *testing.T) {
 	assert.ErrorContains(t, err, "512 bytes into a page")
 	assert.ErrorContains(t, err, "?skip=512")
 }
+
+// A holed scanner has a flat image's memory in two runs.
+type holed struct {
+	scanner
+	hole uint64 // frames
+}
+
+func (s holed) Ranges() iter.Seq2[paging.Frame, uint64] {
+	return func(yield func(paging.Frame, uint64) bool) {
+		if s.hole == 0 {
+			yield(0, s.frames)
+		} else if yield(0, s.hole) {
+			yield(1<<20, s.frames-s.hole)
+		}
+	}
+}
+
+// TestLayout: where a flat image has its hole is compared with where memory ends.
+func TestLayout(t *testing.T) {
+	for _, tt := range []struct{ hole, top, want uint64 }{
+		{0, 0x90000, 0},        // all below 4 GiB
+		{0xc0000, 0x140000, 0}, // pc
+		{0x80000, 0x180000, 0}, // q35
+		{0, 0x140000, 0xc0000}, // none given
+		{0, 0x180000, 0x80000}, //
+		{0xc0000, 0x180000, 0x80000},
+		{0x80000, 0x130000, 0xd0000}, // Firecracker
+		{0, 1 << 50, 0},              // nonsense
+		{0, 0x100001, 0xfffff},
+	} {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		s.RAM = slices.Concat(s.RAM, vmcoreinfoPage(s.CR3))
+		s.Put64(s.Sym["max_pfn"], tt.top)
+		k, err := linux.Discover(t.Context(), holed{scanner{s.Machine(), 0x100000}, tt.hole}, nil)
+		require.NoError(t, err)
+		said := rung(k, "memory layout")
+		if tt.want == 0 {
+			assert.Empty(t, said, "%+v", tt)
+		} else {
+			assert.Contains(t, said, fmt.Sprintf("?hole=%#x ", tt.want*paging.PageSize), "%+v", tt)
+		}
+		assert.Equal(t, tt.want != 0, slices.ContainsFunc(k.Explain(), linux.Rung.Warning))
+	}
+}

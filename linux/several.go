@@ -79,7 +79,7 @@ func running(found []*Kernel) *Kernel {
 	if v[k].compare(v[found[1]]) == 0 {
 		why = "nothing tells which of them runs: the first is taken"
 	}
-	k.explain("other kernels", nil, why, "%d more in memory: %s", len(others), strings.Join(others, "; "))
+	k.explain(rungOthers, nil, why, "%d more in memory: %s", len(others), strings.Join(others, "; "))
 	k.log.Warn("memory has several kernels", "taken", k.banner, "others", others)
 	return k
 }

@@ -241,7 +241,7 @@ func (g *Guest) Warnings() []string {
 		all = w.Warnings()
 	}
 	for _, r := range g.kernel.Explain() {
-		if r.Name == "other kernels" {
+		if r.Warning() {
 			all = append(all, fmt.Sprintf("%s; %s", r.Found, r.Why))
 		}
 	}

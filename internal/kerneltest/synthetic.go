@@ -405,6 +405,8 @@ var (
 func (s *Synthetic) places() {
 	s.sym('T', "__noinstr_text_start", Fn(100))
 	s.sym('T', "__noinstr_text_end", Fn(110))
+	s.sym('d', "max_pfn", s.data(8))
+	s.Put64(s.Sym["max_pfn"], synRAM/paging.PageSize)
 	s.sym('d', "tk_core", s.data(8+0x80))
 	s.SetClock(1700000000)
 	s.sym('D', "system_state", s.data(8))
