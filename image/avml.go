@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -85,7 +86,12 @@ func (m *Image) avml() error {
 		e := extent{addr: first, off: c.size, size: size}
 		data = append(data, e)
 		if off, err = c.stream(off+limeHeader, size); err != nil {
-			return fmt.Errorf("range of memory from %#x: %w", first, err)
+			err = fmt.Errorf("AVML's range of memory from %#x: %w", first, err)
+			if c.size == 0 || !errors.Is(err, ErrFormat) {
+				return err
+			}
+			m.warnf("%v: it, or its rest, and all behind it are left out", err)
+			break
 		}
 		if c.size < e.off+size { // it is cut short
 			break

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -82,6 +83,9 @@ func open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 	}
 	g := look(ctx, t, opts)
 	if g.err != nil && !opts.Lax {
+		if w := g.Warnings(); len(w) > 0 {
+			g.err = fmt.Errorf("%w; %s", g.err, strings.Join(w, "; "))
+		}
 		return nil, errors.Join(g.err, g.Close())
 	}
 	return g, nil
