@@ -60,14 +60,20 @@ func (v vitality) String() string {
 	return strings.ReplaceAll(strings.Join(all, ", "), "\n", "; ")
 }
 
+// errLate: others took all the time.
+var errLate = errors.New("not looked at: those before it took too long")
+
 // running returns the kernel that runs, of those that were found in memory.
 func running(found []*Kernel) *Kernel {
 	if len(found) == 1 {
 		return found[0]
 	}
 	v := make(map[*Kernel]vitality)
+	deadline := time.Now().Add(maxTime)
 	for _, k := range found {
-		v[k] = k.vitality()
+		if v[k] = (vitality{tasks: errLate}); time.Now().Before(deadline) {
+			v[k] = k.vitality()
+		}
 	}
 	slices.SortStableFunc(found, func(a, b *Kernel) int { return v[b].compare(v[a]) })
 	k := found[0]

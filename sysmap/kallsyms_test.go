@@ -102,6 +102,18 @@ func TestFromImageWorkIsBounded(t *testing.T) {
 	require.ErrorIs(t, err, errWork)
 }
 
+// The same for names that aren't compressed: each place leads to each other.
+func TestPlainWorkIsBounded(t *testing.T) {
+	large(t)
+	t.Parallel()
+	d := bytes.Repeat([]byte{0, 4, 0, 0}, 1<<16) // numbers of symbols
+	d = append(d, bytes.Repeat([]byte("\x06T_text\x01\x03Tab"), 1<<16)...)
+	d = append(d, bytes.Repeat([]byte("\x06T_text\x02Ta\x03Tab\x02Ta"), 1<<16)...)
+	d = append(d, bytes.Repeat([]byte("\x06T_text"), 1<<16)...)
+	_, err := FromImage([]Segment{{Addr: 0xffffffff81000000, Data: d}})
+	require.ErrorIs(t, err, ErrFormat)
+}
+
 // fuzzWork keeps one run short; the code that counts it is the same.
 const fuzzWork = 1 << 22
 
