@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -212,6 +213,7 @@ func (f *elfFile) loads() error {
 	}
 	var data, zero []extent
 	var notes []byte
+	without := 0
 	for ; len(b) > 0; b = b[f.phentsize():] {
 		s := f.segment(b)
 		switch s.typ {
@@ -220,11 +222,21 @@ func (f *elfFile) loads() error {
 				return formatErr("more than %d bytes of notes", maxNotes)
 			}
 			note, err := f.table("notes", s.off, 1, s.filesz)
+			if errors.Is(err, ErrTruncated) {
+				f.warnf("%v: registers and crash dump information are left out", err)
+				continue
+			}
 			if err != nil {
 				return err
 			}
 			notes = append(notes, note...)
 		case elfLoad:
+			// In the layout of /proc/kcore the mappings of modules, vmalloc and the
+			// like have no physical address (fs/proc/kcore.c, since 4.19).
+			if s.paddr == f.noAddress() {
+				without++
+				continue
+			}
 			if s.filesz > 0 {
 				data = append(data, extent{addr: s.paddr, off: s.off, size: s.filesz})
 			}
@@ -235,11 +247,32 @@ func (f *elfFile) loads() error {
 			}
 		}
 	}
+	// Before, all of them were at 0. (Where QEMU writes several mappings of one piece of
+	// memory, they have the same place in the file.)
+	all0, differ := true, false
+	for _, e := range data {
+		all0 = all0 && e.addr == 0
+		differ = differ || e.off != data[0].off
+	}
+	if all0 && differ {
+		without, data = without+len(data), nil
+	}
+	if len(data) == 0 && without > 0 {
+		return fmt.Errorf("%w: none of its %d segments has a physical address (a copy of /proc/kcore of a kernel before 4.19?): take the memory with AVML, LiME or dump-guest-memory", ErrUnsupported, without)
+	}
 	if err := f.layOut(data, zero); err != nil {
 		return err
 	}
 	f.cpuNotes(notes)
 	return nil
+}
+
+// noAddress is the physical address of a segment that has none.
+func (f *elfFile) noAddress() uint64 {
+	if f.class == elfClass32 {
+		return 1<<32 - 1
+	}
+	return 1<<64 - 1
 }
 
 func (f *elfFile) segment(h []byte) segment {

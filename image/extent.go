@@ -39,13 +39,15 @@ func (m *Image) layOut(data, zero []extent) error {
 			}
 		}
 	}
-	for _, e := range data {
-		if err := m.within("memory", e.off, e.size); err != nil {
-			return err
-		}
+	for i, e := range data {
+		data[i] = m.cutAt(e)
 	}
+	m.warnCut()
 	m.data, m.zero = resolve(data), resolve(zero)
 	if len(m.data) == 0 {
+		if len(m.cut) > 0 {
+			return fmt.Errorf("%w: it ends before its memory begins", ErrTruncated)
+		}
 		return formatErr("no memory in it")
 	}
 	// Otherwise a small file could claim endless memory, and scans of it would not

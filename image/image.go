@@ -8,10 +8,16 @@
 //     `virsh dump --memory-only` gives, with the state of the CPUs;
 //   - other ELF cores whose segments have physical addresses: the vmcore of kdump,
 //     as it is or filtered by `makedumpfile -E`;
-//   - LiME files (https://github.com/504ensicsLabs/LiME, doc/README.md), as
-//     AVML writes them too unless it compresses;
+//   - LiME files (https://github.com/504ensicsLabs/LiME, doc/README.md), and those of
+//     AVML, compressed or not;
+//   - kdump's compressed form, as makedumpfile writes it (-c, -l, -p, -z) and QEMU's
+//     dump-guest-memory (-z, -l, -s), and makedumpfile's flattened form of it or of an
+//     ELF core;
+//   - VMware's .vmss and .vmsn, with the .vmem beside them (only [Open]) or in them;
 //   - everything else as flat memory, byte n of the file being byte n of the
 //     guest: dd, QEMU's pmemsave, or the file of a memory-backend-file.
+//
+// A file that is cut short is read as far as it goes: see [Image.Warnings].
 //
 // An [Image] gives page frames and registers, and nothing else: packages paging
 // and linux do the rest.
@@ -44,8 +50,8 @@ import (
 var (
 	// ErrFormat: the file contradicts itself, or the format that it says it has.
 	ErrFormat = errors.New("malformed memory image")
-	// ErrTruncated: the file ends before the memory that it says it has. It
-	// matches io.ErrUnexpectedEOF.
+	// ErrTruncated: the file ends before its tables do, or before the page that was
+	// asked for. It matches io.ErrUnexpectedEOF.
 	ErrTruncated = fmt.Errorf("memory image is cut short: %w", io.ErrUnexpectedEOF)
 	// ErrUnsupported: the format is known, but can't be read as it is. The message
 	// says what to do.
@@ -90,6 +96,14 @@ type Hole struct {
 	Start uint64
 }
 
+// minHole is where the lowest hole of known machines begins, that of QEMU's q35.
+const minHole = 2 << 30
+
+// HoleAt returns the hole of a machine whose memory goes on at 4 GiB when there is more of
+// it than start bytes: 3 GiB in VMware, Cloud Hypervisor and QEMU's microvm, for example,
+// 0xd0000000 in Firecracker, 0xf0000000 in Xen.
+func HoleAt(start uint64) Hole { return Hole{Limit: start, Start: start} }
+
 // The holes of QEMU's machines, unless max-ram-below-4g is set: hw/i386/pc_piix.c
 // and pc_q35.c. (`info mtree` in QEMU's monitor shows that of a running guest.)
 var (
@@ -105,6 +119,8 @@ type Options struct {
 	Raw bool
 	// RawHole is where a flat file's RAM has its hole. The zero value means none.
 	RawHole Hole
+	// RawSkip is how many bytes precede a flat file's memory, such as a header.
+	RawSkip uint64
 }
 
 // cachePages bounds the cache of pages: 16 MiB.
@@ -126,34 +142,83 @@ type Image struct {
 	zero       []extent // what it says is zero; .off means nothing
 	p2m        []run    // of a PV guest
 	pages      uint64   // offset in the file of what p2m's pages count from
+	cut        []extent // what the file should have, and ends before
+	warnings   []string
+	flat       bool // without a hole
 }
 
 // Open opens a memory image. The error wraps ErrFormat, ErrTruncated or
 // ErrUnsupported, or is the *fs.PathError of opening the file.
+//
+// VMware saves a guest in two files, of which Open opens the other: a .vmss or .vmsn, and
+// the .vmem of the same name.
 func Open(path string, opts *Options) (*Image, error) {
-	fi, err := os.Stat(path)
+	if opts == nil {
+		opts = &Options{}
+	}
+	f, size, err := openFile(path)
 	if err != nil {
 		return nil, err
+	}
+	closer := closers{f}
+	m, err := openAs(f, size, path, opts, &closer)
+	if err != nil {
+		closer.Close() //nolint:errcheck // only read from
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	m.closer = closer
+	return m, nil
+}
+
+// openAs lays out a file, and adds what else it opens to closer.
+func openAs(f io.ReaderAt, size int64, path string, opts *Options, closer *closers) (*Image, error) {
+	m, err := newImage(f, size)
+	if err != nil {
+		return nil, err
+	}
+	ok, other, err := m.openVMware(path, opts)
+	if other != nil {
+		*closer = append(*closer, other)
+	}
+	if err == nil && !ok {
+		err = m.parse(opts)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+type closers []io.Closer
+
+func (c closers) Close() error {
+	var errs error
+	for _, f := range c {
+		errs = errors.Join(errs, f.Close())
+	}
+	return errs
+}
+
+// openFile opens a file or a block device, and returns its size.
+func openFile(path string) (*os.File, int64, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, 0, err
 	}
 	// Nothing that may have no end, or that may block when it is opened.
 	if m := fi.Mode(); !m.IsRegular() && m.Type() != os.ModeDevice {
-		return nil, fmt.Errorf("%s: %w: neither a file nor a block device", path, ErrUnsupported)
+		return nil, 0, fmt.Errorf("%s: %w: neither a file nor a block device", path, ErrUnsupported)
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	size, err := f.Seek(0, io.SeekEnd) // a device has no size that Stat tells
-	var m *Image
-	if err == nil {
-		m, err = New(f, size, opts)
-	}
 	if err != nil {
 		f.Close() //nolint:errcheck // only read from
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, 0, fmt.Errorf("%s: %w", path, err)
 	}
-	m.closer = f
-	return m, nil
+	return f, size, nil
 }
 
 // New is Open for an image that is not a file: the first size bytes of r. Close
@@ -162,20 +227,29 @@ func New(r io.ReaderAt, size int64, opts *Options) (*Image, error) {
 	if opts == nil {
 		opts = &Options{}
 	}
+	m, err := newImage(r, size)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.parse(opts); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// newImage returns an image of what isn't known yet.
+func newImage(r io.ReaderAt, size int64) (*Image, error) {
 	if size <= 0 {
 		return nil, fmt.Errorf("%w: empty", ErrFormat)
 	}
 	m := &Image{r: r, length: uint64(size)}
-	if err := m.parse(opts); err != nil {
-		return nil, err
-	}
 	m.cache = paging.NewCache(reader{m}, cachePages, 0)
 	return m, nil
 }
 
 func (m *Image) parse(opts *Options) error {
 	if opts.Raw {
-		return m.raw(opts.RawHole)
+		return m.raw(opts.RawHole, opts.RawSkip)
 	}
 	head := make([]byte, min(m.length, 64))
 	if err := m.readAt(head, 0); err != nil {
@@ -186,13 +260,21 @@ func (m *Image) parse(opts *Options) error {
 		return m.elf()
 	case bytes.HasPrefix(head, []byte(limeMagic)):
 		return m.lime()
+	case isVMware(head):
+		return m.vmware(nil)
+	case bytes.HasPrefix(head, []byte(avmlMagic)):
+		return m.avml()
+	case bytes.HasPrefix(head, []byte(flattenedMagic)):
+		return m.flattened()
+	case bytes.HasPrefix(head, []byte(kdumpMagic)):
+		return m.kdump()
 	}
 	for _, f := range foreign {
 		if bytes.HasPrefix(head, []byte(f.magic)) {
 			return fmt.Errorf("%w: it is %s", ErrUnsupported, f.cure)
 		}
 	}
-	return m.raw(opts.RawHole)
+	return m.raw(opts.RawHole, opts.RawSkip)
 }
 
 // foreign lists formats of memory that can't be read page by page, or not by this
@@ -203,38 +285,56 @@ var foreign = []struct{ magic, cure string }{
 	{"BZh", "compressed: unpack it with bunzip2"},
 	{"\x28\xb5\x2f\xfd", "compressed: unpack it with zstd -d"},
 	{"\x04\x22\x4d\x18", "compressed: unpack it with lz4 -d"},
+	{"\x02\x21\x4c\x18", "compressed, in lz4's legacy form: unpack it with lz4 -d"},
 	{"\x89LZO\x00", "compressed: unpack it with lzop -d"},
-	{"LVMA", "AVML's compressed form: convert it with avml-convert --format lime"},
-	{"makedumpfile", "makedumpfile's flattened form: rearrange it with makedumpfile -R, and dump as ELF (makedumpfile -E; in QEMU dump-guest-memory without -z, -l, -s)"},
-	{"KDUMP   ", "kdump's compressed form: dump as ELF (makedumpfile -E; in QEMU dump-guest-memory without -z, -l, -s)"},
+	{"\xff\x06\x00\x00sNaPpY", "compressed: unpack it with snzip -d"},
+	{"PK\x03\x04", "a zip archive: unpack it with unzip"},
+	{"7z\xbc\xaf\x27\x1c", "an archive: unpack it with 7z x"},
+	{"Rar!\x1a\x07", "an archive: unpack it with unrar x"},
 	{"DISKDUMP", "diskdump's form: convert it with makedumpfile -E"},
 	{"QEVM", "a migration stream of QEMU: use dump-guest-memory (virsh dump --memory-only)"},
 	{"LibvirtQemudSave", "a saved state of libvirt: use virsh dump --memory-only"},
 	{"LibvirtQemudPart", "an unfinished saved state of libvirt: use virsh dump --memory-only"},
 	{"Xen saved domain", "a saved state of xl: restore it paused (xl restore -p) and use xl dump-core"},
+	{"LibxlFmt", "a saved state of Xen: restore it paused (xl restore -p) and use xl dump-core"},
+	{"libvirt-xml\n", "a saved state of libvirt's driver for Xen: restore it paused (virsh restore --paused) and use xl dump-core"},
+	{"\x7fVirtualBox SavedState ", "a saved state of VirtualBox: restore it and use VBoxManage debugvm VM dumpvmcore --filename FILE"},
 	{"PAGEDUMP", "a crash dump of Windows"},
 	{"PAGEDU64", "a crash dump of Windows"},
 	{"QFI\xfb", "a disk image (qcow2), which holds no memory but in snapshots"},
+	{"KDMV", "a disk image (VMDK), which holds no memory"},
+	{"# Disk DescriptorFile", "a disk image (VMDK), which holds no memory"},
+	{"<<< Oracle VM VirtualBox Disk Image >>>", "a disk image (VDI), which holds no memory"},
+	{"vhdxfile", "a disk image (VHDX), which holds no memory"},
+	{"conectix", "a disk image (VHD), which holds no memory"},
 }
 
-// raw lays out flat memory.
-func (m *Image) raw(hole Hole) error {
+// raw lays out flat memory, behind skip bytes of something else.
+func (m *Image) raw(hole Hole, skip uint64) error {
 	const fourGiB = 1 << 32
 	m.format = "raw"
 	if hole.Start > hole.Limit || hole.Start > fourGiB || hole.Start%paging.PageSize != 0 {
 		return fmt.Errorf("image: Options.RawHole: start %#x, limit %#x: it must start at a page, below 4 GiB and the limit", hole.Start, hole.Limit)
 	}
-	if hole.Limit == 0 || m.length < hole.Limit {
-		return m.layOut([]extent{{addr: 0, off: 0, size: m.length}}, nil)
+	if skip >= m.length {
+		return fmt.Errorf("image: Options.RawSkip: %#x bytes of a file of %#x", skip, m.length)
+	}
+	size := m.length - skip
+	if size%paging.PageSize != 0 {
+		m.warnf("a flat file of %#x bytes, which is no multiple of a page: it is cut short, or something else is before or behind the memory", size)
+	}
+	if hole.Limit == 0 || size < hole.Limit || size == hole.Start {
+		m.flat = hole.Limit == 0
+		return m.layOut([]extent{{addr: 0, off: skip, size: size}}, nil)
 	}
 	return m.layOut([]extent{
-		{addr: 0, off: 0, size: hole.Start},
-		{addr: fourGiB, off: hole.Start, size: m.length - hole.Start},
+		{addr: 0, off: skip, size: hole.Start},
+		{addr: fourGiB, off: skip + hole.Start, size: size - hole.Start},
 	}, nil)
 }
 
-// Format returns the name of the format: "Xen core", "QEMU core", "ELF core", "LiME"
-// or "raw".
+// Format returns the name of the format: "Xen core", "QEMU core", "ELF core", "kdump",
+// "kdump of QEMU", "LiME", "AVML", "VMware" or "raw".
 func (m *Image) Format() string { return m.format }
 
 // Kind returns how the guest was virtualized.
@@ -316,7 +416,7 @@ func (m *Image) ReadPhys(addr uint64, b []byte) (n int, err error) {
 			part = part[:min(uint64(len(part)), e.end()-at, after(m.data, at)-at)]
 			clear(part)
 		} else {
-			return n, fmt.Errorf("image: address %#x: %w", at, ErrAbsent)
+			return n, fmt.Errorf("image: address %#x: %w", at, m.absent(paging.Frame(at>>pageShift)))
 		}
 		n += len(part)
 	}
@@ -378,6 +478,21 @@ func (m *Image) has(f paging.Frame) bool {
 	return overlaps(m.data, addr, addr+paging.PageSize) || overlaps(m.zero, addr, addr+paging.PageSize)
 }
 
+// absent returns why the image doesn't have a frame.
+func (m *Image) absent(f paging.Frame) error {
+	if f > maxFrame {
+		return ErrAbsent
+	}
+	addr := uint64(f) << pageShift
+	if overlaps(m.cut, addr, addr+paging.PageSize) {
+		return fmt.Errorf("%w: %w", ErrAbsent, ErrTruncated)
+	}
+	if m.flat && m.length > minHole && addr >= minHole {
+		return fmt.Errorf("%w, which is flat and was taken to be in one piece: a machine with so much memory has a hole below 4 GiB; say where (?hole=pc, ?hole=q35 or ?hole=ADDRESS in the name of the file)", ErrAbsent)
+	}
+	return ErrAbsent
+}
+
 // Close closes the file. Pages in use stay valid until they are released.
 func (m *Image) Close() error {
 	err := m.cache.Close()
@@ -410,7 +525,7 @@ var buffers = sync.Pool{New: func() any { return new([paging.PageSize]byte) }}
 // Map implements paging.Mapper by reading the page.
 func (r reader) Map(f paging.Frame, _ bool) (page []byte, unmap func() error, err error) {
 	if f > maxFrame || !r.m.has(f) {
-		return nil, nil, fmt.Errorf("image: frame %#x: %w", uint64(f), ErrAbsent)
+		return nil, nil, fmt.Errorf("image: frame %#x: %w", uint64(f), r.m.absent(f))
 	}
 	buf := buffers.Get().(*[paging.PageSize]byte)
 	unmap = func() error {

@@ -537,7 +537,6 @@ func TestErrors(t *testing.T) {
 		{"no memory", core{machine: 62}.bytes(), ErrFormat, "no memory"},
 		{"zeros only", core{machine: 62, loads: []load{{memsz: 1 << 40}}}.bytes(), ErrFormat, "no memory"},
 		{"segment beyond", put64(good(), load0+8, 1<<62), ErrTruncated, "memory"},
-		{"segment too long", put64(good(), load0+32, 1<<50), ErrTruncated, "memory"},
 		{"segment wraps", put64(good(), load0+24, ^uint64(0)-100), ErrFormat, "52 bits"},
 		{"zeros wrap", put64(good(), load0+40, ^uint64(0)), ErrFormat, "52 bits"},
 		{"notes too long", put64(good(), 64+32, 1<<40), ErrFormat, "notes"},
@@ -546,9 +545,8 @@ func TestErrors(t *testing.T) {
 		{"lime version", put16(limeBytes(piece{0, page(0)}), 4, 2), ErrUnsupported, "version 2"},
 		{"lime reversed", put64(limeBytes(piece{4096, page(0)}), 16, 4094), ErrFormat, "0x1000 to 0xffe"},
 		{"lime address", put64(limeBytes(piece{0, page(0)}), 16, 1<<52), ErrFormat, "0x10000000000000"},
-		{"lime garbage", append(limeBytes(piece{0, page(0)}), make([]byte, 32)...), ErrFormat, "no LiME header at 0x1020"},
-		{"lime short header", append(limeBytes(piece{0, page(0)}), 1), ErrTruncated, "0x1020"},
-		{"lime cut", limeBytes(piece{0, page(0)})[:4000], ErrTruncated, "range"},
+		{"lime cut", limeBytes(piece{0, page(0)})[:4000], ErrTruncated, "before its memory begins"},
+		{"lime header cut", limeBytes(piece{0, page(0)})[:20], ErrTruncated, "header"},
 
 		{"xen magic", xen(func(c *xenCore) { c.magic = 7 }), ErrFormat, "magic 0x7"},
 		{"xen version", xen(func(c *xenCore) { c.version = 1 }), ErrUnsupported, "version 1"},
@@ -769,7 +767,7 @@ func seeds() [][]byte {
 
 // Whatever the file is, what it has adds up.
 func FuzzOpen(f *testing.F) {
-	for _, b := range seeds() {
+	for _, b := range append(seeds(), packedSeeds(f)...) {
 		f.Add(b, uint32(0))
 		f.Add(b[:len(b)*2/3], uint32(4096))
 	}
@@ -779,7 +777,13 @@ func FuzzOpen(f *testing.F) {
 			return
 		}
 		defer m.Close()
-		if m.Size() == 0 || m.Size() > uint64(len(b)) {
+		// What is packed is unpacked when it is read: pages of kdump's that are zero
+		// share their contents, and have 24 bytes each.
+		packed, most := false, uint64(len(b))
+		if strings.HasPrefix(m.Format(), "kdump") || m.Format() == "AVML" {
+			packed, most = true, uint64(len(b))*paging.PageSize/24
+		}
+		if m.Size() == 0 || m.Size() > most {
 			t.Fatalf("%d bytes of memory in %d", m.Size(), len(b))
 		}
 		var last paging.Frame
@@ -791,6 +795,9 @@ func FuzzOpen(f *testing.F) {
 			first, last = false, r.First+paging.Frame(r.Count)
 			for _, f := range []paging.Frame{r.First, last - 1} {
 				page, release, err := m.Page(f, false)
+				if packed && (errors.Is(err, ErrFormat) || errors.Is(err, ErrTruncated)) {
+					continue
+				}
 				if err != nil || len(page) != paging.PageSize {
 					t.Fatalf("frame %#x: %v", f, err)
 				}

@@ -43,20 +43,23 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	if opts == nil {
 		opts = new(Options)
 	}
-	k := &Kernel{machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets}
-	if k.log == nil {
-		k.log = slog.New(slog.DiscardHandler)
-	}
 	cpus, err := m.CPUs()
 	if err != nil {
 		return nil, fmt.Errorf("%w (registers: %w)", ErrNoKernel, err)
 	}
 	images, err := findImages(ctx, m, cpus)
+	searched := false
 	if scanner, ok := m.(Scanner); ok && len(images) == 0 {
+		searched = true
 		var serr error
 		images, serr = findVMCoreInfo(ctx, scanner)
 		if serr != nil {
 			err = fmt.Errorf("%w; %w", err, serr)
+		}
+		if len(images) == 0 && ctx.Err() == nil && (opts.Symbols != nil || opts.SymbolFiles != nil) {
+			if images, serr = findBySymbols(ctx, scanner, opts); serr != nil {
+				err = fmt.Errorf("%w; %w", err, serr)
+			}
 		}
 	}
 	if len(images) == 0 {
@@ -68,35 +71,71 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 	// user mode map only its entry code (page-table isolation), and a page that is
 	// no table maps garbage, if anything.
 	var errs error
+	var found []*Kernel
+	seen := make(map[paging.Root]bool)
 	for _, img := range images[:min(len(images), maxImages)] {
-		if err := done(ctx); err != nil {
-			return nil, errors.Join(errs, err)
-		}
-		k.mem, k.bits, k.ranges, k.rungs = img.mem, img.bits, img.ranges, nil
-		k.root.Store(uint64(img.root))
-		k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
-		k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
-		if err := k.findSymbols(ctx, opts); err != nil {
-			errs = errors.Join(errs, err)
+		if seen[img.root] {
 			continue
 		}
-		k.explainPlace(cpus)
-		switch own := k.useOwnRoot(); {
-		case own || !k.unstarted(): // a guest that was restored and has not run since has booted
-			k.started.Store(true)
-		default:
-			if err := k.borrow(); err != nil {
-				return nil, errors.Join(errs, err)
+		if err := done(ctx); err != nil {
+			if len(found) > 0 {
+				break
 			}
+			return nil, errors.Join(errs, err)
 		}
-		if k.givenTypes != nil {
-			if k.typesWhy, err = k.checkOrigin(k.givenTypes); err != nil {
-				return nil, err
+		k, err := discover(ctx, m, opts, img, cpus)
+		if err != nil {
+			errs = errors.Join(errs, err)
+			if !searched && (errors.Is(err, ErrNotInPlace) || errors.Is(err, ErrWrongTypes)) {
+				return nil, err // this is the kernel
 			}
+			continue
 		}
-		return k, nil
+		if !searched {
+			return k, nil
+		}
+		found = append(found, k)
+		seen[img.root] = true
 	}
-	return nil, errs
+	if len(found) == 0 {
+		return nil, errs
+	}
+	k := running(found)
+	k.checkHoles(m.(Scanner))
+	return k, nil
+}
+
+// discover takes an image for the kernel's, if it has symbols.
+func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []CPU) (*Kernel, error) {
+	k := &Kernel{
+		machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets,
+		mem: img.mem, bits: img.bits, ranges: img.ranges,
+	}
+	k.root.Store(uint64(img.root))
+	if k.log == nil {
+		k.log = slog.New(slog.DiscardHandler)
+	}
+	k.explain("page tables", nil, img.why, "%v, root %#x", img.mode.Kind, uint64(img.root))
+	k.explain("image", nil, "the largest piece that is mapped where kernels are", "%s at %#x", size(img.size), img.ranges[0].Addr)
+	if err := k.findSymbols(ctx, opts); err != nil {
+		return nil, err
+	}
+	k.explainPlace(cpus)
+	switch own := k.useOwnRoot(); {
+	case own || !k.unstarted(): // a guest that was restored and has not run since has booted
+		k.started.Store(true)
+	default:
+		if err := k.borrow(); err != nil {
+			return nil, err
+		}
+	}
+	if k.givenTypes != nil {
+		var err error
+		if k.typesWhy, err = k.checkOrigin(k.givenTypes); err != nil {
+			return nil, err
+		}
+	}
+	return k, nil
 }
 
 // image is a candidate for the kernel's image.
@@ -107,6 +146,7 @@ type image struct {
 	bits   int
 	ranges []sysmap.Range
 	size   uint64
+	text   uint64 // of i386: bytes of code at its beginning that can't be written
 	why    string
 }
 
@@ -145,17 +185,22 @@ func findImages(ctx context.Context, m Machine, cpus []CPU) ([]image, error) {
 				continue
 			}
 			tried[r.root] = true
-			img := image{mem: mem, mode: mode, root: r.root, why: fmt.Sprintf(r.why, i)}
-			if err := img.find(); err != nil {
+			found, err := image{mem: mem, mode: mode, root: r.root, why: fmt.Sprintf(r.why, i)}.find()
+			if err != nil {
 				errs = errors.Join(errs, err)
 				continue
 			}
-			images = append(images, img)
+			for _, img := range found {
+				// Every process maps the same kernel: one look at it is enough.
+				if !slices.ContainsFunc(images, func(o image) bool { return slices.Equal(o.ranges, img.ranges) }) {
+					images = append(images, img)
+				}
+			}
 		}
 	}
-	slices.SortStableFunc(images, func(a, b image) int { return cmp.Compare(b.size, a.size) })
-	// Every process maps the same kernel: one look at it is enough.
-	images = slices.CompactFunc(images, func(a, b image) bool { return slices.Equal(a.ranges, b.ranges) })
+	slices.SortStableFunc(images, func(a, b image) int {
+		return cmp.Or(cmp.Compare(b.text, a.text), cmp.Compare(b.size, a.size))
+	})
 	if len(images) == 0 {
 		return nil, errs
 	}
@@ -183,48 +228,107 @@ func roots(mode paging.Mode, c CPU) []rootWhy {
 	}
 }
 
-// find looks for the image through the page tables.
-func (img *image) find() error {
+// find looks for the image through the page tables. On i386 there may be several, see
+// find32.
+func (img image) find() ([]image, error) {
 	from := paging.VAddr(window64)
 	img.bits = 64
 	if img.mode.Kind == paging.PAE || img.mode.Kind == paging.TwoLevel {
 		from, img.bits = window32, 32
 	}
-	var end uint64
+	var all []sysmap.Range
 	var errs error
 	for r, err := range img.mem.Ranges(img.root, from, from+windowSize-1, tableBudget) {
 		if err != nil { // of one entry, or the last
 			errs = err
 			continue
 		}
-		sr := sysmap.Range{
-			Addr: uint64(r.Addr), Size: r.Size,
-			Writable: r.Prot&paging.Writable != 0, Exec: r.Prot&paging.NoExecute == 0,
-		}
-		if img.bits == 32 {
-			// The image is in the mapping of all memory: it begins with code.
-			if len(img.ranges) == 0 && !sr.Exec {
-				continue
-			}
-			sr.Size = min(sr.Size, maxImage32-img.size)
-		}
-		if len(img.ranges) > 0 && sr.Addr-end > maxGap || sr.Size == 0 {
+		if n := len(all); img.bits == 64 && n > 0 && uint64(r.Addr)-all[n-1].Addr-all[n-1].Size > maxGap {
 			break
 		}
-		if len(img.ranges) == maxRanges {
-			return fmt.Errorf("page tables at %#x: more than %d pieces: %w", uint64(img.root), maxRanges, ErrBadKernel)
+		if len(all) == maxRanges {
+			if img.bits == 32 {
+				break // modules and mappings of devices follow
+			}
+			return nil, fmt.Errorf("page tables at %#x: more than %d pieces: %w", uint64(img.root), maxRanges, ErrBadKernel)
 		}
-		img.ranges = append(img.ranges, sr)
-		img.size += sr.Size
-		end = sr.Addr + sr.Size
+		all = append(all, sysmap.Range{
+			Addr: uint64(r.Addr), Size: r.Size,
+			Writable: r.Prot&paging.Writable != 0, Exec: r.Prot&paging.NoExecute == 0,
+		})
 	}
-	if img.size == 0 {
+	var images []image
+	if img.bits == 32 {
+		images = img.find32(all)
+	} else if len(all) > 0 {
+		img.ranges = all
+		for _, r := range all {
+			img.size += r.Size
+		}
+		images = []image{img}
+	}
+	if len(images) == 0 {
 		if errs != nil {
-			return errs
+			return nil, errs
 		}
-		return fmt.Errorf("page tables at %#x map nothing from %v on", uint64(img.root), from)
+		return nil, fmt.Errorf("page tables at %#x map nothing from %v on", uint64(img.root), from)
 	}
-	return nil
+	return images, nil
+}
+
+const (
+	minText32   = 1 << 20 // bytes of code: the kernel of 5.10 has 8 MiB
+	maxImages32 = 4       // of one root
+)
+
+// find32 cuts images out of what an i386 kernel has mapped: its image is somewhere in the
+// mapping of all memory, which KASLR (CONFIG_RANDOMIZE_BASE) uses up to its end. It
+// begins with code, which can't be written once the kernel has booted
+// (mark_rodata_ro, arch/x86/mm/init_32.c): without the NX bit that is all that tells it
+// from the rest. What begins with the first page that can be executed at all comes last,
+// for a kernel that has not booted that far.
+func (img image) find32(all []sysmap.Range) []image {
+	var images []image
+	first := -1
+	for i := 0; i < len(all); i++ {
+		if !all[i].Exec {
+			continue
+		}
+		if first < 0 {
+			first = i
+		}
+		from, end, text := i, all[i].Addr, uint64(0)
+		for ; i < len(all) && all[i].Exec && !all[i].Writable && all[i].Addr == end; i++ {
+			text += all[i].Size
+			end += all[i].Size
+		}
+		i = max(i-1, from)
+		if text >= minText32 {
+			images = append(images, img.cut(all[from:], text))
+		}
+	}
+	slices.SortStableFunc(images, func(a, b image) int { return cmp.Compare(b.text, a.text) })
+	images = images[:min(len(images), maxImages32-1)]
+	if first >= 0 {
+		images = append(images, img.cut(all[first:], 0))
+	}
+	return images
+}
+
+// cut takes the first ranges, up to a gap or to as much as an i386 kernel may have.
+func (img image) cut(ranges []sysmap.Range, text uint64) image {
+	img.ranges, img.size, img.text = nil, 0, text
+	end := ranges[0].Addr
+	for _, r := range ranges {
+		r.Size = min(r.Size, maxImage32-img.size)
+		if r.Addr-end > maxGap || r.Size == 0 {
+			break
+		}
+		img.ranges = append(img.ranges, r)
+		img.size += r.Size
+		end = r.Addr + r.Size
+	}
+	return img
 }
 
 // findSymbols takes the symbols that were given, or finds the kernel's own, and checks
@@ -282,8 +386,8 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 		return why
 	}
 	var rel string
-	if at, err := k.findBanner(ctx); err == nil {
-		if s, err := k.ReadString(at, 1024); err == nil {
+	if at, err := k.findBanner(ctx, ""); err == nil {
+		if s, err := k.ReadString(at, maxBanner); err == nil {
 			rel = safeRelease(release(s))
 		}
 	}
@@ -372,22 +476,23 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 // identify reads the kernel's version string and build id. That it finds them shows that
 // the symbols are at the right addresses.
 func (k *Kernel) identify(ctx context.Context) error {
+	want := strings.TrimRight(k.syms.Banner(), "\n\x00")
 	why := "read at linux_banner"
-	at, err := k.symbol("linux_banner")
+	at, err := k.symbol(bannerSymbol)
 	if errors.Is(err, sysmap.ErrNotFound) {
 		// A kernel without CONFIG_KALLSYMS_ALL has only functions among its symbols.
 		why = "found in read-only data"
-		at, err = k.findBanner(ctx)
+		at, err = k.findBanner(ctx, want)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrWrongSymbols, err)
 	}
-	s, err := k.ReadString(at, 1024)
+	s, err := k.ReadString(at, maxBanner)
 	if err != nil || !strings.HasPrefix(s, bannerMagic) {
 		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(ErrWrongSymbols, err), at)
 	}
 	k.banner, k.bannerAt = strings.TrimRight(s, "\n"), at
-	if want := strings.TrimRight(k.syms.Banner(), "\n\x00"); want != "" && want != k.banner {
+	if want != "" && want != k.banner {
 		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
 	}
 	k.explain("banner", nil, why, "%s", printable(k.banner))
@@ -443,10 +548,12 @@ func (k *Kernel) confirm() error {
 // bannerMagic begins the version string (init/version.c).
 const bannerMagic = "Linux version "
 
-// findBanner searches read-only data for the version string. The kernel's log has it,
-// too, but is writable.
-func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
+// findBanner searches read-only data for the version string: for the one that is wanted,
+// or else the first (see [sysmap.VersionString]). The kernel's log has it, too, but is
+// writable.
+func (k *Kernel) findBanner(ctx context.Context, want string) (uint64, error) {
 	o := k.begin("version string")
+	var first uint64
 	for _, r := range k.ranges {
 		for off := uint64(0); off < r.Size && !r.Writable; off += paging.PageSize {
 			if err := done(ctx); err != nil {
@@ -457,14 +564,36 @@ func (k *Kernel) findBanner(ctx context.Context) (uint64, error) {
 			if err := o.Read(r.Addr+off, b); errors.Is(err, ErrBudget) {
 				return 0, err
 			}
-			// A digit tells it from format strings.
-			if i := bytes.Index(b, []byte(bannerMagic)); i >= 0 && i+len(bannerMagic) < len(b) && isDigit(b[i+len(bannerMagic)]) {
-				return r.Addr + off + uint64(i), nil
+			for from := 0; ; from++ {
+				i := bytes.Index(b[from:], []byte(bannerMagic))
+				if i < 0 {
+					break
+				}
+				from += i
+				at := r.Addr + off + uint64(from)
+				s, err := o.str(at, maxBanner)
+				if errors.Is(err, ErrBudget) {
+					return 0, err
+				}
+				i, line := sysmap.VersionString([]byte(s + "\x00"))
+				switch {
+				case i != 0:
+				case line == want || want == "":
+					return at, nil
+				case first == 0:
+					first = at
+				}
 			}
 		}
 	}
-	return 0, errors.New("no version string in the kernel's image")
+	if first == 0 {
+		return 0, errors.New("no version string in the kernel's image")
+	}
+	return first, nil
 }
+
+// maxBanner bounds the version string, in bytes.
+const maxBanner = 1024
 
 func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 
@@ -499,8 +628,12 @@ func (k *Kernel) explainPlace(cpus []CPU) {
 	k.explain("place", nil, why, "_text at %#x", text)
 }
 
-// ownRoots are the names of the kernel's own page tables, by age.
+// ownRoots are the names of the kernel's own page tables: since 4.13, up to then, and on
+// i386.
 var ownRoots = []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"}
+
+// bannerSymbol is the name of the version string.
+const bannerSymbol = "linux_banner"
 
 // useOwnRoot switches from the page tables of whatever process was running to the
 // kernel's own, which live as long as the kernel.

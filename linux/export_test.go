@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"context"
 	"io"
 	"strings"
 	"time"
@@ -52,7 +53,7 @@ func ReadCache(r io.Reader) (*sysmap.Map, error) {
 
 // FromVMCoreInfo follows crash dump information to page tables.
 func FromVMCoreInfo(page []byte, m Machine) error {
-	_, err := parseVMCoreInfo(page).image(m)
+	_, err := parseVMCoreInfo(page).image(m, "")
 	return err
 }
 
@@ -63,3 +64,16 @@ func DeadCodeWithoutSymbols(try func(addr, size uint64) bool) {
 
 // IsText reports whether a parameter is likely a string.
 var IsText = isText
+
+// Images returns where the candidates for a kernel's image begin, best first.
+func Images(ctx context.Context, m Machine) (starts []uint64, err error) {
+	cpus, err := m.CPUs()
+	if err != nil {
+		return nil, err
+	}
+	images, err := findImages(ctx, m, cpus)
+	for _, img := range images {
+		starts = append(starts, img.ranges[0].Addr)
+	}
+	return starts, err
+}

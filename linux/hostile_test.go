@@ -6,7 +6,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -17,6 +20,7 @@ import (
 	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
+	"github.com/vmprobes/vmprobes/sysmap"
 )
 
 // allocated returns how many bytes f allocates, in all.
@@ -336,4 +340,158 @@ func TestModuleTypesName(t *testing.T) {
 	_, err := discover(t, s).ModuleTypes()
 	require.ErrorIs(t, err, ktype.ErrFormat)
 	requirePrintable(t, err.Error())
+}
+
+// vmcoreinfoPage is a page that leads to page tables.
+func vmcoreinfoPage(cr3 uint64) []byte {
+	page := make([]byte, paging.PageSize)
+	copy(page, fmt.Sprintf("OSRELEASE=1\nSYMBOL(swapper_pg_dir)=%x\nNUMBER(phys_base)=0\n", uint64(0xffffffff80000000)+cr3))
+	return page
+}
+
+// TestSeveralKernels has the remains of the kernel that ran before in the image, as a
+// guest has that has rebooted by kexec: the one that runs is taken, in whatever order
+// they are, and the other is named.
+func TestSeveralKernels(t *testing.T) {
+	const dead = "Linux version 8.8.8-dead (me@here) #1 SMP"
+	for name, kill := range map[string]func(*kerneltest.Synthetic){
+		"tasks":    func(s *kerneltest.Synthetic) { s.Put64(s.Sym["init_task"]+kerneltest.TaskTasks, 0x4141414141414141) },
+		"modules":  func(s *kerneltest.Synthetic) { s.Put64(s.Sym["modules"], 0x4141414141414141) },
+		"clock":    func(s *kerneltest.Synthetic) { s.SetClock(1699999999) },
+		"ended":    func(s *kerneltest.Synthetic) { s.Put32(s.Sym["system_state"], 6) },
+		"no clock": func(s *kerneltest.Synthetic) { s.SetClock(0); s.Put32(s.Sym["system_state"], 6) },
+	} {
+		for _, order := range []string{"dead first", "alive first"} {
+			t.Run(name+", "+order, func(t *testing.T) {
+				a, b := kerneltest.NewSynthetic(kerneltest.Layout{}), kerneltest.NewSynthetic(kerneltest.Layout{})
+				killed := a
+				if order == "alive first" {
+					killed = b
+				}
+				kill(killed)
+				copy(killed.Bytes(killed.Sym["linux_banner"]), dead+"\n\x00")
+				ram, cr3 := b.Behind(a.RAM)
+				a.RAM = slices.Concat(ram, vmcoreinfoPage(a.CR3), vmcoreinfoPage(a.CR3), vmcoreinfoPage(cr3))
+				k, err := linux.Discover(t.Context(), scanner{a.Machine(), uint64(len(a.RAM)) / paging.PageSize}, nil)
+				require.NoError(t, err)
+				assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+				said := rung(k, "other kernels")
+				assert.Contains(t, said, "1 more in memory: "+dead)
+				assert.False(t, slices.ContainsFunc(k.Explain(), func(r linux.Rung) bool { return strings.Contains(r.Why, "nothing tells") }))
+			})
+		}
+	}
+
+	// Twins.
+	a := kerneltest.NewSynthetic(kerneltest.Layout{})
+	ram, cr3 := a.Behind(a.RAM)
+	a.RAM = slices.Concat(ram, vmcoreinfoPage(a.CR3), vmcoreinfoPage(cr3))
+	k, err := linux.Discover(t.Context(), scanner{a.Machine(), uint64(len(a.RAM)) / paging.PageSize}, nil)
+	require.NoError(t, err)
+	assert.True(t, slices.ContainsFunc(k.Explain(), func(r linux.Rung) bool { return strings.Contains(r.Why, "nothing tells") }))
+}
+
+// TestBySymbols: an image without registers and without crash dump information.
+func TestBySymbols(t *testing.T) {
+	for _, l := range []kerneltest.Layout{{}, {NoSymbols: true}} {
+		s := kerneltest.NewSynthetic(l)
+		text := bytes.Clone(s.SystemMap())
+		const textPhys = 0x100000
+		text = fmt.Appendf(text, "%016x D init_top_pgt\n", uint64(kerneltest.SyntheticText)+s.CR3-textPhys)
+		syms, err := sysmap.Parse(bytes.NewReader(text))
+		require.NoError(t, err)
+		// Strings that lead nowhere.
+		at := len(s.RAM)
+		s.RAM = append(s.RAM, make([]byte, 16*paging.PageSize)...)
+		copy(s.RAM[0x1234:], kerneltest.SyntheticBanner+"\n")
+		copy(s.RAM[at+paging.PageSize-10:], kerneltest.SyntheticBanner+"\n")
+		m := scanner{s.Machine(), uint64(len(s.RAM)) / paging.PageSize}
+		_, err = linux.Discover(t.Context(), m, nil)
+		require.ErrorIs(t, err, linux.ErrNoKernel)
+		assert.ErrorContains(t, err, "vmcoreinfo")
+
+		k, err := linux.Discover(t.Context(), m, &linux.Options{Symbols: syms})
+		require.NoError(t, err)
+		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+		assert.Contains(t, k.Explain()[0].Why, "init_top_pgt, as the symbols that were given says")
+		tasks, err := k.Processes(true)
+		require.NoError(t, err)
+		assert.Len(t, tasks, 6)
+
+		path := filepath.Join(t.TempDir(), "System.map")
+		require.NoError(t, os.WriteFile(path, text, 0o600))
+		var asked []string
+		k, err = linux.Discover(t.Context(), m, &linux.Options{SymbolFiles: func(release string) []string {
+			asked = append(asked, release)
+			return []string{"/no/such/file", path}
+		}})
+		require.NoError(t, err)
+		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+		assert.Equal(t, "9.9.9-synthetic", asked[0])
+
+		other := bytes.ReplaceAll(text, []byte(" D linux_banner"), []byte(" D some_other"))
+		syms, err = sysmap.Parse(bytes.NewReader(other))
+		require.NoError(t, err)
+		_, err = linux.Discover(t.Context(), m, &linux.Options{Symbols: syms})
+		require.ErrorIs(t, err, linux.ErrNoKernel)
+		assert.ErrorContains(t, err, "9.9.9-synthetic")
+	}
+}
+
+// TestShifted: the image has 512 bytes before its memory.
+func TestShifted(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	page := make([]byte, paging.PageSize)
+	copy(page, fmt.Sprintf("OSRELEASE=1\nBUILD-ID=00\nPAGESIZE=4096\nSYMBOL(swapper_pg_dir)=%x\nNUMBER(phys_base)=0\n", uint64(0xffffffff80000000)+s.CR3))
+	note := make([]byte, paging.PageSize)
+	copy(note[12:], "VMCOREINFO\x00\x00"+string(page[:1000]))
+	s.RAM = slices.Concat(make([]byte, 512), s.RAM, note, page, make([]byte, paging.PageSize-512))
+	_, err := linux.Discover(t.Context(), scanner{s.Machine(), uint64(len(s.RAM)) / paging.PageSize}, nil)
+	require.ErrorIs(t, err, linux.ErrNoKernel)
+	assert.ErrorContains(t, err, "512 bytes into a page")
+	assert.ErrorContains(t, err, "?skip=512")
+}
+
+// A holed scanner has a flat image's memory in two runs.
+type holed struct {
+	scanner
+	hole uint64 // frames
+}
+
+func (s holed) Ranges() iter.Seq2[paging.Frame, uint64] {
+	return func(yield func(paging.Frame, uint64) bool) {
+		if s.hole == 0 {
+			yield(0, s.frames)
+		} else if yield(0, s.hole) {
+			yield(1<<20, s.frames-s.hole)
+		}
+	}
+}
+
+// TestLayout: where a flat image has its hole is compared with where memory ends.
+func TestLayout(t *testing.T) {
+	for _, tt := range []struct{ hole, top, want uint64 }{
+		{0, 0x90000, 0},        // all below 4 GiB
+		{0xc0000, 0x140000, 0}, // pc
+		{0x80000, 0x180000, 0}, // q35
+		{0, 0x140000, 0xc0000}, // none given
+		{0, 0x180000, 0x80000}, //
+		{0xc0000, 0x180000, 0x80000},
+		{0x80000, 0x130000, 0xd0000}, // Firecracker
+		{0, 1 << 50, 0},              // nonsense
+		{0, 0x100001, 0xfffff},
+	} {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		s.RAM = slices.Concat(s.RAM, vmcoreinfoPage(s.CR3))
+		s.Put64(s.Sym["max_pfn"], tt.top)
+		k, err := linux.Discover(t.Context(), holed{scanner{s.Machine(), 0x100000}, tt.hole}, nil)
+		require.NoError(t, err)
+		said := rung(k, "memory layout")
+		if tt.want == 0 {
+			assert.Empty(t, said, "%+v", tt)
+		} else {
+			assert.Contains(t, said, fmt.Sprintf("?hole=%#x ", tt.want*paging.PageSize), "%+v", tt)
+		}
+		assert.Equal(t, tt.want != 0, slices.ContainsFunc(k.Explain(), linux.Rung.Warning))
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -46,14 +47,13 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 	var images []image
 	var errs error
 	if info := parseVMCoreInfo(m.VMCoreInfo()); len(info) > 0 {
-		img, err := info.image(m)
+		found, err := info.image(m, "named in the image's crash dump information")
 		if err == nil {
-			img.why = "named in the image's crash dump information"
-			return []image{img}, nil
+			return found, nil
 		}
 		errs = err
 	}
-	found := 0
+	found, odd := 0, uint64(0)
 	for first, count := range m.Ranges() {
 		for f := first; f < first+paging.Frame(count); f++ {
 			if f%1024 == 0 && ctx.Err() != nil {
@@ -66,29 +66,62 @@ func findVMCoreInfo(ctx context.Context, m Scanner) ([]image, error) {
 			var info vmcoreinfo
 			if bytes.HasPrefix(page, []byte(vmcoreMagic)) {
 				info = parseVMCoreInfo(page)
+			} else if i := oddVMCoreInfo(page); i > 0 && odd == 0 {
+				odd = uint64(f)*paging.PageSize + uint64(i)
 			}
 			release()
 			if info == nil {
 				continue
 			}
-			if found++; found > maxVMCoreInfo || len(images) == maxInfoImages {
+			if found++; found > maxVMCoreInfo || len(images) >= maxInfoImages {
 				return images, fmt.Errorf("too many pages with crash dump information: %w", ErrBadKernel)
 			}
-			img, err := info.image(m)
+			candidates, err := info.image(m, fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f)))
 			if err != nil {
 				if errs == nil {
 					errs = fmt.Errorf("crash dump information in frame %#x: %w", uint64(f), err)
 				}
 				continue
 			}
-			img.why = fmt.Sprintf("named in the crash dump information in frame %#x", uint64(f))
-			images = append(images, img)
+			for _, img := range candidates {
+				if !slices.ContainsFunc(images, img.same) { // not a copy of the page
+					images = append(images, img)
+				}
+			}
 		}
 	}
-	if len(images) == 0 && errs == nil {
+	switch {
+	case len(images) > 0 || errs != nil:
+	case odd != 0:
+		shift := odd % paging.PageSize
+		errs = fmt.Errorf("crash dump information (vmcoreinfo) lies at %#x, %d bytes into a page, and not at the start of one: the image has something else before its memory, "+
+			"such as a header (if that has %d bytes, ?skip=%d behind the name leaves it out), or ranges of memory without the gaps between them, as LiME's format=raw (take it with format=lime): %w",
+			odd, shift, shift, shift, ErrBadKernel)
+	default:
 		errs = errors.New("no crash dump information (vmcoreinfo) in memory")
 	}
 	return images, errs
+}
+
+// oddVMCoreInfo returns where crash dump information begins in a page, if not at its
+// start, or 0. The kernel has a copy in a note, behind 24 bytes of header, and programs
+// have its beginning in their text; neither counts.
+func oddVMCoreInfo(page []byte) int {
+	const note = 24
+	i := bytes.Index(page, []byte(vmcoreMagic))
+	if i <= 0 || i == note || i >= note && bytes.HasPrefix(page[i-note+12:], []byte("VMCOREINFO\x00")) {
+		return 0
+	}
+	lines := bytes.SplitN(page[i:], []byte("\n"), 3)
+	if len(lines) < 3 || !bytes.HasPrefix(lines[1], []byte("BUILD-ID=")) && !bytes.HasPrefix(lines[1], []byte("PAGESIZE=")) {
+		return 0
+	}
+	return i
+}
+
+// same reports whether two candidates are one kernel.
+func (img image) same(other image) bool {
+	return img.root == other.root && img.mode == other.mode && slices.Equal(img.ranges, other.ranges)
 }
 
 func parseVMCoreInfo(page []byte) vmcoreinfo {
@@ -108,10 +141,10 @@ func parseVMCoreInfo(page []byte) vmcoreinfo {
 // image follows the page tables that the information names: it has the virtual address
 // of swapper_pg_dir, and by how much the kernel's mapping of itself is moved in physical
 // memory (phys_base, arch/x86/kernel/head64.c), which may be negative.
-func (v vmcoreinfo) image(m Machine) (image, error) {
+func (v vmcoreinfo) image(m Machine, why string) ([]image, error) {
 	pgd, err := strconv.ParseUint(v["SYMBOL(swapper_pg_dir)"], 16, 64)
 	if err != nil {
-		return image{}, fmt.Errorf("vmcoreinfo without SYMBOL(swapper_pg_dir): %w", err)
+		return nil, fmt.Errorf("vmcoreinfo without SYMBOL(swapper_pg_dir): %w", err)
 	}
 	mode := paging.Mode{Kind: paging.FourLevel, NXE: true}
 	var phys int64
@@ -124,13 +157,12 @@ func (v vmcoreinfo) image(m Machine) (image, error) {
 		pgd -= window32
 	default:
 		if phys, err = strconv.ParseInt(v["NUMBER(phys_base)"], 10, 64); err != nil {
-			return image{}, fmt.Errorf("vmcoreinfo without NUMBER(phys_base): %w", err)
+			return nil, fmt.Errorf("vmcoreinfo without NUMBER(phys_base): %w", err)
 		}
 		if v["NUMBER(pgtable_l5_enabled)"] == "1" {
 			mode.Kind = paging.FiveLevel
 		}
 		pgd -= window64
 	}
-	img := image{mode: mode, mem: paging.New(m, mode), root: paging.Root(pgd + uint64(phys))}
-	return img, img.find()
+	return image{mode: mode, mem: paging.New(m, mode), root: paging.Root(pgd + uint64(phys)), why: why}.find()
 }

@@ -163,7 +163,8 @@ func fromSymtab(f *elf.File) (*Map, error) {
 			info, shndx = e[12], elf.SectionIndex(binary.LittleEndian.Uint16(e[14:]))
 		}
 		typ := letter(f, info, shndx)
-		if typ == 0 || !wanted(name) {
+		name, ok := quoted(name)
+		if typ == 0 || !ok || !wanted(name) {
 			continue
 		}
 		if msg := b.add(value, typ, name, nil); msg != "" {
@@ -200,11 +201,6 @@ func cstring(str []byte, off uint32) []byte {
 func wanted(name []byte) bool {
 	if len(name) == 0 {
 		return false
-	}
-	for _, c := range name {
-		if c <= ' ' || c >= 0x7f {
-			return false
-		}
 	}
 	s := string(name)
 	for _, p := range []string{".L", "$", "__crc_", "__kstrtab_", "__kstrtabns_"} {

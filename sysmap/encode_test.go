@@ -31,9 +31,14 @@ type layout struct {
 	seqs      bool
 	longNames bool
 	numLong   bool // num_syms is a long
+	plain     bool // OpenWrt's: no tokens
 }
 
 var layouts = []layout{
+	{name: "5.15 OpenWrt", word: 8, kind: addrRelative, marker: 4, plain: true},
+	{name: "5.15 OpenWrt i386", word: 4, kind: addrRelative, marker: 4, plain: true},
+	{name: "6.6 OpenWrt", word: 8, kind: addrPerCPU, marker: 4, longNames: true, seqs: true, reordered: true, plain: true},
+	{name: "6.4 x86_64 absolute", word: 8, kind: addrLong, marker: 4, longNames: true, seqs: true, reordered: true},
 	{name: "2.6.10 x86_64", word: 8, kind: addrLong, marker: 8, numLong: true},
 	{name: "2.6.10 i386", word: 4, kind: addrLong, marker: 4, numLong: true},
 	{name: "4.6 x86_64", word: 8, kind: addrPerCPU, marker: 8, numLong: true},
@@ -235,7 +240,10 @@ func encodeKallsyms(l layout, syms []Symbol, va uint64) []byte {
 		if i%256 == 0 {
 			markers = append(markers, len(b)-start)
 		}
-		enc := encodeName(string(s.Type)+s.Name, by)
+		enc := []byte(string(s.Type) + s.Name)
+		if !l.plain {
+			enc = encodeName(string(enc), by)
+		}
 		switch {
 		case len(enc) < 0x80, !l.longNames && len(enc) < 0x100:
 			b = append(b, byte(len(enc)))
@@ -267,9 +275,14 @@ func encodeKallsyms(l layout, syms []Symbol, va uint64) []byte {
 	align()
 	var index []uint16
 	start = len(b)
+	if l.plain {
+		tok = [256]string{}
+	}
 	for _, t := range tok {
-		index = append(index, uint16(len(b)-start))
-		b = append(append(b, t...), 0)
+		if !l.plain {
+			index = append(index, uint16(len(b)-start))
+			b = append(append(b, t...), 0)
+		}
 	}
 	align()
 	for _, i := range index {
@@ -312,6 +325,11 @@ func noise(rng *rand.Rand, n int) []byte {
 
 // testKernel makes the memory of a kernel with tables of n symbols.
 func testKernel(l layout, seed uint64, n int) (seg Segment, syms []Symbol) {
+	return testKernelOf(l, seed, n, nil)
+}
+
+// testKernelOf is testKernel with symbols that edit has changed, if it isn't nil.
+func testKernelOf(l layout, seed uint64, n int, edit func(s *Symbol, i int)) (seg Segment, syms []Symbol) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	base := uint64(0xffffffff81000000)
 	if l.word == 4 {
@@ -321,6 +339,11 @@ func testKernel(l layout, seed uint64, n int) (seg Segment, syms []Symbol) {
 	before := bannerAt + 256 + rng.IntN(1<<16)
 	size := uint64(4<<20 + rng.IntN(1<<22))
 	syms = kernelSymbols(rng, l, n, base, size, base+bannerAt)
+	for i := range syms {
+		if edit != nil {
+			edit(&syms[i], i)
+		}
+	}
 	data := noise(rng, before)
 	copy(data[bannerAt:], testBanner+"\n\x00")
 	for len(data)%l.word != 0 {

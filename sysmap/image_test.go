@@ -119,7 +119,7 @@ func testSymtab(base uint64) []sym {
 
 func TestFromELFSymtab(t *testing.T) {
 	t.Parallel()
-	for _, l := range []layout{layouts[9], layouts[10]} {
+	for _, l := range []layout{layouts[13], layouts[14]} {
 		seg, _ := testKernel(l, 1, 1000)
 		m, err := FromELF(bytes.NewReader(testELF(l.word, seg, testSymtab(seg.Addr))))
 		require.NoError(t, err)
@@ -153,7 +153,7 @@ func TestFromELFStripped(t *testing.T) {
 
 func TestFromELFErrors(t *testing.T) {
 	t.Parallel()
-	seg, _ := testKernel(layouts[9], 1, 1000)
+	seg, _ := testKernel(layouts[13], 1, 1000)
 	good := testELF(8, seg, nil)
 	symtab := testELF(8, seg, testSymtab(seg.Addr))
 	patch := func(b []byte, off int, v ...byte) []byte {
@@ -187,7 +187,7 @@ func (errReaderAt) ReadAt([]byte, int64) (int, error) { return 0, errors.New("di
 // Run it with -fuzzminimizetime 1x: the seeds are large, and go test would spend its
 // time on making them smaller.
 func FuzzFromELF(f *testing.F) {
-	for _, i := range []int{1, 9, 14} {
+	for _, i := range []int{5, 13, 18} {
 		seg, _ := testKernel(layouts[i], 1, 900)
 		f.Add(testELF(layouts[i].word, seg, nil))
 	}
@@ -229,7 +229,7 @@ func packed(image []byte) []byte {
 // What there is to unpack is tested in kimage.
 func TestFromVMLinuz(t *testing.T) {
 	t.Parallel()
-	seg, syms := testKernel(layouts[11], 9, 3000)
+	seg, syms := testKernel(layouts[15], 9, 3000)
 	image := testELF(8, seg, nil)
 	image = append(image, make([]byte, 1234)...) // relocations
 	gz := packed(image)

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
+	"strings"
 )
 
 // The kernel's own symbol table, as scripts/kallsyms.c has written it into
@@ -76,6 +78,15 @@ func fromImage(segs []Segment, work int) (*Map, error) {
 			return m, nil
 		}
 	}
+	for i := range segs {
+		w := &window{addr: segs[i].Addr, data: segs[i].Data}
+		if m, _ := im.searchPlain(w, 0, len(w.data)); m != nil {
+			if m.t.banner == "" {
+				m.t.banner = findBanner(segs, 0)
+			}
+			return m, nil
+		}
+	}
 	return nil, im.failure()
 }
 
@@ -104,11 +115,12 @@ var errWork = formatErr("gave up: the image has too much that looks like kallsym
 
 // image is what is known of the kernel that the tables are looked for in.
 type image struct {
-	lo, hi uint64 // the kernel is within, both included
-	word   int    // bytes of a long
-	work   int    // elementary steps left
-	tables int    // token tables seen
-	hits   int    // places that looked like one
+	lo, hi  uint64 // the kernel is within, both included
+	word    int    // bytes of a long
+	work    int    // elementary steps left
+	tables  int    // token tables seen
+	hits    int    // places that looked like one
+	anchors int    // places that looked like a name that isn't compressed
 
 	// at returns up to n bytes at an address; fewer, or none, if there are
 	// no more.
@@ -180,8 +192,10 @@ type kallsyms struct {
 
 	tok        [256][]byte
 	badToken   [256]bool // contains a byte that no name has
+	highBytes  [256]int  // how many of its bytes are above 0x7e
 	tokenTable int
-	tokenEnd   int // after the index
+	tokenEnd   int  // after the index
+	plain      bool // there are no tokens: both are where the markers end
 
 	markers    int
 	markerSize int
@@ -234,10 +248,22 @@ func (k *kallsyms) index(table, index []byte) bool {
 			return false
 		}
 		k.tok[i] = table[at : at+n]
-		k.badToken[i] = !printable(k.tok[i])
+		k.noteToken(i)
 		at += n + 1
 	}
 	return at == len(table)
+}
+
+// noteToken notes what the bytes of a token mean for a name that has it.
+func (k *kallsyms) noteToken(i int) {
+	k.badToken[i], k.highBytes[i] = false, 0
+	for _, c := range k.tok[i] {
+		if c <= ' ' || c == 0x7f {
+			k.badToken[i] = true
+		} else if c > 0x7f {
+			k.highBytes[i]++
+		}
+	}
 }
 
 func (k *kallsyms) u32(off int) uint32 {
@@ -307,7 +333,11 @@ func (k *kallsyms) run(off, size int) bool {
 	}
 	k.marker = append(k.marker[:0], 0)
 	last := uint64(0)
-	for p := off + size; p+size <= k.tokenTable && len(k.marker) <= maxSymbols/256; p += size {
+	limit := k.tokenTable
+	if k.plain {
+		limit = len(k.w.data)
+	}
+	for p := off + size; p+size <= limit && len(k.marker) <= maxSymbols/256; p += size {
 		v := uint64(k.u32(p))
 		if size == 8 {
 			v = k.u64(p)
@@ -393,6 +423,7 @@ func (k *kallsyms) walk() bool {
 	}
 	k.types = k.types[:0]
 	k.nameBytes, k.banner = 0, -1
+	odd := 0
 	p, block := k.names, k.names
 	buf := make([]byte, 0, 1+len(bannerName))
 	for i := range k.n {
@@ -406,10 +437,14 @@ func (k *kallsyms) walk() bool {
 		if enc == nil {
 			return false
 		}
-		n, bad := 0, false
+		n, high, bad := 0, 0, false
 		for _, c := range enc {
 			n += len(k.tok[c])
+			high += k.highBytes[c]
 			bad = bad || k.badToken[c]
+		}
+		if high > 0 {
+			odd++
 		}
 		first := k.tok[enc[0]]
 		if bad || n < 2 || n > maxName+1 || len(first) == 0 || !isType(first[0]) {
@@ -421,10 +456,11 @@ func (k *kallsyms) walk() bool {
 			}
 		}
 		k.types = append(k.types, first[0])
-		k.nameBytes += n - 1
+		k.nameBytes += n - 1 + high*len(`xc3`)
 		p = end
 	}
-	if k.markers-p >= maxPad || k.nameBytes > maxNameBytes {
+	// Few names have such bytes; garbage has many.
+	if k.markers-p >= maxPad || k.nameBytes > maxNameBytes || odd > k.n/8 {
 		return false
 	}
 	for _, c := range k.w.data[p:k.markers] {
@@ -570,6 +606,10 @@ func (k *kallsyms) addresses() (*Map, *Tables) {
 			rel(off, base)
 		}
 		try(hypothesis{kind: place, off: off})
+		// Up to 6.10, with CONFIG_KALLSYMS_BASE_RELATIVE=n.
+		if pad%k.im.word == 0 {
+			try(hypothesis{kind: absolute, off: k.align(k.tokenEnd, k.im.word) + pad})
+		}
 		if k.im.word == 4 {
 			try(hypothesis{kind: absolute4, off: off})
 		}
@@ -614,13 +654,145 @@ func (k *kallsyms) build(h *hypothesis) *Map {
 	for i := range k.n {
 		enc, p = k.next(p)
 		buf = k.expand(buf[:0], enc)
-		b.add(k.value(h, i), buf[0], buf[1:], nil)
+		name, _ := quoted(buf[1:]) // which walk has checked
+		b.add(k.value(h, i), buf[0], name, nil)
 	}
 	line := ""
 	if k.banner >= 0 {
 		line = bannerAt(k.im.at(k.value(h, k.banner), maxBanner))
 	}
 	return b.finish(line)
+}
+
+// Names that aren't compressed, as kernels of OpenWrt have them (its patch for
+// CONFIG_KALLSYMS_UNCOMPRESSED): each byte of a name is itself, and there are no tokens.
+// A name tells where they are: that of the beginning of the text, which each kernel has
+// among its first.
+var plainAnchors = []string{"\x06T_text", "\x06t_text", "\x07T_stext", "\x07t_stext"}
+
+const (
+	// maxBefore bounds the bytes of names before an anchor, which are those of per-CPU
+	// symbols.
+	maxBefore = 64 << 10
+	// maxAnchors bounds the places that look like one.
+	maxAnchors = 64
+)
+
+// searchPlain tries the anchors at offsets from..to of a window, which must be loaded
+// there.
+func (im *image) searchPlain(w *window, from, to int) (*Map, *Tables) {
+	for _, anchor := range plainAnchors {
+		for at := from; at < to && !im.spent() && im.anchors < maxAnchors; at++ {
+			i := bytes.Index(w.data[at:to], []byte(anchor))
+			if i < 0 {
+				break
+			}
+			at += i
+			im.anchors++
+			k := kallsyms{im: im, w: w, plain: true}
+			for c := range k.tok {
+				k.tok[c] = []byte{byte(c)}
+				k.noteToken(c)
+			}
+			if m, t := k.decodePlain(at); m != nil {
+				return m, t
+			}
+		}
+	}
+	return nil, nil
+}
+
+// decodePlain looks for the start of the names before an anchor, and for what must be
+// before and behind them.
+func (k *kallsyms) decodePlain(anchor int) (*Map, *Tables) {
+	lowest := max(maxPad, anchor-maxBefore)
+	k.w.need(lowest-maxPad, anchor)
+	for start := k.align(anchor-3, 4); start >= lowest; start -= 4 {
+		if !k.im.spend(1) {
+			return nil, nil
+		}
+		for _, k.longNames = range []bool{true, false} {
+			k.markers = len(k.w.data) // ends next
+			if !k.leads(start, anchor) {
+				continue
+			}
+			for d := 4; d <= maxPad; d += 4 {
+				n := k.u32(start - d)
+				if n > maxSymbols || n <= 256*(minMarkers-1) {
+					continue
+				}
+				k.numSyms, k.names, k.n = start-d, start, int(n)
+				if !k.markersBehind() {
+					continue
+				}
+				if k.walk() {
+					if m, t := k.addresses(); m != nil {
+						return m, t
+					}
+				}
+				if k.im.spent() {
+					return nil, nil
+				}
+			}
+		}
+	}
+	return nil, nil
+}
+
+// leads reports whether names from start on lead to the anchor.
+func (k *kallsyms) leads(start, anchor int) bool {
+	for start < anchor {
+		enc, end := k.next(start)
+		if len(enc) < 2 || !isType(enc[0]) || !k.im.spend(1) {
+			return false
+		}
+		for _, c := range enc {
+			if k.badToken[c] {
+				return false
+			}
+		}
+		start = end
+	}
+	return start == anchor
+}
+
+// markersBehind follows the names to their end, and finds the markers there that say the
+// same.
+func (k *kallsyms) markersBehind() bool {
+	k.markers = len(k.w.data)
+	var want []uint64
+	p := k.names
+	for i := range k.n {
+		if i%256 == 0 {
+			want = append(want, uint64(p-k.names))
+			k.w.need(p, p+256*maxEncoded) // what can't be read is zero, and ends the names
+			if !k.im.spend(256) {
+				return false
+			}
+		}
+		enc, end := k.next(p)
+		if enc == nil {
+			return false
+		}
+		p = end
+	}
+	if p-k.names > maxSpan {
+		return false
+	}
+	for size := 4; size <= k.im.word; size += 4 {
+		for off := k.align(p, size); off < p+maxPad; off += size {
+			k.w.need(off, off+size*len(want))
+			if k.run(off, size) && len(k.marker) >= len(want) {
+				k.marker = k.marker[:len(want)]
+				if slices.Equal(k.marker, want) {
+					k.tokenTable = off + size*len(want)
+					k.tokenEnd = k.tokenTable
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
 // tables describes what was found.
@@ -638,6 +810,10 @@ func (k *kallsyms) tables(h *hypothesis) *Tables {
 	t.Layout = h.kind.String() + ", before the names"
 	if h.off > k.tokenTable {
 		t.Layout = h.kind.String() + ", after the tokens"
+	}
+	if k.plain {
+		t.TokenTable = t.Names
+		t.Layout = h.kind.String() + "; names are not compressed"
 	}
 	t.Layout += fmt.Sprintf("; %d-byte markers", k.markerSize)
 	return t
@@ -660,7 +836,7 @@ func at(segs []Segment, addr uint64, n int) []byte {
 }
 
 // findBanner returns the banner at addr, or without that (addr is 0 or has none)
-// the first in the image.
+// the first in the image, see [VersionString].
 func findBanner(segs []Segment, addr uint64) string {
 	if addr != 0 {
 		if s := bannerAt(at(segs, addr, maxBanner)); s != "" {
@@ -668,19 +844,37 @@ func findBanner(segs []Segment, addr uint64) string {
 		}
 	}
 	for i := range segs {
-		d := segs[i].Data
-		for range 64 {
-			n := bytes.Index(d, []byte(bannerStart))
-			if n < 0 {
-				break
-			}
-			if s := bannerAt(d[n:]); s != "" {
-				return s
-			}
-			d = d[n+1:]
+		if _, s := VersionString(segs[i].Data); s != "" {
+			return s
 		}
 	}
 	return ""
+}
+
+// maxBanners bounds what is looked at as a version string: a kernel has two, and some
+// text that begins like one.
+const maxBanners = 64
+
+// VersionString finds the first version string of a kernel, "Linux version 6.1.0 (…)
+// #1 …", in memory, and returns where it begins and its text, without the line's end; -1
+// if there is none.
+//
+// Since Linux 6.1 an image has two: before that of the build comes a weak one
+// (init/version.c), which a later object (init/version-timestamp.c) replaces and which
+// lacks the build's number: "# SMP". That one is not returned.
+func VersionString(b []byte) (at int, line string) {
+	for range maxBanners {
+		i := bytes.Index(b[at:], []byte(bannerStart))
+		if i < 0 {
+			break
+		}
+		at += i
+		if s := bannerAt(b[at:]); s != "" && !strings.Contains(s+" ", " # ") {
+			return at, s
+		}
+		at++
+	}
+	return -1, ""
 }
 
 // bannerAt accepts "Linux version 6.1.0 (…) …\n".

@@ -55,7 +55,7 @@ func TestFromImageDamaged(t *testing.T) {
 
 func TestFromImageErrors(t *testing.T) {
 	t.Parallel()
-	seg, _ := testKernel(layouts[11], 1, 2000)
+	seg, _ := testKernel(layouts[15], 1, 2000)
 	for name, segs := range map[string][]Segment{
 		"none":       nil,
 		"empty":      {{}},
@@ -75,7 +75,7 @@ func TestFromImageErrors(t *testing.T) {
 func TestFromImageWorkIsBounded(t *testing.T) {
 	large(t)
 	t.Parallel()
-	l := layouts[5]
+	l := layouts[9]
 	var syms []Symbol
 	for range 1 << 16 {
 		syms = append(syms, Symbol{Addr: 0xffffffff81000000, Type: 'T', Name: "0"})
@@ -100,6 +100,18 @@ func TestFromImageWorkIsBounded(t *testing.T) {
 	}
 	_, err := FromImage([]Segment{{Addr: 0xffffffff81000000, Data: d}})
 	require.ErrorIs(t, err, errWork)
+}
+
+// The same for names that aren't compressed: each place leads to each other.
+func TestPlainWorkIsBounded(t *testing.T) {
+	large(t)
+	t.Parallel()
+	d := bytes.Repeat([]byte{0, 4, 0, 0}, 1<<16) // numbers of symbols
+	d = append(d, bytes.Repeat([]byte("\x06T_text\x01\x03Tab"), 1<<16)...)
+	d = append(d, bytes.Repeat([]byte("\x06T_text\x02Ta\x03Tab\x02Ta"), 1<<16)...)
+	d = append(d, bytes.Repeat([]byte("\x06T_text"), 1<<16)...)
+	_, err := FromImage([]Segment{{Addr: 0xffffffff81000000, Data: d}})
+	require.ErrorIs(t, err, ErrFormat)
 }
 
 // fuzzWork keeps one run short; the code that counts it is the same.
@@ -148,7 +160,7 @@ func checkFuzzed(t *testing.T, m *Map, err error) {
 }
 
 func BenchmarkFromImage(b *testing.B) {
-	for _, i := range []int{9, 11, 14} {
+	for _, i := range []int{13, 15, 18} {
 		seg, _ := testKernel(layouts[i], 1, 100000)
 		b.Run(fmt.Sprint(layouts[i].name), func(b *testing.B) {
 			b.ReportAllocs()
@@ -175,4 +187,72 @@ func placements() uint64 {
 		return 2
 	}
 	return 8
+}
+
+const weakBanner = "Linux version 6.6.6-test (me@here) (cc 1) # SMP"
+
+func TestVersionString(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]struct {
+		at   int
+		line string
+	}{
+		"":                                    {-1, ""},
+		"Linux version %s (%s)\n":             {-1, ""},
+		"xx" + testBanner + "\n":              {2, testBanner},
+		testBanner:                            {-1, ""}, // cut
+		weakBanner + "\n":                     {-1, ""},
+		weakBanner[:len(weakBanner)-4] + "\n": {-1, ""},
+		weakBanner + "\n\x00Linux version " + testBanner + "\n":                 {len(weakBanner) + 2 + len(bannerStart), testBanner},
+		"Linux version 6.8.0-41-generic (b@h) (gcc) #41~22.04.1-Ubuntu SMP\x00": {0, "Linux version 6.8.0-41-generic (b@h) (gcc) #41~22.04.1-Ubuntu SMP"},
+	} {
+		at, line := VersionString([]byte(in))
+		assert.Equal(t, want.at, at, "%q", in)
+		assert.Equal(t, want.line, line, "%q", in)
+	}
+}
+
+// TestWeakBanner: the kernel of a file has two version strings, and no symbol for either.
+func TestWeakBanner(t *testing.T) {
+	t.Parallel()
+	l := layouts[len(layouts)-3]
+	seg, _ := testKernelOf(l, 7, 1500, func(s *Symbol, _ int) {
+		if s.Name == "linux_banner" {
+			s.Name, s.Type = "some_function", 'T'
+		}
+	})
+	copy(seg.Data[0x100:], weakBanner+"\n\x00")
+	m, err := FromELF(bytes.NewReader(testELF(l.word, seg, nil)))
+	require.NoError(t, err)
+	assert.Equal(t, testBanner, m.Banner())
+}
+
+// TestOddNames: names with bytes that none had when this was written are no reason to
+// lose all of them.
+func TestOddNames(t *testing.T) {
+	t.Parallel()
+	for _, l := range layouts {
+		seg, syms := testKernelOf(l, 9, 1500, func(s *Symbol, i int) {
+			if i == 700 {
+				s.Name = "caf\xc3\xa9_init"
+			}
+		})
+		syms[700].Name = `caf\xc3\xa9_init`
+		m, err := FromImage([]Segment{seg})
+		require.NoError(t, err, l.name)
+		require.Equal(t, syms, slices.Collect(m.All()), l.name)
+		for _, name := range []string{"café_init", `caf\xc3\xa9_init`, "café_init@1"} {
+			sym, err := m.Lookup(name)
+			require.NoError(t, err, name)
+			assert.Equal(t, syms[700].Addr, sym.Addr)
+		}
+		// Control characters are none of them.
+		seg, _ = testKernelOf(l, 9, 1500, func(s *Symbol, i int) {
+			if i == 700 {
+				s.Name = "a\x1b[31m"
+			}
+		})
+		_, err = FromImage([]Segment{seg})
+		require.ErrorIs(t, err, ErrFormat, l.name)
+	}
 }

@@ -1,7 +1,6 @@
 package sysmap
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -29,7 +28,7 @@ type Tables struct {
 	Layout     string // in words
 	Names      uint64 // address of kallsyms_names
 	Markers    uint64 // of kallsyms_markers
-	TokenTable uint64 // of kallsyms_token_table
+	TokenTable uint64 // of kallsyms_token_table; Names again if they aren't compressed
 	Addresses  uint64 // of kallsyms_offsets, or kallsyms_addresses
 	Banner     uint64 // of linux_banner, 0 if not found
 	Count      int    // symbols
@@ -194,10 +193,8 @@ func (s *finder) banner(m *Map, t *Tables) (line string, addr uint64) {
 	}
 	for _, a := range places {
 		d := s.at(a, 2*maxBanner)
-		if i := bytes.Index(d, []byte(bannerStart)); i >= 0 {
-			if line := bannerAt(d[i:]); line != "" {
-				return line, a + uint64(i)
-			}
+		if i, line := VersionString(d); i >= 0 {
+			return line, a + uint64(i)
 		}
 	}
 	return "", 0
@@ -441,6 +438,9 @@ func (s *finder) scan() (*Map, *Tables) {
 			to := min(len(w.data), from+batch)
 			w.need(from-len(digits), to)
 			if m, t := s.im.search(w, max(0, from-len(digits)), to); m != nil {
+				return m, t
+			}
+			if m, t := s.im.searchPlain(w, max(0, from-len(digits)), to); m != nil {
 				return m, t
 			}
 		}

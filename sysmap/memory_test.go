@@ -186,7 +186,7 @@ func TestFromMemoryHostile(t *testing.T) {
 	t.Parallel()
 	const base = 0xffffffff81000000
 	le := binary.LittleEndian
-	good, ranges, _ := kernelMemory(layouts[11], 1, 5000)
+	good, ranges, _ := kernelMemory(layouts[15], 1, 5000)
 	_, where, err := FromMemory(context.Background(), good, ranges)
 	require.NoError(t, err)
 	tokens := make([]byte, 2*pageSize)
@@ -255,7 +255,7 @@ func TestFromMemoryHostile(t *testing.T) {
 
 func TestFromMemoryUnreadable(t *testing.T) {
 	t.Parallel()
-	for _, i := range []int{0, 9, 11, 14} {
+	for _, i := range []int{0, 4, 13, 15, 18} {
 		l := layouts[i]
 		m, ranges, syms := kernelMemory(l, 2, 20000)
 		_, where, err := FromMemory(context.Background(), m, ranges)
@@ -289,7 +289,7 @@ func TestFromMemoryIsQuick(t *testing.T) {
 	large(t)
 	t.Parallel()
 	const n = 40000
-	for _, i := range []int{0, 5, 9, 11, 14} {
+	for _, i := range []int{4, 9, 13, 15, 18} {
 		l := layouts[i]
 		m, ranges, _ := kernelMemory(l, 3, n)
 		_, where, err := FromMemory(context.Background(), m, ranges)
@@ -357,7 +357,7 @@ func TestFromMemoryBanner(t *testing.T) {
 
 func TestFromMemoryErrors(t *testing.T) {
 	t.Parallel()
-	m, ranges, _ := kernelMemory(layouts[9], 1, 2000)
+	m, ranges, _ := kernelMemory(layouts[13], 1, 2000)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_, _, err := FromMemory(ctx, m, ranges)
@@ -549,7 +549,7 @@ func FuzzFromMemory(f *testing.F) {
 		f.Add(seg.Addr, seg.Data[0x2000:], uint64(0), byte(i))
 	}
 	// Enough for the quick way.
-	seg, _ := testKernel(layouts[11], 1, 9000)
+	seg, _ := testKernel(layouts[15], 1, 9000)
 	f.Add(seg.Addr, seg.Data, uint64(0), byte(3))
 	f.Add(seg.Addr, rawTables(seg.Addr, single, 9000, func(i int) []byte { return fmt.Appendf(nil, "Tf%d", i) }), uint64(1<<5), byte(0))
 	f.Fuzz(func(t *testing.T, addr uint64, data []byte, gone uint64, flags byte) {

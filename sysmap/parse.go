@@ -19,7 +19,7 @@ const (
 //	ffffffffc0201000 t ext4_init	[ext4]
 //
 // Empty lines, lines starting with '#', carriage returns, surrounding blanks and nm's
-// undefined symbols are skipped. The lines may be in any order. Errors other than r's
+// undefined symbols are skipped. Bytes of a name above 0x7e are shown as \xc3. The lines may be in any order. Errors other than r's
 // are a *SyntaxError with the line number, ErrStub for a distribution's placeholder,
 // or ErrRestricted if no address was disclosed.
 func Parse(r io.Reader) (*Map, error) {
@@ -95,6 +95,10 @@ func (p *parser) fail(format string, args ...any) error {
 // stubMark is what follows the type letter in Debian's System.map.
 var stubMark = []byte("The real System.map is in the ")
 
+// null is an address of 0, as kernels of 2018 and before (up to 4.15) print it: those of
+// per-CPU symbols to root, and all of them to others.
+var null = []byte("(null)")
+
 func (p *parser) line(l []byte) error {
 	p.n++
 	if p.n == 1 {
@@ -122,6 +126,9 @@ func (p *parser) line(l []byte) error {
 		}
 		addr = addr<<4 | uint64(d)
 	}
+	if bytes.HasPrefix(l[start:], null) {
+		i = start + len(null)
+	}
 	if i == start || i == len(l) || !blank(l[i]) {
 		// nm prints no address for symbols that the file only refers to.
 		if f := bytes.Fields(l); len(f) == 2 && len(f[0]) == 1 && strings.IndexByte("UwvN", f[0][0]) >= 0 {
@@ -142,10 +149,10 @@ func (p *parser) line(l []byte) error {
 		return stubError(l[i+len(stubMark):])
 	}
 	start = i
-	for i < len(l) && l[i] > ' ' && l[i] < 0x7f {
+	for i < len(l) && l[i] > ' ' && l[i] != 0x7f {
 		i++
 	}
-	name := l[start:i]
+	name, _ := quoted(l[start:i])
 	if len(name) == 0 {
 		return p.fail("no name in %s", excerpt(l))
 	}

@@ -243,6 +243,28 @@ func (m *Map) setModules(b *builder) {
 	m.mods.setLow(wide)
 }
 
+// quoted returns a name with bytes above 0x7e, as a symbol may have whose source is in
+// UTF-8, in printable characters: each of these bytes as \xc3. ok is false for blanks
+// and control characters, which no name has.
+func quoted(name []byte) (text []byte, ok bool) {
+	if printable(name) {
+		return name, true
+	}
+	const hex = "0123456789abcdef"
+	for _, c := range name {
+		switch {
+		case c <= ' ' || c == 0x7f:
+			return nil, false
+		case c > 0x7f:
+			text = append(text, '\\', 'x', hex[c>>4], hex[c&15])
+		default:
+			text = append(text, c)
+		}
+	}
+	// Of a name that becomes too long the end is lost, not the symbol.
+	return text[:min(len(text), maxName)], len(name) <= maxName
+}
+
 // printable reports whether b has only bytes that names have: no blanks, control
 // characters or bytes above 0x7e.
 func printable(b []byte) bool {
@@ -337,12 +359,14 @@ func (m *Map) Slide(delta uint64) *Map {
 // running kernel, so Slide before With.
 //
 // Symbols that /proc/kallsyms could not show are left out: those without a module,
-// and those whose names are empty, too long, or have blanks or control characters.
+// and those whose names are empty, too long, or have blanks or control characters. Bytes
+// above 0x7e are shown as \xc3.
 func (m *Map) With(syms []Symbol) *Map {
 	b := newBuilder(0, 0)
 	for _, s := range syms {
-		name, mod := []byte(s.Name), []byte(s.Module)
-		if len(mod) == 0 || !printable(name) || !printable(mod) {
+		name, ok := quoted([]byte(s.Name))
+		mod := []byte(s.Module)
+		if !ok || len(mod) == 0 || !printable(mod) {
 			continue
 		}
 		if !isType(s.Type) {
@@ -541,6 +565,9 @@ func (m *Map) Lookup(name string) (Symbol, error) {
 
 // lookupQualified finds "name@2", "name [mod]", "mod:name", and both together.
 func (m *Map) lookupQualified(full string) (Symbol, error) {
+	if text, ok := quoted([]byte(full)); ok && string(text) != full {
+		return m.Lookup(string(text))
+	}
 	name, nth := full, uint64(0)
 	if at := strings.LastIndexByte(name, '@'); at > 0 {
 		n, err := strconv.ParseUint(name[at+1:], 10, 32)

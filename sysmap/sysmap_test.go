@@ -93,6 +93,22 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestParseOdd(t *testing.T) {
+	t.Parallel()
+	m, err := Parse(strings.NewReader("          (null) A irq_stack_union\n          (null) A __per_cpu_start\n" +
+		"ffffffff81000000 T _text\nffffffff81000010 t caf\xc3\xa9\t[m]\n"))
+	require.NoError(t, err)
+	var all []string
+	for s := range m.All() {
+		all = append(all, s.String())
+	}
+	assert.Equal(t, []string{"0000000000000000 A irq_stack_union", "0000000000000000 A __per_cpu_start", "ffffffff81000000 T _text",
+		`ffffffff81000010 t caf\xc3\xa9 [m]`}, all)
+	sym, _, ok := m.With([]Symbol{{Addr: 0xffffffffc0000000, Type: 't', Name: "café", Module: "m"}}).Find(0xffffffffc0000000)
+	assert.True(t, ok)
+	assert.Equal(t, `caf\xc3\xa9`, sym.Name)
+}
+
 func TestParseErrors(t *testing.T) {
 	t.Parallel()
 	const ok = "ffffffff81000000 T _text\n"
@@ -120,6 +136,8 @@ func TestParseErrors(t *testing.T) {
 		{"endless line", ok + strings.Repeat("x", 1<<18), 2, ErrFormat, "too long"},
 		{"stub", stub, 0, ErrStub, "linux-image-<version>-dbg"},
 		{"stub of a version", strings.Replace(stub, "<version>", "6.1.0-9-amd64", 1), 0, ErrStub, "linux-image-6.1.0-9-amd64-dbg"},
+		{"restricted, (null)", "          (null) A irq_stack_union\n          (null) T _text\n", 0, ErrRestricted, "kptr_restrict"},
+		{"null and more", "(null)0 T x\n", 1, ErrFormat, "address"},
 		{"restricted", "0000000000000000 T _text\n0000000000000000 t f\n", 0, ErrRestricted, "kptr_restrict"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -84,6 +85,9 @@ func open(ctx context.Context, name string, opts *Options) (*Guest, error) {
 	}
 	g := look(ctx, t, opts)
 	if g.err != nil && !opts.Lax {
+		if w := g.Warnings(); len(w) > 0 {
+			g.err = fmt.Errorf("%w; %s", g.err, strings.Join(w, "; "))
+		}
 		return nil, errors.Join(g.err, g.Close())
 	}
 	return g, nil
@@ -99,6 +103,11 @@ func look(ctx context.Context, t target.Guest, opts *Options) *Guest {
 		defer func() { g.err = errors.Join(g.err, f.Thaw()) }()
 	}
 	g.kernel, g.err = discover(ctx, t, opts)
+	if opts.Logger != nil {
+		for _, w := range g.Warnings() {
+			opts.Logger.Warn("guest", "warning", w)
+		}
+	}
 	return g
 }
 
@@ -246,6 +255,22 @@ func (g *Guest) Close() error { return g.target.Close() }
 
 // Name returns the guest's name.
 func (g *Guest) Name() string { return g.target.Info().Name }
+
+// Warnings returns what makes the guest's memory less than certain: that an image is cut
+// short, for example, or that it has several kernels. Programs should show them; they may
+// quote the guest, and are printable.
+func (g *Guest) Warnings() []string {
+	var all []string
+	if w, ok := g.target.(interface{ Warnings() []string }); ok {
+		all = w.Warnings()
+	}
+	for _, r := range g.kernel.Explain() {
+		if r.Warning() {
+			all = append(all, fmt.Sprintf("%s; %s", r.Found, r.Why))
+		}
+	}
+	return all
+}
 
 // Err returns why no kernel was found, or nil.
 func (g *Guest) Err() error { return g.err }

@@ -3,6 +3,7 @@ package xenaccess_test
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -230,4 +231,44 @@ func TestSymbolPlaces(t *testing.T) {
 	at, err := g.Symbol("init_task")
 	require.NoError(t, err)
 	assert.Equal(t, s.Sym["init_task"], at)
+}
+
+// TestWarnings: what is wrong with an image is told, whether a kernel is found or not.
+func TestWarnings(t *testing.T) {
+	opts := &xenaccess.Options{Config: "-", Cache: "-"}
+	s := kerneltest.NewSynthetic(kerneltest.Layout{})
+	path := s.WriteImage(t)
+	whole, err := os.ReadFile(path)
+	require.NoError(t, err)
+	g, err := xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.NoError(t, err)
+	assert.Empty(t, g.Warnings())
+	require.NoError(t, g.Close())
+
+	require.NoError(t, os.WriteFile(path, append(whole, make([]byte, 100)...), 0o600))
+	g, err = xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.NoError(t, err)
+	require.Len(t, g.Warnings(), 1)
+	assert.Contains(t, g.Warnings()[0], "no multiple of a page")
+	require.NoError(t, g.Close())
+
+	other := kerneltest.NewSynthetic(kerneltest.Layout{})
+	other.SetClock(1800000000)
+	ram, cr3 := other.Behind(s.RAM)
+	page := make([]byte, paging.PageSize)
+	for _, root := range []uint64{s.CR3, cr3} {
+		copy(page, fmt.Sprintf("OSRELEASE=1\nSYMBOL(swapper_pg_dir)=%x\nNUMBER(phys_base)=0\n", 0xffffffff80000000+root))
+		ram = append(ram, page...)
+	}
+	require.NoError(t, os.WriteFile(path, ram, 0o600))
+	g, err = xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.NoError(t, err)
+	require.Len(t, g.Warnings(), 1)
+	assert.Contains(t, g.Warnings()[0], "1 more in memory")
+	require.NoError(t, g.Close())
+
+	require.NoError(t, os.WriteFile(path, make([]byte, 10000), 0o600))
+	_, err = xenaccess.Open(t.Context(), "file:"+path, opts)
+	require.ErrorIs(t, err, linux.ErrNoKernel)
+	assert.ErrorContains(t, err, "no multiple of a page")
 }

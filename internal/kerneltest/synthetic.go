@@ -21,6 +21,9 @@ type Layout struct {
 	NoSymbols   bool // no table of symbols (CONFIG_KALLSYMS=n)
 	OtherPlaces bool // the tables of where no probe may be have a layout of their own
 	NoData      bool // only functions are among the symbols (CONFIG_KALLSYMS_ALL=n)
+	// WeakBanner: the string of init/version.c comes first, and that of the build right
+	// before the symbols (since 6.1).
+	WeakBanner bool
 	// NoStaticCalls is a kernel that has none (before 5.10).
 	NoStaticCalls bool
 }
@@ -42,8 +45,10 @@ const (
 	synRAM          = synTablesPhys + 0x20000
 	SyntheticUser   = 0x7ffc00000000 // a page of the memory of init
 	SyntheticBanner = "Linux version 9.9.9-synthetic (me@here) #1 SMP"
-	SyntheticID     = "000102030405060708090a0b0c0d0e0f10111213"
-	synNames        = 2304 // functions beside those with a meaning
+	// SyntheticWeakBanner lacks the number of the build.
+	SyntheticWeakBanner = "Linux version 9.9.9-synthetic (me@here) # SMP"
+	SyntheticID         = "000102030405060708090a0b0c0d0e0f10111213"
+	synNames            = 2304 // functions beside those with a meaning
 )
 
 // A Synthetic is a small guest with a made-up kernel: the structures that package
@@ -101,7 +106,11 @@ func NewSynthetic(l Layout) *Synthetic {
 	for i := range uint64(synNames) {
 		s.sym('t', fmt.Sprintf("fn_%04d", i), SyntheticText+16*(i+1))
 	}
-	s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	if l.WeakBanner {
+		s.String(&s.ro, SyntheticWeakBanner+"\n")
+	} else {
+		s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	}
 	notes := le32s(4, 4, 1) // some other note first
 	notes = append(append(notes, "Xen\x00abcd"...), le32s(4, 20, 3)...)
 	notes = append(notes, "GNU\x00"...)
@@ -128,6 +137,23 @@ func NewSynthetic(l Layout) *Synthetic {
 		panic("kerneltest: a synthetic kernel that is too large")
 	}
 	return s
+}
+
+// SetClock sets the kernel's time of day, in seconds since 1970.
+func (s *Synthetic) SetClock(sec uint64) { s.Put64(s.Sym["tk_core"]+8+0x70, sec) }
+
+// Behind puts the guest's memory behind other memory, which is as long as a page's
+// multiple, as another kernel's that is there, too. It returns both, and where its
+// page tables now begin.
+func (s *Synthetic) Behind(other []byte) (ram []byte, cr3 uint64) {
+	by := uint64(len(other))
+	ram = append(slices.Clone(other), s.RAM...)
+	for at := by + synTablesPhys; at < uint64(len(ram)); at += 8 {
+		if e := binary.LittleEndian.Uint64(ram[at:]); e&pagetest.Present != 0 {
+			binary.LittleEndian.PutUint64(ram[at:], e+by)
+		}
+	}
+	return ram, s.CR3 + by
 }
 
 func le32s(words ...uint32) (b []byte) {
@@ -249,6 +275,7 @@ func (s *Synthetic) structs() map[string]struct {
 		"css_set":       {64, []synField{{8, "dfl_cgrp", "*cgroup"}}},
 		"cgroup":        {64, []synField{{24, "kn", "*kernfs_node"}}},
 		"kernfs_node":   {64, []synField{{8, "parent", "*kernfs_node"}, {16, "name", "*char"}}},
+		"timekeeper":    {0x80, []synField{{0x70, "xtime_sec", "u64"}}},
 		"mm_struct":     {0x180, []synField{{MMPgd, "pgd", "*"}}},
 		"module": {0x200, []synField{
 			{0, "state", "int"}, {ModuleList, "list", "list_head"}, {ModuleName, "name", "char[56]"},
@@ -393,6 +420,10 @@ var (
 func (s *Synthetic) places() {
 	s.sym('T', "__noinstr_text_start", Fn(100))
 	s.sym('T', "__noinstr_text_end", Fn(110))
+	s.sym('d', "max_pfn", s.data(8))
+	s.Put64(s.Sym["max_pfn"], synRAM/paging.PageSize)
+	s.sym('d', "tk_core", s.data(8+0x80))
+	s.SetClock(1700000000)
 	s.sym('D', "system_state", s.data(8))
 	s.Put32(s.Sym["system_state"], 3) // SYSTEM_RUNNING
 
@@ -808,6 +839,9 @@ func (s *Synthetic) SystemMap() []byte {
 // kallsyms writes the symbols as kernels from 6.15 to 6.19 have them, without any
 // packing: each character is a token of its own.
 func (s *Synthetic) kallsyms() {
+	if s.layout.WeakBanner {
+		s.sym('D', "linux_banner", s.String(&s.ro, SyntheticBanner+"\n"))
+	}
 	syms := s.syms
 	if s.layout.NoData {
 		syms = slices.DeleteFunc(slices.Clone(syms), func(y synSymbol) bool { return y.typ|0x20 != 't' })

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"iter"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/image"
@@ -53,22 +54,29 @@ func openFile(_ context.Context, name string) (Guest, error) {
 	return g, nil
 }
 
-// parseFile takes options off a path: "?raw" for a flat image whatever it begins
-// with, "?hole=pc" and "?hole=q35" for one with the hole below 4 GiB of such a
-// machine of QEMU's.
+// parseFile takes options off a path: "?raw" for a flat image whatever it begins with,
+// "?hole=pc" and "?hole=q35" for one with the hole below 4 GiB of such a machine of
+// QEMU's, "?hole=ADDRESS" for one whose hole begins there, and "?skip=BYTES" for one that
+// has something else before its memory.
 func parseFile(s string) (path string, opts *image.Options, err error) {
 	path, query, _ := strings.Cut(s, "?")
 	opts = new(image.Options)
 	for _, o := range strings.FieldsFunc(query, func(r rune) bool { return r == '&' }) {
-		switch o {
-		case "raw":
+		key, value, _ := strings.Cut(o, "=")
+		n, nerr := strconv.ParseUint(value, 0, 63)
+		switch {
+		case o == "raw":
 			opts.Raw = true
-		case "hole=pc":
+		case o == "hole=pc":
 			opts.RawHole = image.HolePC
-		case "hole=q35":
+		case o == "hole=q35":
 			opts.RawHole = image.HoleQ35
+		case key == "hole" && nerr == nil && n > 0 && n < 4<<30 && n%paging.PageSize == 0:
+			opts.RawHole = image.HoleAt(n)
+		case key == "skip" && nerr == nil:
+			opts.RawSkip = n
 		default:
-			return "", nil, fmt.Errorf("file:%s: option %q: want raw, hole=pc or hole=q35", s, o)
+			return "", nil, fmt.Errorf("file:%s: option %q: want raw, hole=pc, hole=q35, hole=ADDRESS (of a page below 4 GiB, such as 0xc0000000) or skip=BYTES", s, o)
 		}
 	}
 	return path, opts, nil

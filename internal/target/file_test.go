@@ -18,12 +18,18 @@ func TestParseFile(t *testing.T) {
 		opts image.Options
 		bad  bool
 	}{
-		"/x/mem":               {path: "/x/mem"},
-		"/x/mem?raw":           {path: "/x/mem", opts: image.Options{Raw: true}},
-		"/x/mem?hole=q35":      {path: "/x/mem", opts: image.Options{RawHole: image.HoleQ35}},
-		"/x/mem?raw&hole=pc":   {path: "/x/mem", opts: image.Options{Raw: true, RawHole: image.HolePC}},
-		"/x/mem?hole=microvm":  {bad: true},
-		"/x/mem?raw&somewhere": {bad: true},
+		"/x/mem":                  {path: "/x/mem"},
+		"/x/mem?raw":              {path: "/x/mem", opts: image.Options{Raw: true}},
+		"/x/mem?hole=q35":         {path: "/x/mem", opts: image.Options{RawHole: image.HoleQ35}},
+		"/x/mem?raw&hole=pc":      {path: "/x/mem", opts: image.Options{Raw: true, RawHole: image.HolePC}},
+		"/x/mem?hole=0xd0000000":  {path: "/x/mem", opts: image.Options{RawHole: image.Hole{Limit: 0xd0000000, Start: 0xd0000000}}},
+		"/x/mem?skip=512&hole=pc": {path: "/x/mem", opts: image.Options{RawSkip: 512, RawHole: image.HolePC}},
+		"/x/mem?hole=0xd0000001":  {bad: true},
+		"/x/mem?hole=0x100000000": {bad: true},
+		"/x/mem?hole=0":           {bad: true},
+		"/x/mem?skip=-1":          {bad: true},
+		"/x/mem?hole=microvm":     {bad: true},
+		"/x/mem?raw&somewhere":    {bad: true},
 	} {
 		path, opts, err := parseFile(in)
 		if want.bad {

@@ -10,7 +10,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/vmprobes/vmprobes/examples/internal/cli"
@@ -31,9 +33,10 @@ func Main(c Command) {
 	about := "guest is the path of a saved memory image\n"
 	file, first := &c.File, "file "
 	if !c.File {
-		about = cli.Guests + "  file:PATH                   a saved memory image: of xl dump-core, QEMU, LiME, or flat\n" +
-			"                              (file:PATH?raw is flat whatever it begins with, ?hole=pc or\n" +
-			"                              ?hole=q35 has the hole below 4 GiB of such a machine)\n"
+		about = cli.Guests + "  file:PATH                   a saved memory image: of xl dump-core, QEMU, LiME, AVML, kdump\n" +
+			"                              or VMware, or flat (file:PATH?raw is flat whatever it begins\n" +
+			"                              with; ?hole=pc or ?hole=q35 has the hole below 4 GiB of such a\n" +
+			"                              machine, ?hole=ADDRESS another one; ?skip=BYTES are not memory)\n"
 		file, first = flag.Bool("file", false, "the guest is the path of a saved memory image"), "guest "
 	}
 	symbols := flag.String("symbols", "", "file with the kernel's symbols, if not those in its memory")
@@ -57,6 +60,9 @@ func run(ctx context.Context, out io.Writer, name string, opts *xenaccess.Option
 		return err
 	}
 	defer func() { err = errors.Join(err, g.Close()) }()
+	for _, w := range g.Warnings() {
+		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", filepath.Base(os.Args[0]), cli.Escape(w))
+	}
 	w := bufio.NewWriter(out)
 	return errors.Join(c.Run(ctx, w, g, args), w.Flush())
 }
