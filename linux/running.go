@@ -8,11 +8,11 @@ import (
 
 // Running reports whether this kernel is still in the guest's memory, by its version
 // string: after a reboot, a reset or a kexec it isn't there, or elsewhere (KASLR). The same
-// build at the same place can't be told from this one. If the memory can't be read at all
-// the answer is true, with the error.
+// build at the same place can't be told from this one. It fails if the memory can't be
+// read at all.
 func (k *Kernel) Running() (bool, error) {
 	if k == nil {
-		return true, ErrNoKernel
+		return false, ErrNoKernel
 	}
 	if k.borrowed.Load() {
 		return true, nil // its page tables change until it has booted
@@ -30,5 +30,5 @@ func (k *Kernel) Running() (bool, error) {
 			return false, nil
 		}
 	}
-	return true, err
+	return false, err
 }
