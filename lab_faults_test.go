@@ -68,9 +68,9 @@ func TestLabFaults(t *testing.T) {
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
 				{"FromFile", both, []string{pv}, testFromFile},
-				{"Killed", both, both, testKilledTool},
 				{"Stopped", both, both, testStoppedTool},
 				{"OpenAtOnce", []string{pv}, []string{pv}, testOpenAtOnce},
+				{"Killed", both, both, testKilledTool},
 			} {
 				t.Run(c.name, func(t *testing.T) {
 					skip(t, c.hosts, c.short)
