@@ -48,6 +48,8 @@ var (
 	ErrNoGDBSX = xen.ErrNoGDBSX
 	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.
 	ErrNoMonitor = xen.ErrNoMonitor
+	// ErrNoWatchdog: Options.Watchdog is out of range, or nobody is there to be it.
+	ErrNoWatchdog = target.ErrNoWatchdog
 	// ErrClosed: the Session is closed.
 	ErrClosed = sentinel.New("the session is closed", fs.ErrClosed)
 	// ErrLooping: a Loop or Hits of the Session is running already.

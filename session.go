@@ -51,13 +51,42 @@ type Options struct {
 	// SIGKILL, for want of memory, by a crash. Without it such a guest stands still at
 	// its next hit, until somebody opens it, or runs vmprobes recover. Set it in a
 	// program that is told of its own death in another way, as a service with
-	// ExecStopPost=vmprobes recover, or that waits for any child until there is none: the
-	// guardian is a child process. A process has one guardian for all its guests.
-	// For guests of other hypervisors there is none.
+	// ExecStopPost=vmprobes recover. A process has one guardian for all its guests, which
+	// isn't its child. For guests of other hypervisors there is none.
 	NoGuardian bool
+	// Watchdog is how long a hit may wait for this process: from 2 seconds to 24 hours.
+	// When the guest has waited for so long, or a quarter longer at the most, the guardian
+	// ends this process (SIGKILL) and repairs all its guests. It is for a process that is
+	// stopped for long: by SIGSTOP, by a debugger, by swapping. But a handler that takes
+	// longer is taken for the same, and so is the body of a range over Hits. While no
+	// hit waits nothing happens, however long the process is stopped, nor while an
+	// administrator has paused the guest. 0, the default, means that the guest waits for
+	// ever. It costs a hit nothing.
+	//
+	// Open fails with ErrNoWatchdog if the value is out of range, with NoGuardian, and for
+	// guests of other hypervisors.
+	Watchdog time.Duration
 	// Stepping says how probed instructions are executed. Leave it alone except
 	// to measure.
 	Stepping Stepping
+}
+
+// A hit may wait for a second after Register, until a Loop begins.
+const (
+	minWatchdog = 2 * loopGrace
+	maxWatchdog = 24 * time.Hour
+)
+
+func (o *Options) checkWatchdog() error {
+	switch {
+	case o.Watchdog == 0:
+		return nil
+	case o.Watchdog < minWatchdog || o.Watchdog > maxWatchdog:
+		return fmt.Errorf("%w: Options.Watchdog is %v, want 0 or %v to %v", ErrNoWatchdog, o.Watchdog, minWatchdog, maxWatchdog)
+	case o.NoGuardian:
+		return fmt.Errorf("%w: it is the guardian's work, and Options.NoGuardian is set", ErrNoWatchdog)
+	}
+	return nil
 }
 
 func (o *Options) logger() *slog.Logger {
@@ -132,7 +161,7 @@ func (d Domain) String() string {
 // leaves its breakpoints behind. Programs without signal handling of their own use
 // [Run] or [RunFunc]; others mind SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE.
 // Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
-// its next hit, and the guest must not be saved or migrated while probes are
+// its next hit ([Options.Watchdog] limits that), and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
 type Session struct {
 	name   string // of the domain, as the caller has it

@@ -81,9 +81,18 @@ func Create(dir, name string, guest journal.Identity, vcpus, driver int) (*Log, 
 	return newLog(f, vcpus), nil
 }
 
+// readable is a journal, whoever owns it.
+type readable interface {
+	Path() string
+	Owner() journal.Owner
+	State() []byte
+	Size() int64
+	Records(fn func(journal.Record) error) error
+}
+
 // laidOut returns the number of vCPUs for which the state of f is laid out, or 0 if its owner
 // died before it had done that. It fails if this program doesn't understand it.
-func laidOut(f *journal.File) (vcpus int, err error) {
+func laidOut(f readable) (vcpus int, err error) {
 	b := f.State()
 	if len(b) < headSize {
 		return 0, fmt.Errorf("%s: %w: state of %d bytes", f.Path(), journal.ErrUnreadable, len(b))
@@ -269,9 +278,9 @@ func decodeSlot(b []byte) (s slotAt, err error) {
 	return s, err
 }
 
-// load reads what the journal says.
-func (l *Log) load() error {
-	return l.f.Records(func(r journal.Record) error {
+// load reads what a journal says.
+func (l *Log) load(f readable) error {
+	return f.Records(func(r journal.Record) error {
 		err := error(nil)
 		switch r.Kind {
 		case kindBreak:

@@ -63,17 +63,13 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	case now > vcpus:
 		return r, fmt.Errorf("%s: %w: it is of a guest with %d vCPUs, and this one has %d", f.Path(), journal.ErrUnreadable, vcpus, now)
 	}
-	if err := l.load(); err != nil {
+	if err := l.load(f); err != nil {
 		return r, err
 	}
-	var breaks []breakpoint.LeftBreak
-	for _, b := range l.breaks {
-		breaks = append(breaks, b)
-	}
+	left := l.left(l.DriverState())
+	breaks := left.Breaks
 	var slots []breakpoint.LeftSlot
-	var ends []uint64
 	for _, s := range l.slots {
-		ends = append(ends, s.Addr+uint64(s.Len))
 		s.Busy = l.counter(s.index)
 		slots = append(slots, s.LeftSlot)
 	}
@@ -95,7 +91,7 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 
 	frames := xen.NewFrames(hv)
-	drv, others, err := adopt(hv, frames, info, xen.Left{State: l.DriverState(), Breaks: breaks, Gone: l.gone, Ends: ends})
+	drv, others, err := adopt(hv, frames, info, left)
 	if err != nil {
 		return r, errors.Join(err, frames.Close())
 	}
@@ -115,6 +111,18 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 	r.Took = time.Since(begin)
 	return r, errors.Join(err, frames.Close())
+}
+
+// left is what the journal says that a driver has to know.
+func (l *Log) left(state []byte) xen.Left {
+	left := xen.Left{State: state, Gone: l.gone}
+	for _, b := range l.breaks {
+		left.Breaks = append(left.Breaks, b)
+	}
+	for _, s := range l.slots {
+		left.Ends = append(left.Ends, s.Addr+uint64(s.Len))
+	}
+	return left
 }
 
 // adopt takes the dead process' place.

@@ -64,6 +64,9 @@ func (g *qemuGuest) Info() Info { return g.info }
 
 // Attach implements [Guest].
 func (g *qemuGuest) Attach(ctx context.Context, k Setup) (Driver, error) {
+	if k.Watchdog != 0 {
+		return nil, fmt.Errorf("%w: the guest isn't one of Xen's, and has no guardian", ErrNoWatchdog)
+	}
 	own, err := g.own(k)
 	if err != nil {
 		return nil, known("", err)

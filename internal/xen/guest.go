@@ -84,6 +84,7 @@ func (g *guest) SetKernelRoot(r paging.Root) {
 
 // Freeze implements breakpoint.Driver.
 func (g *guest) Freeze() error {
+	g.beat()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return mapErr(g.account(intentPause, g.hv.Pause, &g.frozen, 1))
@@ -177,6 +178,7 @@ const int3 = 0xcc
 // InsertBreak implements breakpoint.Driver. One byte changes: whatever stands
 // behind it stays a boundary only where it was one.
 func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
+	g.beat()
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	if g.breaks[addr] != nil {
@@ -203,6 +205,7 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 
 // RemoveBreak implements breakpoint.Driver.
 func (g *guest) RemoveBreak(addr uint64) error {
+	g.beat()
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	p := g.breaks[addr]
