@@ -411,16 +411,3 @@ func TestOpenProcess(t *testing.T) {
 	_, err = openProcess(gone.Process.Pid, began)
 	assert.ErrorIs(t, err, syscall.ESRCH)
 }
-
-// TestNoChild: the guardian isn't a child of its process, whose program may wait for any
-// child there is until there is none.
-func TestNoChild(t *testing.T) {
-	require.NoError(t, Start(slog.New(slog.DiscardHandler)))
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	require.NoError(t, err)
-	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')'):]))
-	assert.NotEqual(t, fmt.Sprint(os.Getpid()), fields[2], "its parent (proc(5), field 4)")
-	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	require.NoError(t, err)
-	assert.Equal(t, "vmprobes-guard\n", string(comm))
-}
