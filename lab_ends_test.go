@@ -68,7 +68,7 @@ func TestLabEnds(t *testing.T) {
 // what each boot of the kernel does.
 func testBoot(t *testing.T, cfg labguest.Config) {
 	cfg.Name = "a3paused"
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	g, err := labguest.StartPaused(ctx, cfg)
 	require.NoError(t, err)
@@ -87,7 +87,9 @@ func testBoot(t *testing.T, cfg labguest.Config) {
 	// A tool that dies before the guest has run leaves nothing in it either.
 	cmd := exec.Command(os.Args[0], "-test.run=^TestBootChild$")
 	cmd.Env = append(os.Environ(), "VMPROBES_TEST_DOMAIN="+g.Name(), "VMPROBES_TEST_CHILD=boot")
-	out := start(t, cmd, "registered\n")
+	out := start(t, cmd, "begins\n")
+	// Nothing of a kernel that hasn't run is in the cache, and the emulator is slow.
+	require.Eventually(t, func() bool { return strings.Contains(out.String(), "registered\n") }, 4*time.Minute, 10*time.Millisecond, "%s", out)
 	require.NoError(t, cmd.Process.Kill())
 	<-out.done
 	journalOf := fmt.Sprintf("/run/vmprobes/domain-%d.journal", g.DomID())
@@ -207,6 +209,7 @@ func TestBootChild(t *testing.T) {
 	if os.Getenv("VMPROBES_TEST_CHILD") != "boot" {
 		t.Skip("only as a child process of TestLabEnds")
 	}
+	fmt.Println("begins")
 	s, err := vmprobes.Open(t.Context(), os.Getenv("VMPROBES_TEST_DOMAIN"), nil)
 	require.NoError(t, err)
 	require.NoError(t, s.Register(&vmprobes.Probe{Symbol: "do_one_initcall"}, &vmprobes.Probe{Symbol: probed}))

@@ -48,7 +48,11 @@ func (v vmlinux) section(name string) (addr uint64, b []byte) {
 func TestBoot(t *testing.T) {
 	linux.SettleEvery(0)
 	t.Cleanup(func() { linux.SettleEvery(time.Millisecond) })
-	for _, series := range serieses {
+	kernels := serieses
+	if testing.Short() {
+		kernels = kernels[len(kernels)-1:] // the race detector takes its time
+	}
+	for _, series := range kernels {
 		t.Run(series, func(t *testing.T) {
 			b := kerneltest.File(t, series, "vmlinux")
 			g, err := kerneltest.Load(b)
@@ -111,6 +115,10 @@ func TestBoot(t *testing.T) {
 					rewritten[a] = "blacklist"
 				}
 			}
+			every := 7 // of 150,000
+			if testing.Short() {
+				every = 97
+			}
 			// A breakpoint is put behind an ENDBR64, or there is none.
 			base, seals := v.section(".ibt_endbr_seal")
 			sealed := 0
@@ -119,7 +127,7 @@ func TestBoot(t *testing.T) {
 				if !text(a) {
 					continue
 				}
-				if sealed++; sealed%7 == 0 {
+				if sealed++; sealed%every == 0 {
 					if at, err := k.Place(a, linux.Placing{}); err == nil {
 						require.GreaterOrEqual(t, at, a+4)
 					}
@@ -134,8 +142,8 @@ func TestBoot(t *testing.T) {
 			}
 			refused := 0
 			for a, name := range rewritten {
-				if refused++; refused%7 != 0 && name != "blacklist" {
-					continue // there are 150,000
+				if refused++; refused%every != 0 && name != "blacklist" {
+					continue
 				}
 				err := k.Blacklisted(a)
 				require.ErrorIs(t, err, linux.ErrNotProbeable, "%s %#x", name, a)
