@@ -189,7 +189,7 @@ test-qemu: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./internal/qemu
-	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image ./internal/kerneltext
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run 'TestQEMU/($(QEMU_GUESTS))' .
 
 lab-build: deps-lab $(IN_DOM0)

@@ -89,7 +89,7 @@ func (p *Probe) Call(r *Regs) (Call, error) {
 	for i, param := range fn.Params {
 		a := CallArg{Name: param.Name, Type: param.Type}
 		if fn.Syscall != "" {
-			a.Value, a.Err = r.SyscallArg(param.Reg)
+			a.Value, a.Err = r.wrapperArg(fn.Wrapper, param.Reg)
 		} else {
 			a.Value = r.Arg(param.Reg)
 		}

@@ -21,6 +21,8 @@ func TestCall(t *testing.T) {
 	guest.Put64(regs+112, 1<<64-100)
 	guest.Put64(regs+104, name)
 	guest.Put64(regs+96, 2)
+	guest.Put64(regs+40, 0xdead_ffff_ff9c) // as a 32-bit program has them
+	guest.Put64(regs+88, 1<<63|0x1000)
 	// The name of the first argument, as the guest has it, now.
 	args := guest.Get64(guest.Sym["__syscall_meta__openat"] + 24)
 	copy(guest.Bytes(guest.Get64(args)), "\x1bfd\x00")
@@ -69,6 +71,15 @@ func TestCall(t *testing.T) {
 		{Name: "flags", Type: "int", Value: 2, Text: "2"},
 	}}, c)
 	assert.Equal(t, `__x64_sys_openat(?fd=-100, filename=`+quoted+`, flags=2)`, c.String())
+
+	// The same of a 32-bit program: other registers, of which half counts.
+	for _, name := range []string{"__ia32_compat_sys_openat", "__ia32_sys_openat"} {
+		c, err = at(name).Call(r)
+		require.NoError(t, err)
+		assert.Equal(t, "openat", c.Syscall)
+		assert.Equal(t, name+"(?fd=-100, filename=0x1000, flags=2)", c.String())
+		assert.EqualValues(t, 0xffff_ff9c, c.Args[0].Value)
+	}
 
 	// The caller's registers aren't there.
 	r.DI = 0x1000

@@ -40,7 +40,8 @@ var (
 	ErrPermission = target.ErrPermission
 	// ErrImage: the guest is a saved image. Nothing runs in it, so it has no probes.
 	ErrImage = target.ErrImage
-	// ErrDomainGone: the domain was destroyed or has shut down.
+	// ErrDomainGone: the domain was destroyed or has shut down, or its kernel isn't there any
+	// more, as after a reset.
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
 	ErrBusy = target.ErrBusy
@@ -48,6 +49,8 @@ var (
 	ErrNoGDBSX = xen.ErrNoGDBSX
 	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.
 	ErrNoMonitor = xen.ErrNoMonitor
+	// ErrNoWatchdog: Options.Watchdog is out of range, or nobody is there to be it.
+	ErrNoWatchdog = target.ErrNoWatchdog
 	// ErrClosed: the Session is closed.
 	ErrClosed = sentinel.New("the session is closed", fs.ErrClosed)
 	// ErrLooping: a Loop or Hits of the Session is running already.
@@ -79,6 +82,10 @@ var (
 	ErrAmbiguous      = sysmap.ErrAmbiguous
 	// ErrWrongSymbols: the table is of another kernel than the one that runs.
 	ErrWrongSymbols = linux.ErrWrongSymbols
+	// ErrWrongTypes: the types of a file are of another kernel than the one that runs.
+	ErrWrongTypes = linux.ErrWrongTypes
+	// ErrOffset: Probe.Offset leads out of the function that Probe.Symbol names.
+	ErrOffset = errors.New("the offset is beyond the function")
 	// ErrNotBoundary: the address is inside an instruction.
 	ErrNotBoundary = x86.ErrNotBoundary
 	// ErrNoTerminator: a string is longer than the limit.

@@ -1,11 +1,13 @@
 package vmprobes_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	endian "encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -65,7 +67,10 @@ func TestLabFaults(t *testing.T) {
 				{"Unpause", []string{pv}, []string{pv}, testUnpause},
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
+				{"FromFile", both, []string{pv}, testFromFile},
 				{"Killed", both, both, testKilledTool},
+				{"Stopped", both, both, testStoppedTool},
+				{"OpenAtOnce", []string{pv}, []string{pv}, testOpenAtOnce},
 			} {
 				t.Run(c.name, func(t *testing.T) {
 					skip(t, c.hosts, c.short)
@@ -598,6 +603,163 @@ func testKilledTool(t labTest) {
 		assert.Equal(t, number(t, reply, "total"), p.Stats().Hits+p.Stats().Missed)
 	})
 	t.owner()
+}
+
+// sigStop is SIGSTOP of the lab's dom0, a Linux on amd64. This file is built elsewhere, too.
+const sigStop = syscall.Signal(19)
+
+// testStoppedTool stops tools with a watchdog. As long as no hit waits they are left alone,
+// and so are tools whose guest an administrator has paused. With a hit that waits the
+// guest runs on soon, and the tool is no more.
+func testStoppedTool(t labTest) {
+	rounds := map[bool]int{true: 30, false: 10}[labguest.Host() == "pv"]
+	if testing.Short() {
+		rounds = 3
+	}
+	watchdog := 3 * time.Second
+	if labguest.Is("hvm") {
+		watchdog = 6 * time.Second // where all takes its time
+	}
+	kinds := []string{"auto", "out-of-line", "in-place"}
+	if t.cfg.Kind != labguest.PV && t.cfg.VCPUs > 1 {
+		kinds = kinds[:2] // its other vCPUs can't be held
+	}
+	journalOf := fmt.Sprintf("/run/vmprobes/domain-%d.journal", t.g.(*labguest.Guest).DomID())
+	stoppable := func(want string, env ...string) (*exec.Cmd, *proc) {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+		cmd.Env = append(os.Environ(), append(env, "VMPROBES_TEST_CHILD=SIGKILL", "VMPROBES_TEST_DOMAIN="+t.g.Name(), "VMPROBES_TEST_WATCHDOG="+watchdog.String())...)
+		return cmd, start(t, cmd, want)
+	}
+	lives := func(out *proc, d time.Duration, why string) {
+		t.Helper()
+		select {
+		case err := <-out.done:
+			t.Fatalf("the tool was ended (%v), %s:\n%s", err, why, guardianLog())
+		case <-time.After(d):
+		}
+		require.FileExists(t, journalOf, why)
+	}
+	isEnded := func(out *proc, began time.Time, when string) (took time.Duration) {
+		t.Helper()
+		select {
+		case err := <-out.done:
+			var exit *exec.ExitError
+			require.ErrorAs(t, err, &exit, when)
+			require.Equal(t, syscall.SIGKILL, exit.Sys().(syscall.WaitStatus).Signal(), when)
+		case <-time.After(time.Minute):
+			t.Fatalf("%s: the tool is not ended; the guardian's log:\n%s", when, guardianLog())
+		}
+		require.Eventually(t, func() bool {
+			_, err := os.Stat(journalOf)
+			return errors.Is(err, os.ErrNotExist)
+		}, 20*time.Second, time.Millisecond, "%s: the guardian doesn't repair the guest; its log:\n%s", when, guardianLog())
+		took = time.Since(began)
+		assert.GreaterOrEqual(t, took, watchdog-50*time.Millisecond, "%s: the hit may have been on its way already", when)
+		assert.Zero(t, t.domain().Flags&(xenctrl.DomainPaused|xenctrl.DomainDebugged), "%s: the domain's flags", when)
+		return took
+	}
+
+	cmd, out := stoppable("armed")
+	lives(out, 2*watchdog, "it is idle")
+	xl(t, "pause", t.g.Name())
+	lives(out, 2*watchdog, "an administrator has paused its guest")
+	require.NoError(t, cmd.Process.Signal(sigStop))
+	lives(out, 2*watchdog, "an administrator has paused its guest, and it is stopped")
+	xl(t, "unpause", t.g.Name())
+	lives(out, 2*watchdog, "it is stopped, and no hit waits for it")
+	hit := t.later("open 1 0")
+	isEnded(out, time.Now(), "one hit")
+	assert.Contains(t, <-hit, "total=1 ")
+	t.sameText()
+
+	var slowest time.Duration
+	for i := range rounds {
+		kind := kinds[i%len(kinds)]
+		t.ask("busy 0 all")
+		cmd, out := stoppable("hits\n", "VMPROBES_TEST_STEPPING="+kind, "VMPROBES_TEST_KERNEL="+t.g.KernelPath())
+		time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
+		require.NoError(t, cmd.Process.Signal(sigStop))
+		when := fmt.Sprintf("round %d, %s", i, kind)
+		slowest = max(slowest, isEnded(out, time.Now(), when))
+		t.runsOn(when)
+		require.NotContains(t, <-t.later("stop"), "BAD", "round %d, %s", i, kind)
+		t.sameText()
+	}
+	t.Logf("%d rounds; the slowest guest ran on %v after SIGSTOP, with a watchdog of %v\n%s", rounds, slowest.Round(time.Millisecond), watchdog, tail(guardianLog(), 1000))
+	assert.NotRegexp(t, `Oops|BUG|panic`, t.g.Console())
+	t.unhurt()
+}
+
+// testOpenAtOnce has two processes open the guest at the same instant: one gets it, and the
+// other one is told which.
+func testOpenAtOnce(t labTest) {
+	rounds := 100
+	if testing.Short() {
+		rounds = 10
+	}
+	type tool struct {
+		*exec.Cmd
+		in    io.Writer
+		lines chan string
+	}
+	var tools [2]tool
+	for i := range tools {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestChild$")
+		cmd.Env = append(os.Environ(), "VMPROBES_TEST_CHILD=open", "VMPROBES_TEST_DOMAIN="+t.g.Name())
+		cmd.Stderr = os.Stderr
+		in, err := cmd.StdinPipe()
+		require.NoError(t, err)
+		out, err := cmd.StdoutPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		lines := make(chan string, 10)
+		go func() {
+			defer close(lines)
+			for s := bufio.NewScanner(out); s.Scan(); {
+				lines <- s.Text()
+			}
+		}()
+		defer func() {
+			assert.NoError(t, in.Close())
+			for range lines {
+			}
+			assert.NoError(t, cmd.Wait())
+		}()
+		tools[i] = tool{cmd, in, lines}
+	}
+	hear := func(i int) string {
+		select {
+		case line := <-tools[i].lines:
+			return line
+		case <-time.After(time.Minute):
+			t.Fatalf("tool %d says nothing", i)
+			return ""
+		}
+	}
+	for i := range tools {
+		require.Equal(t, "ready", hear(i))
+	}
+	program, err := os.Executable()
+	require.NoError(t, err)
+	var wins [2]int
+	for round := range rounds {
+		at := time.Now().Add(10 * time.Millisecond).UnixNano()
+		for i := range tools {
+			_, err := fmt.Fprintln(tools[i].in, at)
+			require.NoError(t, err)
+		}
+		said := [2]string{hear(0), hear(1)}
+		winner := slices.Index(said[:], "owner")
+		require.GreaterOrEqual(t, winner, 0, "round %d: %q", round, said)
+		wins[winner]++
+		require.True(t, strings.HasPrefix(said[1-winner], "busy: "), "round %d: %q", round, said)
+		require.Contains(t, said[1-winner], fmt.Sprintf("process %d (%q) is attached to the guest", tools[winner].Process.Pid, program), "round %d", round)
+		_, err := fmt.Fprintln(tools[winner].in)
+		require.NoError(t, err)
+		require.Equal(t, "left", hear(winner))
+	}
+	t.Logf("%d rounds: the two have won %v", rounds, wins)
+	t.unhurt()
 }
 
 // owner checks that a guest that has an owner is refused with its name.

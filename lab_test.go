@@ -889,9 +889,30 @@ func TestChild(t *testing.T) {
 			return vmprobes.Continue
 		},
 	}
+	if end == "open" {
+		openAtOnce(t, p.DomainName)
+		return
+	}
+	watchdog, _ := time.ParseDuration(os.Getenv("VMPROBES_TEST_WATCHDOG"))
+	if os.Getenv("VMPROBES_TEST_KERNEL") == "" && watchdog != 0 {
+		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{Watchdog: watchdog})
+		require.NoError(t, err)
+		require.NoError(t, s.Register(p))
+		fmt.Println("armed")
+		require.NoError(t, s.Loop(t.Context()))
+		return
+	}
+	if end == "alone" { // nobody takes over from it, and all it has is emulated
+		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{NoGuardian: true})
+		require.NoError(t, err)
+		require.NoError(t, s.Register(p))
+		fmt.Println("armed")
+		require.NoError(t, s.Loop(t.Context()))
+		return
+	}
 	if kind := os.Getenv("VMPROBES_TEST_STEPPING"); kind != "" {
 		step := map[string]vmprobes.Stepping{"auto": vmprobes.StepAuto, "out-of-line": vmprobes.StepOutOfLine, "in-place": vmprobes.StepInPlace}[kind]
-		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{Stepping: step})
+		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{Stepping: step, Watchdog: watchdog})
 		require.NoError(t, err)
 		require.NoError(t, s.Register(p))
 		// Instructions that aren't emulated, too.
@@ -913,6 +934,30 @@ func TestChild(t *testing.T) {
 	fmt.Println(err)
 	require.True(t, errors.Is(err, vmprobes.ErrInterrupted))
 	require.NoError(t, vmprobes.Unregister(p))
+}
+
+// openAtOnce is a tool of testOpenAtOnce: it opens the guest at an instant that it is told,
+// says what came of it, and closes it when it is told to.
+func openAtOnce(t *testing.T, name string) {
+	fmt.Println("ready")
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		at, err := strconv.ParseInt(in.Text(), 10, 64)
+		require.NoError(t, err)
+		for time.Now().UnixNano() < at {
+		}
+		s, err := vmprobes.Open(t.Context(), name, nil)
+		switch {
+		case err == nil:
+			fmt.Println("owner")
+			require.True(t, in.Scan())
+			require.NoError(t, s.Close())
+			fmt.Println("left")
+		case errors.Is(err, vmprobes.ErrBusy):
+			fmt.Println("busy:", err)
+		default:
+			fmt.Println("failed:", err)
+		}
+	}
 }
 
 // TestLabStock checks that a PV guest on a hypervisor without GDBSX is left alone.

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -92,6 +93,25 @@ func TestOpenErrorText(t *testing.T) {
 		_, err := xenaccess.Open(t.Context(), scheme+at("hangs-up"), nil)
 		require.Error(t, err)
 		assert.Equal(t, 1, strings.Count(err.Error(), at("hangs-up")), "%v", err)
+	}
+}
+
+// TestOpenWatchdog: Open says why there is no watchdog, before it looks for the guest.
+func TestOpenWatchdog(t *testing.T) {
+	for want, opts := range map[string]vmprobes.Options{
+		"Options.Watchdog is -1s, want 0 or 2s to 24h0m0s":               {Watchdog: -time.Second},
+		"Options.Watchdog is 1.999999999s, want 0 or 2s to 24h0m0s":      {Watchdog: 2*time.Second - 1},
+		"Options.Watchdog is 24h0m0.000000001s, want 0 or 2s to 24h0m0s": {Watchdog: 24*time.Hour + 1},
+		"it is the guardian's work, and Options.NoGuardian is set":       {Watchdog: 10 * time.Second, NoGuardian: true},
+	} {
+		_, err := vmprobes.Open(t.Context(), "a3guest", &opts)
+		assert.ErrorIs(t, err, vmprobes.ErrNoWatchdog)
+		assert.EqualError(t, err, "vmprobes: open a3guest: no watchdog can be had: "+want)
+	}
+	// What is right is not in the way.
+	for _, d := range []time.Duration{0, 2 * time.Second, 24 * time.Hour} {
+		_, err := vmprobes.Open(t.Context(), "qemu:"+t.TempDir()+"/none", &vmprobes.Options{Watchdog: d})
+		assert.ErrorIs(t, err, vmprobes.ErrDomainNotFound)
 	}
 }
 

@@ -97,6 +97,42 @@ func TestPlaces(t *testing.T) {
 	require.ErrorIs(t, err, ErrNotBoundary, "there is no use in that")
 }
 
+// TestOffset refuses what isn't in the function that is named.
+func TestOffset(t *testing.T) {
+	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
+	text := guest.Sym["text demo"]
+	for _, opts := range []Options{{}, {IgnoreBlacklist: true}} {
+		s := lookedAt(t, guest, opts)
+		for _, c := range []struct {
+			symbol       string
+			offset, want uint64
+		}{
+			{"fn_0001", 0, kerneltest.Fn(1)}, {"fn_0001", 15, kerneltest.Fn(1) + 15},
+			{"demo_run", 0x100, text + 0x110}, {"part:fn_0001", 3, kerneltest.Fn(1) + 3},
+		} {
+			at, err := s.resolve(&Probe{Symbol: c.symbol, Offset: c.offset})
+			require.NoError(t, err, c)
+			assert.Equal(t, c.want, at, c)
+		}
+		for _, c := range []struct {
+			symbol string
+			offset uint64
+			why    string
+		}{
+			{"fn_0001", 16, `"fn_0001" has 16 bytes, and 0x10 is asked for: that is in "fn_0002", at 0x0`},
+			{"fn_0001", 1 << 20, "has 16 bytes"}, {"fn_0001", 1<<64 - 1, "has 16 bytes"},
+			{"demo_run", 0x1f0, `that is in "demo_traced", at 0x0`},
+		} {
+			err := s.Register(&Probe{Symbol: c.symbol, Offset: c.offset})
+			require.ErrorIs(t, err, ErrOffset, c)
+			require.ErrorContains(t, err, c.why)
+		}
+		err := s.Register(&Probe{Symbol: "__pfx_fn_0540"})
+		require.ErrorIs(t, err, ErrNotProbeable)
+		require.ErrorContains(t, err, `probe "fn_0540"`)
+	}
+}
+
 // TestPlacesUnknown: what the guest doesn't tell is no permission.
 func TestPlacesUnknown(t *testing.T) {
 	fn := kerneltest.Fn

@@ -226,3 +226,32 @@ func TestQEMULocks(t *testing.T) {
 	assert.Greater(t, locks, 5000)
 	assert.NotZero(t, modules)
 }
+
+// TestQEMUReset resets a VM whose kernel comes back elsewhere (KASLR): Loop ends, though
+// no hit can tell.
+func TestQEMUReset(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots a guest twice")
+	}
+	g := qemutest.StartLinux(t, "6.1", qemutest.Config{Reboot: true})
+	s, err := vmprobes.Open(t.Context(), "qemu:"+g.GDB, nil)
+	require.NoError(t, err)
+	require.NoError(t, s.Register(&vmprobes.Probe{Symbol: "do_sys_openat2"}))
+	done := make(chan error, 1)
+	go func() { done <- s.Loop(t.Context()) }()
+	select {
+	case err := <-done:
+		t.Fatalf("before the reset: %v", err)
+	case <-time.After(8 * time.Second):
+	}
+	g.QMP("system_reset", nil)
+	select {
+	case err := <-done:
+		require.ErrorIs(t, err, vmprobes.ErrDomainGone)
+		require.ErrorContains(t, err, "rebooted")
+	case <-time.After(2 * time.Minute):
+		t.Fatal("nobody notices")
+	}
+	require.NoError(t, s.Close())
+	require.Equal(t, "running", g.Status())
+}

@@ -1,6 +1,7 @@
 package vmprobes
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -25,6 +26,7 @@ type Regs struct {
 
 	mem    func(addr uint64, b []byte) error
 	kernel *linux.Kernel // nil: not known
+	entry  Addr          // of the probe that was hit, or 0
 }
 
 // PC returns the address of the next instruction: in a Pre handler the probe's.
@@ -54,21 +56,55 @@ func (r *Regs) Arg(n int) uint64 {
 	return 0
 }
 
-// SyscallArg returns argument n, from 0 to 5, of the system call whose wrapper
-// (a function named __x64_sys_*, since Linux 4.17) the vCPU is at the first
-// instruction of. The wrapper's only argument points to the caller's registers,
-// struct pt_regs, and this reads it from there.
+// SyscallArg returns argument n, from 0 to 5, of the system call whose wrapper the vCPU
+// is at the first instruction of: a function named __x64_sys_*, or, for calls of 32-bit
+// programs and by int $0x80, __ia32_sys_* or __ia32_compat_sys_* (since Linux 4.17). The
+// wrapper's only argument points to the caller's registers, struct pt_regs, and this
+// reads it from there; an argument of a 32-bit call is not sign-extended. In kernels
+// before 4.17 sys_* has the arguments itself.
+//
+// At another function the error wraps linux.ErrNoWrapper: use [Regs.Arg].
 func (r *Regs) SyscallArg(n int) (uint64, error) {
-	offset, ok := linux.SyscallArgOffset(n)
+	v, err := r.findSyscallArg(n)
+	if err != nil {
+		return 0, fmt.Errorf("vmprobes: system call argument %d: %w", n, err)
+	}
+	return v, nil
+}
+
+func (r *Regs) findSyscallArg(n int) (uint64, error) {
+	if r.mem == nil {
+		return 0, errNoHit
+	}
+	at := r.IP
+	if r.entry != 0 {
+		at = r.entry
+	}
+	w, direct, err := r.kernel.Wrapper(at)
+	if err != nil {
+		return 0, err
+	}
+	if direct && n >= 0 && n < 6 {
+		return r.Arg(n), nil
+	}
+	return r.wrapperArg(w, n)
+}
+
+// wrapperArg reads an argument of a system call at its wrapper.
+func (r *Regs) wrapperArg(w linux.Wrapper, n int) (uint64, error) {
+	offset, ok := w.ArgOffset(n)
 	if !ok {
-		return 0, fmt.Errorf("vmprobes: system call argument %d: there are 6, from 0", n)
+		return 0, errors.New("there are 6, from 0")
 	}
 	if r.mem == nil {
-		return 0, fmt.Errorf("vmprobes: system call argument %d: %w", n, errNoHit)
+		return 0, errNoHit
 	}
 	var b [8]byte
 	if err := r.mem(r.DI+offset, b[:]); err != nil {
-		return 0, fmt.Errorf("vmprobes: system call argument %d: %w", n, err)
+		return 0, err
+	}
+	if w.IA32 {
+		clear(b[4:])
 	}
 	return le64(b[:]), nil
 }

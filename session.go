@@ -21,15 +21,16 @@ import (
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
-	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// its System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed
+	// or not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
 	// configuration says, else the guest's own table, found in its memory; if it has
-	// none, the file that it was booted from, or one of its release in /boot or
-	// /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
+	// none, the file that it was booted from, or one of its release in /boot,
+	// /usr/lib/modules or /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
 	// that is named here and is of no use fails Open.
 	Symbols string
-	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, or a
-	// Volatility 3 symbol file. Empty means the guest's own.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
+	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel are
+	// refused, with ErrWrongTypes. Empty means the guest's own.
 	Types string
 	// Config is an xenaccess.conf or libvmi.conf. Empty means /etc/xenaccess.conf, if
 	// it is there; "-" means none.
@@ -51,13 +52,42 @@ type Options struct {
 	// SIGKILL, for want of memory, by a crash. Without it such a guest stands still at
 	// its next hit, until somebody opens it, or runs vmprobes recover. Set it in a
 	// program that is told of its own death in another way, as a service with
-	// ExecStopPost=vmprobes recover, or that waits for any child until there is none: the
-	// guardian is a child process. A process has one guardian for all its guests.
-	// For guests of other hypervisors there is none.
+	// ExecStopPost=vmprobes recover. A process has one guardian for all its guests, which
+	// isn't its child. For guests of other hypervisors there is none.
 	NoGuardian bool
+	// Watchdog is how long a hit may wait for this process: from 2 seconds to 24 hours.
+	// When the guest has waited for so long, or a quarter longer at the most, the guardian
+	// ends this process (SIGKILL) and repairs all its guests. It is for a process that is
+	// stopped for long: by SIGSTOP, by a debugger, by swapping. But a handler that takes
+	// longer is taken for the same, and so is the body of a range over Hits. While no
+	// hit waits nothing happens, however long the process is stopped, nor while an
+	// administrator has paused the guest. 0, the default, means that the guest waits for
+	// ever. It costs a hit nothing.
+	//
+	// Open fails with ErrNoWatchdog if the value is out of range, with NoGuardian, and for
+	// guests of other hypervisors.
+	Watchdog time.Duration
 	// Stepping says how probed instructions are executed. Leave it alone except
 	// to measure.
 	Stepping Stepping
+}
+
+// A hit may wait for a second after Register, until a Loop begins.
+const (
+	minWatchdog = 2 * loopGrace
+	maxWatchdog = 24 * time.Hour
+)
+
+func (o *Options) checkWatchdog() error {
+	switch {
+	case o.Watchdog == 0:
+		return nil
+	case o.Watchdog < minWatchdog || o.Watchdog > maxWatchdog:
+		return fmt.Errorf("%w: Options.Watchdog is %v, want 0 or %v to %v", ErrNoWatchdog, o.Watchdog, minWatchdog, maxWatchdog)
+	case o.NoGuardian:
+		return fmt.Errorf("%w: it is the guardian's work, and Options.NoGuardian is set", ErrNoWatchdog)
+	}
+	return nil
 }
 
 func (o *Options) logger() *slog.Logger {
@@ -132,7 +162,7 @@ func (d Domain) String() string {
 // leaves its breakpoints behind. Programs without signal handling of their own use
 // [Run] or [RunFunc]; others mind SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGPIPE.
 // Nor must it be stopped (SIGSTOP, Ctrl+Z, a debugger), as the guest then waits at
-// its next hit, and the guest must not be saved or migrated while probes are
+// its next hit ([Options.Watchdog] limits that), and the guest must not be saved or migrated while probes are
 // registered: its image would hold their breakpoints.
 type Session struct {
 	name   string // of the domain, as the caller has it
@@ -326,7 +356,7 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 		defer s.handling.Store(nil)
 		r := &s.regs
 		r.load(c.Regs, s.readHit)
-		r.kernel = s.kernel
+		r.kernel, r.entry = s.kernel, addr
 		a := Continue
 		switch {
 		case c.Post:
@@ -461,7 +491,7 @@ func (s *Session) endIdle() {
 // of them returns something else than Continue (then Loop returns nil, or the error
 // of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
-// (ErrDomainGone) or something fails.
+// or runs another kernel (ErrDomainGone), or something fails.
 // The probes stay registered: Loop may be called again.
 //
 // If a handler panics, the Session is closed, and so the guest restored, before
@@ -510,14 +540,19 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 		}
 	}()
 	s.log.Debug("loop begins")
+	var watch sync.WaitGroup
+	watch.Go(func() { s.watchKernel(ctx, cancel) })
 	v, err := s.eng.Serve(ctx, true)
+	cause := context.Cause(ctx)
+	cancel(nil)
+	watch.Wait()
 	finished = true
 	s.log.Debug("loop ends", "action", int(v), "err", err)
 	if bad := s.bad.Swap(nil); bad != nil {
 		return s.fail("loop", nil, errors.Join(*bad, err))
 	}
-	if err != nil && ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
-		err = context.Cause(ctx)
+	if err != nil && cause != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		err = cause
 		// A cause need not be a context.Canceled: those of signal.NotifyContext
 		// aren't in Go 1.26.0.
 		if ended := caller.Err(); ended != nil && !errors.Is(err, ended) {
@@ -525,6 +560,36 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 		}
 	}
 	return s.fail("loop", nil, err)
+}
+
+// kernelEvery is how often a Loop looks whether the guest's kernel is still there, as
+// after a reset nothing else may tell: there are just no hits any more.
+const kernelEvery = 5 * time.Second
+
+// watchKernel ends a Loop when the guest runs another kernel.
+func (s *Session) watchKernel(ctx context.Context, end context.CancelCauseFunc) {
+	if s.kernel == nil {
+		return
+	}
+	for missed, wait := 0, kernelEvery; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		switch ok, err := s.kernel.Running(); {
+		case err != nil:
+			s.log.Debug("look for the guest's kernel", "err", err)
+		case ok:
+			missed, wait = 0, kernelEvery
+		case missed < 2:
+			missed, wait = missed+1, time.Second
+		default:
+			end(fmt.Errorf("%w: it has rebooted, was reset or runs another kernel by kexec, since %q isn't where it was: close this session and open the guest again",
+				ErrDomainGone, s.kernel.Banner()))
+			return
+		}
+	}
 }
 
 // Hits is Loop for those who prefer a range statement to handlers: it yields

@@ -3,6 +3,7 @@ package vmprobes
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -641,26 +642,61 @@ func TestOpenNamed(t *testing.T) {
 	}
 }
 
+// TestSyscallArg reads arguments from struct pt_regs, whose registers are numbered here:
+// r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di.
 func TestSyscallArg(t *testing.T) {
+	guest := kerneltest.NewSynthetic(kerneltest.Layout{})
+	k := lookedAt(t, guest, Options{}).kernel
 	regs := make([]byte, 168)
-	for i := range regs {
-		regs[i] = byte(i)
+	for i := range 21 {
+		binary.LittleEndian.PutUint64(regs[8*i:], 1<<63|uint64(i))
 	}
-	r := &Regs{DI: 0x1000, mem: func(addr uint64, b []byte) error {
+	const r8, r9, r10, cx, dx, si, di, bx, bp = 9, 8, 7, 11, 12, 13, 14, 5, 4
+	mem := func(addr uint64, b []byte) error {
 		copy(b, regs[addr-0x1000:])
 		return nil
-	}}
-	for n, off := range []int{112, 104, 96, 56, 72, 64} {
-		v, err := r.SyscallArg(n)
-		require.NoError(t, err)
-		assert.Equal(t, le64(regs[off:]), v, n)
 	}
-	_, err := r.SyscallArg(6)
+	for at, want := range map[string][]uint64{
+		"__x64_sys_openat":         {di, si, dx, r10, r8, r9},
+		"__ia32_sys_openat":        {bx, cx, dx, si, di, bp},
+		"__ia32_compat_sys_openat": {bx, cx, dx, si, di, bp},
+	} {
+		r := &Regs{DI: 0x1000, IP: guest.Sym[at], mem: mem, kernel: k}
+		for n, reg := range want {
+			v, err := r.SyscallArg(n)
+			require.NoError(t, err, at)
+			if strings.HasPrefix(at, "__x64_") {
+				reg |= 1 << 63
+			}
+			assert.Equal(t, reg, v, "%s, %d", at, n)
+		}
+		for _, n := range []int{-1, 6} {
+			_, err := r.SyscallArg(n)
+			require.Error(t, err)
+		}
+		r.IP, r.entry = r.IP+5, r.IP // a Post handler
+		v, err := r.SyscallArg(0)
+		require.NoError(t, err)
+		assert.Equal(t, want[0], v&^(1<<63))
+	}
+	// A function of old kernels.
+	r := &Regs{DI: 1, CX: 4, IP: guest.Sym["sys_old"], mem: mem, kernel: k}
+	v, err := r.SyscallArg(3)
+	require.NoError(t, err)
+	assert.EqualValues(t, 4, v)
+	_, err = r.SyscallArg(6)
 	require.Error(t, err)
-	_, err = r.SyscallArg(-1)
-	require.Error(t, err)
+
+	r.IP = kerneltest.Fn(1)
+	_, err = r.SyscallArg(0)
+	require.ErrorIs(t, err, linux.ErrNoWrapper)
+	r.IP = guest.Sym["__x64_sys_openat"] + 1
+	_, err = r.SyscallArg(0)
+	require.ErrorIs(t, err, linux.ErrNoWrapper)
+	_, err = (&Regs{mem: mem}).SyscallArg(0)
+	require.ErrorIs(t, err, ErrNoKernel)
 	_, err = (&Regs{}).SyscallArg(0)
-	require.Error(t, err)
+	require.ErrorIs(t, err, errNoHit)
 	q := &Regs{DI: 1, SI: 2, DX: 3, CX: 4, R8: 5, R9: 6}
 	for n := range 6 {
 		assert.EqualValues(t, n+1, q.Arg(n))

@@ -3,6 +3,7 @@ package vmprobes
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/vmprobes/vmprobes/linux"
 )
@@ -17,17 +18,22 @@ func (s *Session) Lookup(symbol string) (Addr, error) {
 }
 
 func (s *Session) lookup(symbol string) (Addr, error) {
+	found, err := s.symbol(symbol)
+	return found.Addr, err
+}
+
+func (s *Session) symbol(symbol string) (linux.Symbol, error) {
 	if s.kernel == nil {
-		return 0, s.noKernel()
+		return linux.Symbol{}, s.noKernel()
 	}
 	found, err := s.kernel.Lookup(symbol)
 	if err != nil {
-		return 0, err
+		return linux.Symbol{}, err
 	}
 	if note := found.Note(); note != "" {
 		s.log.Warn(note)
 	}
-	return found.Addr, nil
+	return found, nil
 }
 
 // noKernel says why the guest's kernel isn't known.
@@ -49,14 +55,37 @@ func (s *Session) resolve(p *Probe) (Addr, error) {
 	if err := p.checkPlace(); err != nil {
 		return 0, err
 	}
-	addr := p.Addr
-	if p.Symbol != "" {
-		var err error
-		if addr, err = s.lookup(p.Symbol); err != nil {
-			return 0, err
-		}
+	if p.Symbol == "" {
+		return p.Addr + p.Offset, nil
 	}
-	return addr + p.Offset, nil
+	sym, err := s.symbol(p.Symbol)
+	if err != nil {
+		return 0, err
+	}
+	// Padding before a function (CONFIG_CALL_PADDING, since 6.2) is never executed.
+	if fn, ok := strings.CutPrefix(sym.Name, "__pfx_"); ok {
+		return 0, fmt.Errorf("%w: %q is the padding before a function: probe %q", ErrNotProbeable, sym.Name, fn)
+	}
+	if p.Offset == 0 {
+		return sym.Addr, nil
+	}
+	return s.within(sym, p.Offset)
+}
+
+// within returns the address so many bytes behind the beginning of a symbol.
+func (s *Session) within(sym linux.Symbol, offset uint64) (Addr, error) {
+	end, ok := s.kernel.FuncEnd(sym.Addr)
+	if !ok {
+		return 0, fmt.Errorf("%w: nothing tells where %q ends", ErrOffset, sym.Name)
+	}
+	if size := end - sym.Addr; offset >= size {
+		err := fmt.Errorf("%w: %q has %d bytes, and %#x is asked for", ErrOffset, sym.Name, size, offset)
+		if in, off, ok := s.kernel.Find(sym.Addr + offset); ok && offset < 1<<63 {
+			err = fmt.Errorf("%w: that is in %q, at %#x", err, in.Name, off)
+		}
+		return 0, err
+	}
+	return sym.Addr + offset, nil
 }
 
 // place returns where the breakpoint of a probe at addr has to stand. What the guest

@@ -67,6 +67,9 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	if opts == nil {
 		opts = new(Options)
 	}
+	if err := opts.checkWatchdog(); err != nil {
+		return nil, err
+	}
 	g, err := target.Open(ctx, name)
 	if err != nil {
 		return nil, err
@@ -92,7 +95,14 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	setup := known(k)
 	setup.Logger = opts.Logger
 	if !opts.NoGuardian {
-		setup.Guardian = func() error { return guardian.Start(opts.logger()) }
+		setup.Watchdog = opts.Watchdog
+		setup.Guardian = func(journal string) error {
+			err := guardian.Start(opts.logger())
+			if err == nil && opts.Watchdog != 0 {
+				err = guardian.Watch(journal, opts.Watchdog)
+			}
+			return err
+		}
 	}
 	drv, err := g.Attach(ctx, setup)
 	if err != nil {
@@ -128,7 +138,7 @@ func insufficient(opts *Options, err error) bool {
 	switch {
 	case err == nil:
 		return false
-	case errors.Is(err, ErrWrongSymbols), errors.Is(err, xenaccess.ErrConfig):
+	case errors.Is(err, ErrWrongSymbols), errors.Is(err, ErrWrongTypes), errors.Is(err, xenaccess.ErrConfig):
 		return true
 	case opts.Symbols != "" || opts.Types != "":
 		return true

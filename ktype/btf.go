@@ -19,7 +19,8 @@ const (
 // FromBTF reads the raw BTF of a kernel: what is between __start_BTF and
 // __stop_BTF in its memory, in /sys/kernel/btf/vmlinux, or in the section .BTF.
 // See Documentation/bpf/btf.rst of Linux. At most 32 MiB and 1,048,575 types are
-// accepted.
+// accepted. Types of a kind that isn't known are left out, if the BTF says how long they
+// are, as that of Linux 7.1 and later does.
 func FromBTF(r io.ReaderAt, size int64) (*Types, error) {
 	if size < 0 || size > maxBTF {
 		return nil, formatErr("BTF of %d bytes, at most %d are read", size, int64(maxBTF))
@@ -37,7 +38,8 @@ func FromBTF(r io.ReaderAt, size int64) (*Types, error) {
 
 // WithModule returns the types of t and those that a module adds: btf is its
 // split BTF, as in the kernel's btf_module.btf.data or in the .BTF section of the
-// module's file. A name is looked for in the kernel first, then in the modules in
+// file of a module that was built with the kernel. (One that was built apart has a
+// .BTF.base: see [Types.WithModuleFile].) A name is looked for in the kernel first, then in the modules in
 // the order they were added; "name:struct x" looks in that module only.
 //
 // Only types that are from BTF can be extended.
@@ -54,7 +56,7 @@ func (t *Types) WithModule(name string, btf []byte) (*Types, error) {
 		return nil, fmt.Errorf("module %q: %w", name, err)
 	}
 	modules := append(t.modules[:len(t.modules):len(t.modules)], module{name, src})
-	return &Types{name: t.name, src: t.src, modules: modules, ptr: t.ptr}, nil
+	return &Types{name: t.name, src: t.src, modules: modules, ptr: t.ptr, origin: t.origin}, nil
 }
 
 // btfSource has the types of one BTF. They are decoded when they are asked for,
@@ -87,7 +89,9 @@ func loadBTF(raw []byte, base *btfSource) (s *btfSource, err error) {
 		s.sheet, err = newSheet(raw, nil)
 	} else {
 		s.table = base.table
-		s.sheet, err = newSheet(raw, base.sheet)
+		if s.sheet, err = newSheet(raw, base.sheet); err == nil {
+			err = s.sheet.ofBase()
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -97,6 +101,9 @@ func loadBTF(raw []byte, base *btfSource) (s *btfSource, err error) {
 			s, err = nil, formatErr("BTF: %v", r)
 		}
 	}()
+	if s.sheet.plain != nil {
+		raw = s.sheet.plain
+	}
 	s.table.mu.Lock()
 	defer s.table.mu.Unlock()
 	if base == nil {
@@ -277,6 +284,10 @@ func (s *btfSource) fill(t *Type) error {
 		t.members = s.members(typ.Members)
 	case *btf.Enum:
 		t.signed = typ.Signed
+		if values, ok := s.all(typ); ok {
+			t.values = values
+			return nil
+		}
 		t.values = make([]EnumValue, len(typ.Values))
 		for i, v := range typ.Values {
 			t.values[i] = EnumValue{v.Name, int64(v.Value)}

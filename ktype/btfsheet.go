@@ -12,6 +12,8 @@ import (
 const (
 	btfMagic     = 0xeb9f
 	btfHeaderLen = 24
+	btfLayoutLen = 32          // of a header that says where the layout of kinds is, since 7.1
+	btfMaxVlen   = 0xffff      // that package btf knows
 	btfTypeLen   = 12          // struct btf_type
 	btfMaxType   = 0x000f_ffff // BTF_MAX_TYPE
 
@@ -39,8 +41,11 @@ const maxInflate = 4 << 10
 type btfRecord []byte
 
 func (r btfRecord) u32(off int) uint32 { return binary.LittleEndian.Uint32(r[off:]) }
-func (r btfRecord) kind() int          { return int(r.u32(4) >> 24 & 0x1f) }
-func (r btfRecord) vlen() int          { return int(r.u32(4) & 0xffff) }
+
+// kind and vlen have 7 and 24 bits since Linux 7.1. Before, they had 5 and 16, and what
+// is between them was zero.
+func (r btfRecord) kind() int { return int(r.u32(4) >> 24 & 0x7f) }
+func (r btfRecord) vlen() int { return int(r.u32(4) & 0xff_ffff) }
 
 // stride returns the bytes of each member, constant or parameter, which begin with
 // their name, or 0 if the type has none.
@@ -120,6 +125,7 @@ const (
 // before it is.
 type btfSheet struct {
 	base    *btfSheet // of split BTF
+	raw     []byte    // as it was read
 	types   []byte
 	strings []byte
 	first   uint32              // the ID of the first type here
@@ -128,7 +134,11 @@ type btfSheet struct {
 	index   []uint64            // of names, see buildIndex
 	seed    maphash.Seed
 	seen    []bool // what has been admitted
-	names   int    // bytes of names in that
+	// Where package btf doesn't know all that is in raw, plain has the same without
+	// that, as types and offsets do, and cut the enums of more than 65,535 constants.
+	plain []byte
+	cut   map[uint32]btfRecord
+	names int // bytes of names in that
 }
 
 // newSheet checks the header, and that types are whole.
@@ -145,7 +155,7 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 		}
 		return raw[start:end], end
 	}
-	s := &btfSheet{base: base, first: 1, tags: make(map[uint32][]uint32)}
+	s := &btfSheet{base: base, raw: raw, first: 1, tags: make(map[uint32][]uint32)}
 	var typesEnd, stringsEnd uint64
 	s.types, typesEnd = section(8)
 	s.strings, stringsEnd = section(16)
@@ -162,11 +172,21 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 		}
 		rest = rest[n+1:]
 	}
+	layout, err := kindLayout(raw)
+	if err != nil {
+		return nil, err
+	}
+	odd := len(layout) > 0
 	for off := 0; off < len(s.types); {
 		rec := btfRecord(s.types[off:])
 		size := 0
 		if len(rec) >= btfTypeLen {
-			size = rec.size()
+			if size = rec.size(); size == 0 {
+				if size, err = layout.size(rec); err != nil {
+					return nil, err
+				}
+				odd = true
+			}
 		}
 		if size == 0 || size > len(rec) {
 			return nil, formatErr("BTF: damaged type %d", s.end())
@@ -177,8 +197,12 @@ func newSheet(raw []byte, base *btfSheet) (*btfSheet, error) {
 		if rec.kind() == btfDeclTag {
 			s.tags[rec.u32(8)] = append(s.tags[rec.u32(8)], s.end())
 		}
+		odd = odd || rec.vlen() > btfMaxVlen
 		s.offsets = append(s.offsets, uint32(off))
 		off += size
+	}
+	if odd {
+		s.simplify()
 	}
 	s.seen = make([]bool, len(s.offsets))
 	return s, nil

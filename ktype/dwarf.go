@@ -31,7 +31,11 @@ func FromELF(r io.ReaderAt) (*Types, error) {
 		if sec.Flags&elf.SHF_COMPRESSED != 0 || sec.Type == elf.SHT_NOBITS {
 			return nil, formatErr("ELF section .BTF has no plain data")
 		}
-		return FromBTF(sec, int64(min(sec.FileSize, maxBTF+1)))
+		t, err := FromBTF(sec, int64(min(sec.FileSize, maxBTF+1)))
+		if err != nil {
+			return nil, err
+		}
+		return withOrigin(t, f), nil
 	}
 	return fromDWARF(f)
 }
@@ -70,14 +74,24 @@ func fromDWARF(f *elf.File) (t *Types, err error) {
 			return nil, formatErr("ELF section %s has %d bytes", s.Name, s.Size)
 		}
 	}
+	if f.Section(".debug_info") == nil && f.Section(".debug_info.dwo") != nil {
+		return nil, formatErr("split DWARF (.debug_info.dwo) is not read: %s", unsplit)
+	}
 	if f.Section(".debug_info") == nil {
 		return nil, formatErr("ELF file has neither a .BTF section nor DWARF (.debug_info)")
 	}
 	var d *dwarf.Data
+	var sigs map[uint64]dwarf.Offset
 	if f.Type == elf.ET_REL {
+		if f.Section(".debug_types") != nil {
+			return nil, formatErr("an object file with type units (.debug_types), which only linked files are read with")
+		}
 		d, err = f.DWARF() // which applies relocations
+		if info, ierr := f.Section(".debug_info").Data(); ierr == nil {
+			_, sigs = signatures(info, nil)
+		}
 	} else {
-		d, err = typeSections(f)
+		d, sigs, err = typeSections(f)
 	}
 	if err != nil {
 		return nil, formatErr("DWARF: %v", err)
@@ -86,14 +100,14 @@ func fromDWARF(f *elf.File) (t *Types, err error) {
 	if f.Class == elf.ELFCLASS32 {
 		ptr = 4
 	}
-	src := &dwarfSource{d: d, ptr: ptr, scan: d.Reader(),
+	src := &dwarfSource{d: d, ptr: ptr, scan: d.Reader(), sigs: sigs,
 		index: make(map[dwarfKey]dwarf.Offset), nodes: make(map[dwarf.Offset]*Type)}
-	return &Types{name: "DWARF", src: src, ptr: ptr}, nil
+	return withOrigin(&Types{name: "DWARF", src: src, ptr: ptr}, f), nil
 }
 
 // typeSections reads what the types are in, without the tables of lines, ranges
 // and locations, which are as large.
-func typeSections(f *elf.File) (*dwarf.Data, error) {
+func typeSections(f *elf.File) (*dwarf.Data, map[uint64]dwarf.Offset, error) {
 	var err error
 	data := func(name string) []byte {
 		s := f.Section(name)
@@ -106,16 +120,19 @@ func typeSections(f *elf.File) (*dwarf.Data, error) {
 	}
 	abbrev, info, str := data(".debug_abbrev"), data(".debug_info"), data(".debug_str")
 	lineStr, strOff, addr := data(".debug_line_str"), data(".debug_str_offsets"), data(".debug_addr")
+	// DWARF 4 has these in a section for each type, until they are linked.
+	types := data(".debug_types")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	info, sigs := signatures(info, types)
 	d, err := dwarf.New(abbrev, nil, nil, info, nil, nil, nil, str)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	err = errors.Join(d.AddSection(".debug_line_str", lineStr),
 		d.AddSection(".debug_str_offsets", strOff), d.AddSection(".debug_addr", addr))
-	return d, err
+	return d, sigs, err
 }
 
 // dwarfKey is a name in one of C's name spaces: "struct", "union", "enum",
@@ -125,10 +142,12 @@ type dwarfKey struct{ tag, name string }
 // dwarfSource finds types in DWARF. Each compilation unit has its own copy of
 // each type; the first definition is taken.
 type dwarfSource struct {
-	d   *dwarf.Data
-	ptr uint64
+	d    *dwarf.Data
+	ptr  uint64
+	sigs map[uint64]dwarf.Offset // types in units of their own, by signature
 
 	mu    sync.Mutex
+	split bool          // a unit's types are in another file
 	scan  *dwarf.Reader // where the search for names has got to; nil at the end
 	index map[dwarfKey]dwarf.Offset
 	nodes map[dwarf.Offset]*Type
@@ -144,8 +163,14 @@ func (s *dwarfSource) lookup(key dwarfKey) (off dwarf.Offset, ok bool, err error
 		}
 	}()
 	for {
-		if off, ok = s.index[key]; ok || s.scan == nil {
-			return off, ok, nil
+		if off, ok = s.index[key]; ok {
+			return off, true, nil
+		}
+		if s.scan == nil {
+			if s.split {
+				err = formatErr("%s %q: not in this file, whose DWARF is split: %s", key.tag, clip(key.name), unsplit)
+			}
+			return 0, false, err
 		}
 		if err := s.next(); err != nil {
 			return 0, false, err
@@ -165,7 +190,8 @@ func (s *dwarfSource) next() error {
 		return nil
 	}
 	switch e.Tag {
-	case dwarf.TagCompileUnit, dwarf.TagPartialUnit, dwarf.TagTypeUnit:
+	case dwarf.TagCompileUnit, dwarf.TagPartialUnit, dwarf.TagTypeUnit, dwarf.TagSkeletonUnit:
+		s.split = s.split || isSplit(e)
 		return nil // into it
 	}
 	if key, ok := keyOf(e); ok {
@@ -175,6 +201,9 @@ func (s *dwarfSource) next() error {
 	}
 	return skip(s.scan, e)
 }
+
+// unsplit is what to do about types in .dwo files.
+const unsplit = "give the kernel's BTF, or a vmlinux without CONFIG_DEBUG_INFO_SPLIT"
 
 func keyOf(e *dwarf.Entry) (dwarfKey, bool) {
 	var key dwarfKey
@@ -294,9 +323,20 @@ func (s *dwarfSource) at(off dwarf.Offset) (e *dwarf.Entry, r *dwarf.Reader, err
 
 // refer returns the type that an entry's DW_AT_type refers to, void without one.
 func (s *dwarfSource) refer(e *dwarf.Entry) (*Type, error) {
-	off, ok := e.Val(dwarf.AttrType).(dwarf.Offset)
+	switch to := e.Val(dwarf.AttrType).(type) {
+	case dwarf.Offset:
+		return s.node(to)
+	case uint64:
+		return s.signed(to)
+	}
+	return void, nil
+}
+
+// signed returns the type that has a signature.
+func (s *dwarfSource) signed(sig uint64) (*Type, error) {
+	off, ok := s.sigs[sig]
 	if !ok {
-		return void, nil
+		return nil, formatErr("DWARF: no type has the signature %#x", sig)
 	}
 	return s.node(off)
 }
@@ -315,6 +355,15 @@ func (s *dwarfSource) node(off dwarf.Offset) (*Type, error) {
 	e, err := s.entry(off)
 	if err != nil {
 		return nil, err
+	}
+	// A declaration may say which type it stands for.
+	if sig, ok := e.Val(dwarf.AttrSignature).(uint64); ok {
+		if to, ok := s.sigs[sig]; ok && to != off {
+			if e, err = s.entry(to); err != nil {
+				return nil, err
+			}
+			off = to
+		}
 	}
 	t = &Type{src: s, ref: off}
 	t.name, _ = e.Val(dwarf.AttrName).(string)

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"compress/bzip2"
 	"compress/gzip"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
+
+	"github.com/vmprobes/vmprobes/internal/kimage"
 )
 
 // maxUnpacked bounds what a compressed ELF file unpacks to; a vmlinux with DWARF
@@ -42,12 +45,20 @@ func ParseFile(path string) (*Types, error) {
 }
 
 func parseOpen(f *os.File) (*Types, error) {
-	var head [4]byte
-	if _, err := f.ReadAt(head[:], 0); err != nil && err != io.EOF {
+	var head [kimage.HeaderSize]byte
+	n, err := f.ReadAt(head[:], 0)
+	if err != nil && err != io.EOF {
 		return nil, err
 	}
-	if string(head[:]) == elfMagic {
+	switch {
+	case kimage.IsELF(head[:n]):
 		return FromELF(f)
+	case kimage.IsBootImage(head[:n]):
+		info, err := f.Stat()
+		if err != nil {
+			return nil, err
+		}
+		return FromVMLinuz(f, info.Size())
 	}
 	r, closer, err := unpack(f, maxUnpacked)
 	if err != nil {
@@ -56,8 +67,6 @@ func parseOpen(f *os.File) (*Types, error) {
 	defer closer()
 	return parseStream(bufio.NewReader(r), true)
 }
-
-const elfMagic = "\x7fELF"
 
 // parseStream reads unpacked data; archives only at the top.
 func parseStream(r *bufio.Reader, archive bool) (*Types, error) {
@@ -75,7 +84,7 @@ func parseStream(r *bufio.Reader, archive bool) (*Types, error) {
 			return nil, err
 		}
 		return FromBTF(bytes.NewReader(data), int64(len(data)))
-	case bytes.HasPrefix(head, []byte(elfMagic)):
+	case kimage.IsELF(head):
 		data, err := readMost(r, maxUnpacked)
 		if err != nil {
 			return nil, err
@@ -86,7 +95,7 @@ func parseStream(r *bufio.Reader, archive bool) (*Types, error) {
 	case archive && len(head) > 262 && string(head[257:262]) == "ustar":
 		return parseTar(r)
 	case bytes.HasPrefix(head, []byte("MZ")):
-		return nil, formatErr("a compressed kernel (vmlinuz); unpack its vmlinux first")
+		return nil, formatErr("a PE file, but no bzImage (a unified kernel image? extract its .linux section)")
 	}
 	return nil, formatErr("neither BTF, nor ELF, nor an ISF file: it starts with % x", head[:min(len(head), 8)])
 }
@@ -137,6 +146,8 @@ func unpack(r io.Reader, limit int64) (io.Reader, func(), error) {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
 		out, err = gzip.NewReader(br)
+	case bytes.HasPrefix(head, []byte("BZh")):
+		out = bzip2.NewReader(br)
 	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
 		out, err = xz.ReaderConfig{DictCap: maxDict}.NewReader(br)
 	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):

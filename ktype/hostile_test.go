@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"debug/dwarf"
 	"debug/elf"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -440,6 +441,10 @@ func TestParseFile(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, tw.Close())
 
+	// A file with task.pid, packed by bzip2, for which Go has no packer.
+	isfBzip2, err := base64.StdEncoding.DecodeString("QlpoOTFBWSZTWcobvFYAAILbgCAAEARn0AAAv6/eejAAtMGppoelT01NPTJGgYRiJ5FAANABoNBKCT0oz1QeoANGm1IweHuO5grBFVV2ZkaBimIrQgISgJLgACSgaQpeiQWqYvil52QKrB6JZLXJEZIZuc4YVff3oKwH3eQDH0umvlv7uITiemFIEYvXiO56sp1AkAaUBw44thew8hGrIPPOqOQb8TKXoZFuGwHoxbV7ulFvM+rRgdRtsVSEqaKAsKiqaN/F3JFOFCQyhu8VgA==")
+	require.NoError(t, err)
+
 	dir := t.TempDir()
 	try := func(data []byte) (*Types, error) {
 		file := filepath.Join(dir, "file")
@@ -452,7 +457,7 @@ func TestParseFile(t *testing.T) {
 	}{
 		"btf": {raw, "BTF"}, "btf.gz": {pack(raw, gz), "BTF"}, "btf.xz": {pack(raw, xzw), "BTF"}, "btf.zst": {pack(raw, zst), "BTF"},
 		"btf.tar.xz": {pack(archive.Bytes(), xzw), "BTF"}, "btf.tar": {archive.Bytes(), "BTF"},
-		"json": {isf, "ISF"}, "json.gz": {pack(isf, gz), "ISF"}, "json.xz": {pack(isf, xzw), "ISF"}, "json.zst": {pack(isf, zst), "ISF"},
+		"json": {isf, "ISF"}, "json.gz": {pack(isf, gz), "ISF"}, "json.xz": {pack(isf, xzw), "ISF"}, "json.zst": {pack(isf, zst), "ISF"}, "json.bz2": {isfBzip2, "ISF"},
 	} {
 		types, err := try(c.data)
 		require.NoError(t, err, name)
@@ -489,6 +494,34 @@ func TestParseFile(t *testing.T) {
 	assert.LessOrEqual(t, n, int64(1001))
 }
 
+// ISF files that lack something: the rest can be used, and the error names what is
+// lacking.
+func TestISFLacks(t *testing.T) {
+	t.Parallel()
+	types, err := FromISF(strings.NewReader(`{"user_types": {"task_struct": {"size": 9000, "kind": "struct", "fields": {
+		"pid": {"type": {"kind": "base", "name": "int"}, "offset": 2464},
+		"all": {"type": {"kind": "array", "count": 2, "subtype": {"kind": "base", "name": "int"}}, "offset": 2472},
+		"bit": {"type": {"kind": "bitfield", "bit_position": 1, "bit_length": 2, "type": {"kind": "base", "name": "int"}}, "offset": 2480},
+		"state": {"type": {"kind": "enum", "name": "states"}, "offset": 2484},
+		"ref": {"type": {"kind": "reference"}, "offset": 2488},
+		"to": {"type": {"kind": "pointer", "subtype": {"kind": "base", "name": "int"}}, "offset": 0},
+		"self": {"type": {"kind": "pointer", "subtype": {"kind": "struct", "name": "task_struct"}}, "offset": 8}}}}}`))
+	require.NoError(t, err)
+	f, err := types.Offset("task_struct.self")
+	require.NoError(t, err)
+	assert.EqualValues(t, 8, f.Offset)
+	assert.True(t, types.HasField("task_struct.to"))
+	for field, why := range map[string]string{
+		"pid": `base type "int" is not among`, "all": `base type "int" is not among`, "all[1]": `base type "int" is not among`,
+		"bit": `base type "int" is not among`, "state": `enum "states" is not among`, "ref": `type of kind "reference"`, "to[1]": `base type "int" is not among`,
+	} {
+		_, err := types.At(&fixed{}, "task_struct", 0).Field(field).Uint()
+		require.ErrorIs(t, err, ErrFormat, field)
+		assert.ErrorContains(t, err, why, field)
+	}
+	use(types)
+}
+
 func TestDistance(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -504,7 +537,7 @@ func TestDistance(t *testing.T) {
 // an answer.
 func TestHostileDWARF(t *testing.T) {
 	t.Parallel()
-	for _, flags := range [][]string{{"-gdwarf-3"}, {"-gdwarf-5"}} {
+	for _, flags := range [][]string{{"-gdwarf-3"}, {"-gdwarf-5"}, {"-gdwarf-5", "-fdebug-types-section"}, {"-gdwarf-4", "-fdebug-types-section"}} {
 		data, err := os.ReadFile(compile(t, flags...))
 		require.NoError(t, err)
 		f, err := elf.NewFile(bytes.NewReader(data))
@@ -528,6 +561,40 @@ func TestHostileDWARF(t *testing.T) {
 		}
 		assert.Positive(t, good)
 	}
+}
+
+// The types of a file with split DWARF are elsewhere: that is said.
+func TestSplitDWARF(t *testing.T) {
+	t.Parallel()
+	for _, flags := range [][]string{{"-gdwarf-4", "-gsplit-dwarf"}, {"-gdwarf-5", "-gsplit-dwarf"}} {
+		file := compile(t, flags...)
+		types, err := ParseFile(file)
+		require.NoError(t, err)
+		_, err = types.Offset("task.pid")
+		require.ErrorIs(t, err, ErrFormat)
+		assert.ErrorContains(t, err, "whose DWARF is split")
+		dwo, err := filepath.Glob(filepath.Join(filepath.Dir(file), "*.dwo"))
+		require.NoError(t, err)
+		require.Len(t, dwo, 1)
+		_, err = ParseFile(dwo[0])
+		require.ErrorIs(t, err, ErrFormat)
+		assert.ErrorContains(t, err, "split DWARF")
+	}
+}
+
+func FuzzTypeUnits(f *testing.F) {
+	f.Add([]byte("\x16\x00\x00\x00\x05\x00\x02\x08\x00\x00\x00\x00sigsigsi\x18\x00\x00\x00\x01\x02"), []byte("\x15\x00\x00\x00\x04\x00\x00\x00\x00\x00\x08sigsigsi\x17\x00\x00\x00\x01\x02"))
+	f.Fuzz(func(t *testing.T, info, types []byte) {
+		all, sigs := signatures(bytes.Clone(info), types)
+		if len(all) != len(info)+len(types) {
+			t.Fatalf("%d bytes", len(all))
+		}
+		for _, off := range sigs {
+			if int(off) >= len(all) {
+				t.Fatalf("offset %#x", off)
+			}
+		}
+	})
 }
 
 // Entries in entries in entries, which Reader.SkipChildren would follow with one

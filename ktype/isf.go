@@ -1,7 +1,9 @@
 package ktype
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"github.com/vmprobes/vmprobes/internal/kimage"
 )
 
 // maxISF bounds the bytes of an unpacked ISF file. Those of kernels have 20 to
@@ -18,8 +22,9 @@ import (
 const maxISF = 256 << 20
 
 // FromISF reads an Intermediate Symbol File of Volatility 3, as dwarf2json makes
-// it: JSON, plain or packed by xz, gzip or zstd, of at most 256 MiB. It has no
-// function prototypes, and no typedefs.
+// it: JSON, plain or packed by xz, gzip, bzip2 or zstd, of at most 256 MiB. It has no
+// function prototypes, and no typedefs. A member whose type the file lacks, or is of a
+// kind that isn't known, gives an error that names the type, where it is asked for.
 func FromISF(r io.Reader) (*Types, error) {
 	r, closer, err := unpack(r, maxISF)
 	if err != nil {
@@ -43,7 +48,12 @@ func FromISF(r io.Reader) (*Types, error) {
 	if s.ptr != 4 && s.ptr != 8 {
 		return nil, formatErr("ISF file has pointers of %d bytes", s.ptr)
 	}
-	return &Types{name: "ISF", src: s, ptr: s.ptr}, nil
+	t := &Types{name: "ISF", src: s, ptr: s.ptr}
+	// dwarf2json keeps the contents of linux_banner, for Volatility to compare.
+	if b, err := base64.StdEncoding.DecodeString(f.Symbols["linux_banner"].Data); err == nil {
+		t.origin.Banners = kimage.Banners(bytes.NewReader(b))
+	}
+	return t, nil
 }
 
 // readErr tells damaged data from a failed read.
@@ -94,6 +104,7 @@ type isfEnum struct {
 
 type isfSymbol struct {
 	Type *isfRef `json:"type"`
+	Data string  `json:"constant_data"` // base64
 }
 
 // isfRef is a use of a type.
@@ -214,14 +225,25 @@ func (s *isfSource) node(ref *isfRef) (*Type, error) {
 			t.name = "" // as dwarf2json has to call them
 		}
 	case "enum":
-		t.kind, t.name, t.size = KindEnum, ref.Name, s.Enums[ref.Name].Size
+		e, ok := s.Enums[ref.Name]
+		if !ok {
+			t.kind = KindTypedef // of nothing: see fill
+			break
+		}
+		t.kind, t.name, t.size = KindEnum, ref.Name, e.Size
 		if strings.HasPrefix(t.name, "unnamed_") {
 			t.name = ""
 		}
 	case "base":
-		b := s.BaseTypes[ref.Name]
+		b, ok := s.BaseTypes[ref.Name]
 		switch b.Kind {
-		case "", "void":
+		case "":
+			if !ok && ref.Name != "void" {
+				t.kind = KindTypedef // of nothing: see fill
+				break
+			}
+			return void, nil
+		case "void":
 			return void, nil
 		case "float":
 			t.kind = KindFloat
@@ -236,7 +258,7 @@ func (s *isfSource) node(ref *isfRef) (*Type, error) {
 	case "function":
 		t.kind = KindFunc
 	default:
-		return nil, formatErr("ISF: type of kind %q", clip(ref.Kind))
+		t.kind = KindTypedef // of nothing: see fill
 	}
 	if t.size > maxSize {
 		return nil, formatErr("ISF: %q has %d bytes", clip(ref.Name), t.size)
@@ -253,6 +275,14 @@ func (s *isfSource) node(ref *isfRef) (*Type, error) {
 func (s *isfSource) fill(t *Type) (err error) {
 	ref := t.ref.(*isfRef)
 	switch t.kind {
+	case KindTypedef:
+		switch ref.Kind {
+		case "base":
+			return formatErr("ISF: the base type %q is not among the file's base_types", clip(ref.Name))
+		case "enum":
+			return formatErr("ISF: the enum %q is not among the file's enums", clip(ref.Name))
+		}
+		return formatErr("ISF: type of kind %q", clip(ref.Kind))
 	case KindInt:
 		b := s.BaseTypes[ref.Name]
 		t.signed, t.boolean = b.Signed, b.Kind == "bool"
@@ -270,6 +300,7 @@ func (s *isfSource) fill(t *Type) (err error) {
 				return formatErr("ISF: enum %q: %v", clip(ref.Name), err)
 			}
 			t.values = append(t.values, EnumValue{name, v})
+			t.signed = t.signed || strings.HasPrefix(n.String(), "-")
 		}
 		slices.SortFunc(t.values, func(a, b EnumValue) int {
 			return cmp.Or(cmp.Compare(a.Value, b.Value), cmp.Compare(a.Name, b.Name))

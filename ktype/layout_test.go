@@ -197,6 +197,7 @@ func variants(t *testing.T, f func(t *testing.T, types *Types)) {
 		make func(t *testing.T) *Types
 	}{
 		{"DWARF2", dwarf("-gdwarf-2")}, {"DWARF3", dwarf("-gdwarf-3")}, {"DWARF4", dwarf("-gdwarf-4")}, {"DWARF5", dwarf("-gdwarf-5")},
+		{"types4", dwarf("-gdwarf-4", "-fdebug-types-section")}, {"types5", dwarf("-gdwarf-5", "-fdebug-types-section")},
 		{"object", dwarf("-gdwarf-5", "-c")}, {"compressed", dwarf("-gdwarf-4", "-c", "-gz=zlib")},
 		{"pahole", btf}, {"gcc-gbtf", gbtf}, {"ISF", isf},
 	} {

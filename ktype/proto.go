@@ -33,7 +33,8 @@ func (p *Prototype) String() string {
 }
 
 // Prototype returns how a function of the kernel, or of a module that was added, is
-// called. BTF has nine functions in ten, DWARF all that are written in C, ISF none.
+// called; "module:name" is looked for in that module only. BTF has nine functions in ten,
+// DWARF all that are written in C, ISF none.
 func (t *Types) Prototype(fn string) (*Prototype, error) {
 	typ, err := t.object("function", fn, source.function)
 	if err != nil {
@@ -46,6 +47,7 @@ func (t *Types) Prototype(fn string) (*Prototype, error) {
 		return nil, fmt.Errorf("function %s: %w", fn, err)
 	}
 	params := append([]Param(nil), typ.params...)
+	_, fn, _ = t.sources(fn)
 	return &Prototype{Name: fn, Params: params, Variadic: typ.variadic, Return: typ.Elem()}, nil
 }
 

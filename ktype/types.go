@@ -24,6 +24,7 @@ type Types struct {
 	src     source
 	modules []module // see WithModule
 	ptr     uint64   // bytes of a pointer
+	origin  Origin
 
 	fields cache[string, Field]
 	plans  cache[planKey, *plan]
@@ -62,23 +63,9 @@ var tags = []string{"struct", "union", "enum"}
 
 // candidates returns the types a name may stand for, at least one.
 func (t *Types) candidates(name string) ([]*Type, error) {
-	want := strings.TrimSpace(name)
-	sources := []source{t.src}
-	if mod, rest, ok := strings.Cut(want, ":"); ok {
-		sources = nil
-		for _, m := range t.modules {
-			if m.name == mod {
-				sources = append(sources, m.src)
-			}
-		}
-		if sources == nil {
-			return nil, fmt.Errorf("%w: %q: types of module %q were not added", ErrNoType, name, mod)
-		}
-		want = strings.TrimSpace(rest)
-	} else {
-		for _, m := range t.modules {
-			sources = append(sources, m.src)
-		}
+	sources, want, err := t.sources(name)
+	if err != nil {
+		return nil, err
 	}
 	for _, src := range sources {
 		found, err := find(src, want)
@@ -86,8 +73,29 @@ func (t *Types) candidates(name string) ([]*Type, error) {
 			return found, err
 		}
 	}
-	err := fmt.Errorf("%w: %q%s", ErrNoType, name, suggest(want, t.names()))
-	return nil, err
+	return nil, fmt.Errorf("%w: %q%s", ErrNoType, name, suggest(want, t.names()))
+}
+
+// sources returns where a name is to be looked for, and the name without the module's
+// that may stand before it.
+func (t *Types) sources(name string) (in []source, plain string, err error) {
+	plain = strings.TrimSpace(name)
+	mod, rest, ok := strings.Cut(plain, ":")
+	if !ok {
+		in = append(in, t.src)
+	}
+	for _, m := range t.modules {
+		if !ok || m.name == mod {
+			in = append(in, m.src)
+		}
+	}
+	if len(in) == 0 {
+		return nil, "", fmt.Errorf("%w: %q: types of module %q were not added", ErrNoType, name, mod)
+	}
+	if ok {
+		plain = strings.TrimSpace(rest)
+	}
+	return in, plain, nil
 }
 
 func find(src source, name string) ([]*Type, error) {
@@ -174,19 +182,23 @@ func (t *Types) Sizeof(name string) (uint64, error) {
 	return size, nil
 }
 
-// Variable returns the type of a variable of the kernel, as far as the source has
-// them: BTF has per-CPU variables only.
+// Variable returns the type of a variable of the kernel, or of one of the modules, as far
+// as the source has them: BTF has per-CPU variables only. "module:name" is looked for in
+// that module only.
 func (t *Types) Variable(name string) (*Type, error) {
 	return t.object("variable", name, source.variable)
 }
 
 func (t *Types) object(what, name string, get func(source, string) (*Type, error)) (*Type, error) {
-	typ, err := get(t.src, name)
-	for _, m := range t.modules {
-		if typ != nil || err != nil {
+	sources, plain, err := t.sources(name)
+	if err != nil {
+		return nil, err
+	}
+	var typ *Type
+	for _, src := range sources {
+		if typ, err = get(src, plain); typ != nil || err != nil {
 			break
 		}
-		typ, err = get(m.src, name)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", what, name, err)

@@ -182,6 +182,9 @@ func (v Value) word() (uint64, error) {
 
 // scalar returns an error if a field is not a number.
 func scalar(f Field) error {
+	if err := f.Type.load(); err != nil {
+		return err
+	}
 	u := f.Type.Underlying()
 	switch u.kind {
 	case KindInt, KindEnum, KindPointer:

@@ -1,8 +1,11 @@
 package ktype
 
 import (
+	"encoding/binary"
 	"errors"
 	"io/fs"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -389,7 +392,7 @@ func TestList(t *testing.T) {
 	m[0x410] = append(le64(0x100), le64(0x999)...)
 	got, err = collect(m, 0)
 	assert.ErrorIs(t, err, ErrListBroken)
-	assert.Len(t, got, 2)
+	assert.Len(t, got, 3, "the last one is reached from the end")
 	delete(m, 0x410)
 	got, err = collect(m, 0)
 	var re *ReadError
@@ -421,6 +424,110 @@ func TestList(t *testing.T) {
 	hm[0x100] = le64(0)
 	for range types.HList(hm, 0x100, "item", "h", 0) {
 		t.Error("an empty list has no elements")
+	}
+}
+
+// shifting is memory with a list that changes at every read, as a kernel changes it
+// (include/linux/list.h, rculist.h): one store at a time.
+type shifting struct {
+	memory
+	rnd    *rand.Rand
+	todo   []func() // stores that are still to be made
+	short  []uint64 // elements that come and go
+	free   []uint64 // of those, the ones that aren't on the list
+	reuse  bool     // a freed element may be on the list again at once
+	change int      // of so many reads one changes something
+}
+
+const shiftHead = 0x1000
+
+func (m *shifting) put(at, v uint64) { copy(m.memory[at&^15][at&15:], le64(v)) }
+func (m *shifting) get(at uint64) uint64 {
+	return binary.LittleEndian.Uint64(m.memory[at&^15][at&15:])
+}
+
+func (m *shifting) Read(addr uint64, b []byte) error {
+	if m.rnd.IntN(m.change) == 0 {
+		if len(m.todo) == 0 {
+			m.begin()
+		}
+		if len(m.todo) > 0 {
+			m.todo[0]()
+			m.todo = m.todo[1:]
+		}
+	}
+	if m.memory[addr] == nil {
+		return errors.New("no memory there")
+	}
+	copy(b, m.memory[addr])
+	return nil
+}
+
+// begin adds an element at one of the ends, or takes one out.
+func (m *shifting) begin() {
+	store := func(at, v func() uint64) { m.todo = append(m.todo, func() { m.put(at(), v()) }) }
+	is := func(v uint64) func() uint64 { return func() uint64 { return v } }
+	if i := m.rnd.IntN(len(m.short)); m.rnd.IntN(2) == 0 {
+		e := m.short[i]
+		if slices.Contains(m.free, e) {
+			return
+		}
+		next, prev := m.get(e), m.get(e+8)
+		store(is(next+8), is(prev))
+		store(is(prev), is(next))
+		store(is(e+8), is(0xdead000000000122)) // LIST_POISON2
+		if !m.reuse {
+			store(is(e), is(0xdead000000000100))
+		}
+		m.todo = append(m.todo, func() { m.free = append(m.free, e) })
+		return
+	}
+	if len(m.free) == 0 {
+		return
+	}
+	e := m.free[0]
+	m.free = m.free[1:]
+	prev, next := uint64(shiftHead), m.get(shiftHead)
+	if m.rnd.IntN(3) > 0 {
+		prev, next = m.get(shiftHead+8), shiftHead
+	}
+	store(is(e), is(next))
+	store(is(e+8), is(prev))
+	store(is(prev), is(e))
+	store(is(next+8), is(e))
+}
+
+// A list of which half the elements come and go while it is read: the others are
+// yielded, each once and in order, and there is no error.
+func TestListShifts(t *testing.T) {
+	t.Parallel()
+	types, err := New("test", 8, Struct{"list_head", 16, []StructField{{"next", 0, "list_head *"}, {"prev", 8, "list_head *"}}},
+		Struct{"e", 0, []StructField{{"n", 0, "list_head"}}})
+	require.NoError(t, err)
+	for seed := range uint64(3000) {
+		m := &shifting{memory: memory{}, rnd: rand.New(rand.NewPCG(seed, 1)), reuse: seed%2 == 0, change: 1 + int(seed%5)}
+		all := []uint64{shiftHead}
+		var long []uint64
+		for i := range uint64(40) {
+			at := 0x2000 + i*0x100
+			all = append(all, at)
+			if m.rnd.IntN(2) == 0 {
+				long = append(long, at)
+			} else {
+				m.short = append(m.short, at)
+			}
+		}
+		for i, at := range all {
+			m.memory[at] = append(le64(all[(i+1)%len(all)]), le64(all[(i+len(all)-1)%len(all)])...)
+		}
+		var got []uint64
+		for at, err := range types.List(m, shiftHead, "e", "n", 0) {
+			require.NoError(t, err, "seed %d", seed)
+			if slices.Contains(long, at) {
+				got = append(got, at)
+			}
+		}
+		require.Equal(t, long, got, "seed %d", seed)
 	}
 }
 

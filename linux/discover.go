@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/vmprobes/vmprobes/internal/kimage"
 	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -87,6 +86,9 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		k, err := discover(ctx, m, opts, img, cpus)
 		if err != nil {
 			errs = errors.Join(errs, err)
+			if !searched && errors.Is(err, ErrWrongTypes) {
+				break // the kernel is the right one
+			}
 			continue
 		}
 		if !searched {
@@ -99,7 +101,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		return nil, errs
 	}
 	k := running(found)
-	k.checkLayout(m.(Scanner))
+	k.checkHole(m.(Scanner))
 	return k, nil
 }
 
@@ -119,6 +121,12 @@ func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []C
 	}
 	k.explainPlace(cpus)
 	k.useOwnRoot()
+	if k.givenTypes != nil {
+		var err error
+		if k.typesWhy, err = k.checkOrigin(k.givenTypes); err != nil {
+			return nil, err
+		}
+	}
 	return k, nil
 }
 
@@ -474,7 +482,7 @@ func (k *Kernel) identify(ctx context.Context) error {
 	if err != nil || !strings.HasPrefix(s, bannerMagic) {
 		return fmt.Errorf("%w: no version string at linux_banner, %#x", errors.Join(ErrWrongSymbols, err), at)
 	}
-	k.banner = strings.TrimRight(s, "\n")
+	k.banner, k.bannerAt = strings.TrimRight(s, "\n"), at
 	if want != "" && want != k.banner {
 		return fmt.Errorf("%w: they are of %q, and the guest runs %q", ErrWrongSymbols, want, k.banner)
 	}
@@ -483,7 +491,7 @@ func (k *Kernel) identify(ctx context.Context) error {
 	o := k.begin("build id")
 	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
 		if notes, err := o.table("notes", addr, n, maxNotes); err == nil {
-			k.buildID = buildID(notes)
+			k.buildID = kimage.BuildID(notes)
 		}
 	}
 	if k.buildID != "" {
@@ -641,26 +649,6 @@ func (k *Kernel) useOwnRoot() {
 	}
 }
 
-// ntGNUBuildID is the type of the note that holds a build id (NT_GNU_BUILD_ID).
-const ntGNUBuildID = 3
-
-// buildID finds the build id among ELF notes.
-func buildID(notes []byte) string {
-	for len(notes) >= 12 {
-		name, desc, typ := binary.LittleEndian.Uint32(notes), binary.LittleEndian.Uint32(notes[4:]), binary.LittleEndian.Uint32(notes[8:])
-		notes = notes[12:]
-		n, d := (uint64(name)+3)&^3, (uint64(desc)+3)&^3
-		if n+d > uint64(len(notes)) {
-			return ""
-		}
-		if typ == ntGNUBuildID && bytes.Equal(notes[:name], []byte("GNU\x00")) && desc > 0 && desc <= 64 {
-			return hex.EncodeToString(notes[n : n+uint64(desc)])
-		}
-		notes = notes[n+d:]
-	}
-	return ""
-}
-
 // Types returns the kernel's types: those given to Discover, else its own (BTF),
 // else a few inferred from its structures. They are looked for at the first call.
 func (k *Kernel) Types() (*ktype.Types, error) {
@@ -678,10 +666,11 @@ func (k *Kernel) Types() (*ktype.Types, error) {
 
 func (k *Kernel) findTypes() (*ktype.Types, error) {
 	if k.givenTypes != nil {
-		if err := k.checkTypes(k.givenTypes); err != nil {
+		why, err := k.checkLayout(k.givenTypes)
+		if err != nil {
 			return nil, err
 		}
-		k.explain("types", nil, "the idle task is called swapper by them", "%s, as given", k.givenTypes.Source())
+		k.explain("types", nil, k.typesWhy+why, "%s, as given", k.givenTypes.Source())
 		return k.givenTypes, nil
 	}
 	t, err := k.ownTypes()
@@ -730,34 +719,43 @@ func (k *Kernel) configuredTypes() (*ktype.Types, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := k.checkTypes(t); err != nil {
+	why, err := k.checkLayout(t)
+	if err != nil {
 		return nil, err
 	}
-	k.explain("types", nil, "the idle task is called swapper by them", "%d configured offsets", len(k.offsets))
+	k.explain("types", nil, why, "%d configured offsets", len(k.offsets))
 	return t, nil
 }
 
-// ownTypes reads the BTF in the kernel's image (CONFIG_DEBUG_INFO_BTF).
-func (k *Kernel) ownTypes() (*ktype.Types, error) {
+// ownBTF reads the BTF in the kernel's image (CONFIG_DEBUG_INFO_BTF).
+func (k *Kernel) ownBTF() (blob []byte, at uint64, err error) {
 	at, n, err := k.section("__start_BTF", "__stop_BTF", maxBTF)
 	if err != nil {
-		return nil, fmt.Errorf("no BTF in the kernel: %w", err)
+		return nil, 0, fmt.Errorf("no BTF in the kernel: %w", err)
 	}
-	blob, err := k.begin("types").table("BTF", at, n, maxBTF)
+	if blob, err = k.begin("types").table("BTF", at, n, maxBTF); err != nil {
+		return nil, 0, fmt.Errorf("BTF: %w", err)
+	}
+	return blob, at, nil
+}
+
+// ownTypes makes types of the kernel's own BTF.
+func (k *Kernel) ownTypes() (*ktype.Types, error) {
+	blob, at, err := k.ownBTF()
 	if err != nil {
-		return nil, fmt.Errorf("BTF: %w", err)
+		return nil, err
 	}
 	if err := checkNames(blob); err != nil {
 		return nil, err
 	}
-	t, err := ktype.FromBTF(bytes.NewReader(blob), int64(n))
+	t, err := ktype.FromBTF(bytes.NewReader(blob), int64(len(blob)))
 	if err != nil {
 		return nil, err
 	}
 	if err := k.checkTypes(t); err != nil {
 		return nil, err
 	}
-	k.explain("types", nil, "the idle task is called swapper by them", "BTF, %s at %#x", size(n), at)
+	k.explain("types", nil, "the idle task is called swapper by them", "BTF, %s at %#x", size(uint64(len(blob))), at)
 	return t, nil
 }
 
@@ -777,22 +775,6 @@ func checkNames(blob []byte) error {
 		if c != 0 && (c < ' ' || c > '~') {
 			return fmt.Errorf("BTF with unprintable names: %w", ErrBadKernel)
 		}
-	}
-	return nil
-}
-
-// checkTypes looks at the idle task, whose name is known.
-func (k *Kernel) checkTypes(t *ktype.Types) error {
-	if n := t.PointerSize() * 8; n != uint64(k.bits) {
-		return fmt.Errorf("%w: they are of a kernel of %d bits", ErrWrongTypes, n)
-	}
-	init, err := k.initTask()
-	if err != nil {
-		return nil //nolint:nilerr // a kernel without CONFIG_KALLSYMS_ALL: nothing to check with
-	}
-	name, err := t.At(k, "task_struct", init).Field("comm").CString()
-	if err != nil || !strings.HasPrefix(name, "swapper") {
-		return fmt.Errorf("%w: the idle task would be called %q", errors.Join(ErrWrongTypes, err), name)
 	}
 	return nil
 }

@@ -38,9 +38,6 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 // RetrySafety sets how long tables that were not understood are taken for that.
 func RetrySafety(d time.Duration) { retrySafety = d }
 
-// BuildID finds the build id among notes.
-var BuildID = buildID
-
 // ReadCache reads an entry of the cache.
 func ReadCache(r io.Reader) (*sysmap.Map, error) {
 	h, err := readHeader(r)

@@ -3,6 +3,7 @@ package linux
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/ktype"
@@ -17,8 +18,9 @@ type Function struct {
 	Symbol sysmap.Symbol
 	// Syscall is the name of a system call, if the function is its wrapper and the
 	// kernel describes it, else "". Then Params are those of the system call, and the
-	// arguments are where [SyscallArgOffset] says, not in the argument registers.
+	// arguments are where [Wrapper.ArgOffset] says, not in the argument registers.
 	Syscall string
+	Wrapper Wrapper // of Syscall
 	Params  []Param
 }
 
@@ -64,16 +66,24 @@ func (k *Kernel) Function(addr uint64) (*Function, error) {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
 	}
 	f := &Function{Symbol: sym}
-	if call, ok := wrapped(sym.Name); ok {
-		if sc, err := k.Syscall(call); err == nil {
-			f.Syscall = call
-			for i, a := range sc.Args {
-				f.add(i, a.Name, a.Type, formatter(types, a.Type))
+	if w, ok := WrapperOf(sym.Name); ok && k.bits == 64 {
+		if args, ok := k.wrapperArgs(types, w); ok {
+			f.Syscall, f.Wrapper = w.Call, w
+			for i, a := range args {
+				f.add(i, a.name, a.typ, a.format)
 			}
 			return f, nil
 		}
 	}
-	proto, err := types.Prototype(sym.Name)
+	name := sym.Name
+	if sym.Module != "" {
+		// A function of the kernel's may have the same name.
+		if types, err = k.ModuleTypes(sym.Module); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
+		}
+		name = sym.Module + ":" + name
+	}
+	proto, err := types.Prototype(name)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoPrototype, err)
 	}
@@ -89,6 +99,53 @@ func (k *Kernel) Function(addr uint64) (*Function, error) {
 		}
 	}
 	return f, nil
+}
+
+// wrapperArg is an argument of a system call.
+type wrapperArg struct {
+	name, typ string
+	format    func(uint64) string
+}
+
+// otherCompat are the system calls whose implementation for 32-bit programs has other
+// arguments than the one of the same name for 64-bit programs: one of 64 bits comes in
+// two halves (fs/notify/fanotify/fanotify_user.c). The others of that kind have other
+// names (ia32_pread64 …, arch/x86/kernel/sys_ia32.c).
+var otherCompat = []string{"fanotify_mark"}
+
+// wrapperArgs returns the arguments of the system call that a wrapper is entered by: as
+// the kernel describes them, or, of what it has for 32-bit programs only, as the types
+// do.
+func (k *Kernel) wrapperArgs(types *ktype.Types, w Wrapper) (args []wrapperArg, ok bool) {
+	if !w.Compat || !slices.Contains(otherCompat, w.Call) {
+		if sc, err := k.Syscall(w.Call); err == nil {
+			for _, a := range sc.Args {
+				args = append(args, wrapperArg{a.Name, a.Type, w.formatter(types, a.Type)})
+			}
+			return args, true
+		}
+	}
+	if !w.Compat {
+		return nil, false
+	}
+	proto, err := types.Prototype("__do_compat_sys_" + w.Call)
+	if err != nil || len(proto.Params) > maxSyscallArgs {
+		return nil, false
+	}
+	for _, p := range proto.Params {
+		args = append(args, wrapperArg{p.Name, p.Type.Decl(""), p.Format})
+	}
+	return args, true
+}
+
+// formatter is formatter for an argument of 32 bits, if the wrapper has such: a long is
+// an int to the caller.
+func (w Wrapper) formatter(types *ktype.Types, typ string) func(uint64) string {
+	format := formatter(types, typ)
+	if t, err := types.Type(typ); w.IA32 && w.Compat && err == nil && t.Signed() {
+		return func(v uint64) string { return format(uint64(int64(int32(v)))) }
+	}
+	return format
 }
 
 // registers returns how many argument registers a parameter takes if so many are left,

@@ -53,7 +53,13 @@ func TestFunction(t *testing.T) {
 	assert.Equal(t, "getpid", f.Syscall)
 	assert.Empty(t, f.Params)
 
-	for _, addr := range []uint64{kerneltest.Fn(700) + 1, kerneltest.Fn(701), s.Sym["__x64_sys_undescribed"], s.Sym["text demo"] + 0x10, 1} {
+	// A module's function, by the module's types; one of a module without types.
+	f, err = k.Function(s.Sym["text demo"] + 0x10)
+	require.NoError(t, err)
+	assert.Equal(t, "demo_run", f.Symbol.Name)
+	assert.Equal(t, []param{{"howmany", "demo_t", false, "4294967295"}}, params(f))
+
+	for _, addr := range []uint64{kerneltest.Fn(700) + 1, kerneltest.Fn(701), s.Sym["__x64_sys_undescribed"], s.Sym["text older"] + 0x10, 1} {
 		_, err = k.Function(addr)
 		require.ErrorIs(t, err, linux.ErrNoPrototype, "%#x", addr)
 	}
@@ -86,6 +92,31 @@ func TestSyscallArgOffset(t *testing.T) {
 		_, ok := linux.SyscallArgOffset(n)
 		assert.False(t, ok)
 	}
+}
+
+// TestWrapper tells the functions that system calls enter by their names, in kernels
+// from 4.17 on (arch/x86/include/asm/syscall_wrapper.h).
+func TestWrapper(t *testing.T) {
+	for name, want := range map[string]linux.Wrapper{
+		"__x64_sys_openat":         {Call: "openat"},
+		"__ia32_sys_openat":        {Call: "openat", IA32: true},
+		"__ia32_compat_sys_openat": {Call: "openat", IA32: true, Compat: true},
+		"__x32_compat_sys_ioctl":   {Call: "ioctl", Compat: true},
+		"__x64_compat_sys_ioctl":   {Call: "ioctl", Compat: true},
+	} {
+		w, ok := linux.WrapperOf(name)
+		assert.True(t, ok, name)
+		assert.Equal(t, want, w, name)
+	}
+	for _, name := range []string{"", "__x64_sys_", "__se_sys_openat", "__do_compat_sys_wait4", "sys_openat", "do_sys_openat2", "__pfx___x64_sys_openat"} {
+		_, ok := linux.WrapperOf(name)
+		assert.False(t, ok, name)
+	}
+	k := discover(t, kerneltest.NewSynthetic(kerneltest.Layout{}))
+	sym, err := k.Lookup("__ia32_compat_sys_openat")
+	require.NoError(t, err)
+	assert.Equal(t, "openat", sym.Syscall)
+	assert.Empty(t, sym.Note(), "it is what was asked for")
 }
 
 func TestIsText(t *testing.T) {

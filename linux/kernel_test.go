@@ -184,6 +184,20 @@ func TestGiven(t *testing.T) {
 	require.NoError(t, err)
 	_, err = kr.Types()
 	require.NoError(t, err)
+
+	// Those of a file are told by its build id, wherever comm is.
+	vmlinuz := kerneltest.File(t, "6.1", "vmlinuz")
+	of61, err := ktype.FromVMLinuz(bytes.NewReader(vmlinuz), int64(len(vmlinuz)))
+	require.NoError(t, err)
+	assert.Equal(t, ktype.Origin{BuildID: k.BuildID(), Banners: []string{k.Banner()}}, of61.Origin())
+	kg, err := linux.Discover(t.Context(), g.Machine(), &linux.Options{Types: of61})
+	require.NoError(t, err)
+	_, err = kg.Types()
+	require.NoError(t, err)
+	_, err = linux.Discover(t.Context(), other.Machine(), &linux.Options{Types: of61})
+	require.ErrorIs(t, err, linux.ErrWrongTypes)
+	assert.ErrorContains(t, err, k.Banner())
+	assert.ErrorContains(t, err, ko.Banner())
 }
 
 func TestNoKernel(t *testing.T) {

@@ -27,7 +27,8 @@ var (
 	ErrWrongSymbols = errors.New("the symbols are not those of the running kernel")
 	// ErrNoTypes: the kernel carries no type information, and none was given.
 	ErrNoTypes = errors.New("the kernel's types are not known")
-	// ErrWrongTypes: the types of a file are those of another kernel.
+	// ErrWrongTypes: the types of a file are those of another kernel, by its build id,
+	// its version string, or what is known to be in the running kernel's memory.
 	ErrWrongTypes = errors.New("the types are not those of the running kernel")
 	// ErrNoProcess: there is no such process.
 	ErrNoProcess = errors.New("no such process")
@@ -96,12 +97,15 @@ type Kernel struct {
 	ranges  []sysmap.Range
 	syms    *sysmap.Map
 	banner  string
-	buildID string
+	// bannerAt is where the banner is.
+	bannerAt uint64
+	buildID  string
 
 	rungMu sync.Mutex
 	rungs  []Rung
 
 	givenTypes *ktype.Types
+	typesWhy   string // why givenTypes are those of this kernel
 	offsets    map[string]uint64
 	typesOnce  sync.Once
 	types      *ktype.Types

@@ -33,6 +33,7 @@ func TestLookup(t *testing.T) {
 		{"demo_run [demo]", text + 0x10, "demo_run", "demo", "", ""},
 		{"demo:demo_run@1", text + 0x10, "demo_run", "demo", "", ""},
 		{"fn_0001@1", kerneltest.Fn(1), "fn_0001", "", "", ""},
+		{"part:fn_0001", kerneltest.Fn(1), "fn_0001", "", "", "part is no module of this kernel but a part of it; the kernel's own fn_0001 is used"},
 	} {
 		sym, err := k.Lookup(c.asked)
 		if !assert.NoError(t, err, c.asked) {
@@ -57,6 +58,8 @@ func TestLookup(t *testing.T) {
 		"demo:older_run":   "not found",
 		"ext4:ext4_sync":   `no module "ext4" is loaded`,
 		"ext4_sync [ext4]": `no module "ext4" is loaded`,
+		"ext4:fn_0001":     `no module "ext4" is loaded, and the kernel itself has fn_0001`,
+		"part:ext4_sync":   `no module "part" is loaded`,
 		"fn_0001@2":        "1 address",
 		"":                 "not found",
 		":":                "not found",

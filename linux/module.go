@@ -57,6 +57,7 @@ const (
 
 // Modules returns the loaded modules, in the order of /proc/modules, the latest first.
 // Without types, only their names and the addresses of their struct module are known.
+// With an error it returns all that can be read.
 func (k *Kernel) Modules() ([]Module, error) {
 	head, err := k.symbol("modules")
 	if err != nil {
@@ -67,21 +68,29 @@ func (k *Kernel) Modules() ([]Module, error) {
 		return nil, err
 	}
 	o := k.begin("modules")
-	return again(func() ([]Module, error) {
+	member, err := types.Offset("module.list")
+	if err != nil {
+		return nil, err
+	}
+	return again(o, func() ([]Module, error) {
 		var mods []Module
+		var bad faulty
 		for at, err := range types.List(o, head, "module", "list", maxModules) {
 			if err != nil {
-				return mods, err
+				return mods, bad.with(err)
 			}
 			m, err := o.module(types, at)
 			if err != nil {
-				return mods, err
+				if o.spent != nil || o.linkedAt(at+member.Offset) {
+					bad.add(fmt.Errorf("module at %#x: %w", at, err))
+				}
+				continue // or gone meanwhile
 			}
 			if m.State != ModuleUnformed {
 				mods = append(mods, m)
 			}
 		}
-		return mods, nil
+		return mods, bad.with(nil)
 	})
 }
 
@@ -388,7 +397,7 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 		name string
 		data []byte
 	}
-	found, err := again(func() ([]btf, error) {
+	found, err := again(o, func() ([]btf, error) {
 		var found []btf
 		for at, err := range base.List(o, head, "btf_module", "list", maxModules) {
 			if err != nil {

@@ -403,7 +403,7 @@ func (o *op) readBlacklist(p *places) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		spans, err := again(func() ([]span, error) {
+		spans, err := again(o, func() ([]span, error) {
 			var spans []span
 			for at, err := range t.List(o, head, "kprobe_blacklist_entry", "list", maxBlacklist) {
 				if err != nil {
@@ -544,7 +544,7 @@ func (o *op) readLocks(p *places) (int, error) {
 		types = t
 	}
 	n := 0
-	_, err = again(func() ([]site, error) {
+	_, err = again(o, func() ([]site, error) {
 		n, p.locks = 0, nil
 		for at, err := range types.List(o, head, "smp_alt_module", "next", maxModules) {
 			if err != nil {

@@ -572,3 +572,28 @@ func TestWeakBanner(t *testing.T) {
 		assert.Equal(t, l.NoData, err != nil)
 	}
 }
+
+// TestRunning: a kernel is told from another one, or none, at its place.
+func TestRunning(t *testing.T) {
+	for name, change := range map[string]func(*kerneltest.Synthetic){
+		"another kernel": func(s *kerneltest.Synthetic) { copy(s.Bytes(s.Sym["linux_banner"]), "Linux version 7") },
+		"no page tables": func(s *kerneltest.Synthetic) { clear(s.RAM[s.CR3 : s.CR3+paging.PageSize]) },
+		"other data": func(s *kerneltest.Synthetic) {
+			for i := range paging.PageSize {
+				s.RAM[s.CR3+uint64(i)] = 0xa5
+			}
+		},
+	} {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		k := discover(t, s)
+		ok, err := k.Running()
+		require.NoError(t, err)
+		assert.True(t, ok, name)
+		change(s)
+		ok, err = k.Running()
+		require.NoError(t, err, name)
+		assert.False(t, ok, name)
+	}
+	_, err := (*linux.Kernel)(nil).Running()
+	require.ErrorIs(t, err, linux.ErrNoKernel)
+}

@@ -1,10 +1,12 @@
 package linux
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/ktype"
+	"github.com/vmprobes/vmprobes/sysmap"
 )
 
 // A Syscall is a system call as the kernel itself describes it.
@@ -36,31 +38,100 @@ const syscallMeta = "__syscall_meta__"
 // room for (System V ABI for AMD64, A.2.1).
 const maxSyscallArgs = 6
 
-// wrapperPrefix begins the names of the functions that system calls enter, in
-// kernels since 4.17 (arch/x86/include/asm/syscall_wrapper.h). Before, they were
-// called sys_NAME, and took the arguments themselves.
+// wrapperPrefix begins the names of the functions that system calls of 64-bit programs
+// enter, in kernels since 4.17 (arch/x86/include/asm/syscall_wrapper.h). Before, they
+// were called sys_NAME, and took the arguments themselves.
 const wrapperPrefix = "__x64_sys_"
 
-// wrapped returns the name of the system call whose wrapper a symbol is.
-func wrapped(symbol string) (call string, ok bool) {
-	if call, ok = strings.CutPrefix(symbol, wrapperPrefix); !ok || call == "" {
-		return "", false
-	}
-	return call, true
+// A Wrapper is a function that system calls enter. Its one argument points to the
+// caller's registers, struct pt_regs, in which the arguments are.
+type Wrapper struct {
+	Call string // the system call's name, as in "openat"
+	// IA32 says that it is entered by int $0x80 and by 32-bit programs, whose
+	// arguments are in other registers, and have 32 bits.
+	IA32 bool
+	// Compat says that the kernel has an implementation of its own for these programs,
+	// or for those of the x32 ABI.
+	Compat bool
 }
 
-// syscallArgs are offsets in struct pt_regs, the same in every 64-bit kernel since
-// 2.6.24 (arch/x86/include/asm/ptrace.h).
-var syscallArgs = [maxSyscallArgs]uint64{112 /* di */, 104 /* si */, 96 /* dx */, 56 /* r10 */, 72 /* r8 */, 64 /* r9 */}
+// wrappers are the beginnings of their names, the longest first. Kernels since 5.7
+// (6cc8d2b286d9) have "__x64_compat_sys_" for "__x32_compat_sys_".
+var wrappers = []struct {
+	prefix       string
+	ia32, compat bool
+}{
+	{"__ia32_compat_sys_", true, true},
+	{"__x32_compat_sys_", false, true},
+	{"__x64_compat_sys_", false, true},
+	{"__ia32_sys_", true, false},
+	{wrapperPrefix, false, false},
+}
+
+// WrapperOf returns what the wrapper of that name is.
+func WrapperOf(symbol string) (Wrapper, bool) {
+	for _, w := range wrappers {
+		if call, ok := strings.CutPrefix(symbol, w.prefix); ok && call != "" {
+			return Wrapper{Call: call, IA32: w.ia32, Compat: w.compat}, true
+		}
+	}
+	return Wrapper{}, false
+}
+
+// syscallArgs and ia32Args are offsets in struct pt_regs, the same in every 64-bit
+// kernel since 2.6.24 (arch/x86/include/asm/ptrace.h).
+var (
+	syscallArgs = [maxSyscallArgs]uint64{112 /* di */, 104 /* si */, 96 /* dx */, 56 /* r10 */, 72 /* r8 */, 64 /* r9 */}
+	ia32Args    = [maxSyscallArgs]uint64{40 /* bx */, 88 /* cx */, 96 /* dx */, 104 /* si */, 112 /* di */, 32 /* bp */}
+)
 
 // SyscallArgOffset returns the offset, in bytes, of argument n, from 0 to 5, of a
 // system call in the caller's registers (struct pt_regs, 8 bytes a register), to which
-// the one argument of the wrapper points. ok is false for any other n.
-func SyscallArgOffset(n int) (offset uint64, ok bool) {
-	if n < 0 || n >= len(syscallArgs) {
+// the one argument of an __x64_sys_ wrapper points. ok is false for any other n.
+func SyscallArgOffset(n int) (offset uint64, ok bool) { return Wrapper{}.ArgOffset(n) }
+
+// ArgOffset is [SyscallArgOffset] for a wrapper of any kind. If it is IA32, only the low
+// half of the register counts.
+func (w Wrapper) ArgOffset(n int) (offset uint64, ok bool) {
+	if n < 0 || n >= maxSyscallArgs {
 		return 0, false
 	}
+	if w.IA32 {
+		return ia32Args[n], true
+	}
 	return syscallArgs[n], true
+}
+
+// ErrNoWrapper: a function isn't one that system calls enter.
+var ErrNoWrapper = errors.New("no wrapper of a system call")
+
+// Wrapper returns what the wrapper is that begins at addr. direct is true if it is a
+// sys_NAME of a kernel before 4.17, which has the arguments as any function has. Of
+// another function the error wraps ErrNoWrapper.
+func (k *Kernel) Wrapper(addr uint64) (w Wrapper, direct bool, err error) {
+	if k == nil {
+		return w, false, ErrNoKernel
+	}
+	sym, off, ok := k.syms.Find(addr)
+	if !ok || off != 0 {
+		return w, false, fmt.Errorf("%#x: %w: no function begins there", addr, ErrNoWrapper)
+	}
+	if k.bits != 64 {
+		return w, false, fmt.Errorf("%q: %w: of a kernel of %d bits", sym.Name, errors.ErrUnsupported, k.bits)
+	}
+	if w, ok := WrapperOf(sym.Name); ok {
+		return w, false, nil
+	}
+	for _, prefix := range []string{"sys_", "SyS_", "compat_sys_", "compat_SyS_"} {
+		call, ok := strings.CutPrefix(sym.Name, prefix)
+		if !ok || call == "" {
+			continue
+		}
+		if _, err := k.syms.Lookup(wrapperPrefix + call); errors.Is(err, sysmap.ErrNotFound) {
+			return Wrapper{Call: call, Compat: len(prefix) > 4}, true, nil
+		}
+	}
+	return w, false, fmt.Errorf("%q: %w: its arguments are where any function's are", sym.Name, ErrNoWrapper)
 }
 
 // Syscall returns the description of a system call, by its name without "sys_".

@@ -49,47 +49,51 @@ func (k *Kernel) Task(addr uint64) (Task, error) {
 }
 
 func (o *op) task(addr uint64) (Task, error) {
+	task, err := o.partOfTask(addr)
+	if err != nil {
+		return Task{}, err
+	}
+	return task, nil
+}
+
+// partOfTask returns what can be read of a task, and the first error.
+func (o *op) partOfTask(addr uint64) (Task, error) {
 	t, err := o.Types()
 	if err != nil {
 		return Task{}, err
 	}
 	v := t.At(o, "task_struct", addr)
 	task := Task{Addr: addr}
-	pid, err := v.Field("pid").Int()
-	if err != nil {
-		return Task{}, err
+	var first error
+	keep := func(err error) bool {
+		if first == nil {
+			first = err
+		}
+		return err == nil
 	}
-	tgid, err := v.Field("tgid").Int()
-	if err != nil {
-		return Task{}, err
+	if pid, err := v.Field("pid").Int(); keep(err) {
+		task.PID = int(pid)
 	}
-	if task.Comm, err = v.Field("comm").CString(); err != nil {
-		return Task{}, err
+	if tgid, err := v.Field("tgid").Int(); keep(err) {
+		task.TGID = int(tgid)
 	}
-	if task.MM, err = v.Field("mm").Pointer(); err != nil {
-		return Task{}, err
-	}
-	task.PID, task.TGID = int(pid), int(tgid)
-	if ppid, err := optional(v.Field("real_parent.tgid").Int()); err != nil {
-		return Task{}, err
-	} else {
+	task.Comm, err = v.Field("comm").CString()
+	keep(err)
+	task.MM, err = v.Field("mm").Pointer()
+	keep(err)
+	if ppid, err := optional(v.Field("real_parent.tgid").Int()); keep(err) {
 		task.PPID = int(ppid)
 	}
-	uid, err := optional(v.Field("cred.euid.val").Uint())
-	if err != nil {
-		return Task{}, err
+	if uid, err := optional(v.Field("cred.euid.val").Uint()); keep(err) {
+		task.UID = uint32(uid)
 	}
-	gid, err := optional(v.Field("cred.egid.val").Uint())
-	if err != nil {
-		return Task{}, err
+	if gid, err := optional(v.Field("cred.egid.val").Uint()); keep(err) {
+		task.GID = uint32(gid)
 	}
-	task.UID, task.GID = uint32(uid), uint32(gid)
-	state, err := optional(v.Field("exit_state").Uint())
-	if err != nil {
-		return Task{}, err
+	if state, err := optional(v.Field("exit_state").Uint()); keep(err) {
+		task.Exited = state != 0
 	}
-	task.Exited = state != 0
-	return task, nil
+	return task, first
 }
 
 // optional returns zero if the types don't have a field.
@@ -103,6 +107,10 @@ func optional[T any](v T, err error) (T, error) {
 
 // Processes returns the guest's processes, each as the thread that leads it, in
 // the order of their creation. The first is the idle task, PID 0, if idle.
+//
+// Those that are there all the time are in it, whatever the guest does meanwhile. With
+// an error it returns all that can be read: a bad pointer hides neither the processes
+// behind it nor the rest of the process that has it.
 func (k *Kernel) Processes(idle bool) ([]Task, error) {
 	t, err := k.Types()
 	if err != nil {
@@ -117,7 +125,7 @@ func (k *Kernel) Processes(idle bool) ([]Task, error) {
 		return nil, err
 	}
 	o := k.begin("processes")
-	return again(func() ([]Task, error) {
+	return again(o, func() ([]Task, error) {
 		var tasks []Task
 		if idle {
 			task, err := o.task(first)
@@ -132,17 +140,70 @@ func (k *Kernel) Processes(idle bool) ([]Task, error) {
 
 // tasks appends the tasks on a list, which are linked by the given member.
 func (o *op) tasks(t *ktype.Types, head uint64, member string, tasks []Task) ([]Task, error) {
+	f, err := t.Offset("task_struct." + member)
+	if err != nil {
+		return tasks, err
+	}
+	var bad faulty
 	for at, err := range t.List(o, head, "task_struct", member, maxTasks) {
 		if err != nil {
-			return tasks, err
+			return tasks, bad.with(err)
 		}
-		task, err := o.task(at)
+		task, err := o.partOfTask(at)
 		if err != nil {
-			return tasks, err
+			if o.spent == nil && !o.linkedAt(at+f.Offset) {
+				continue // gone meanwhile
+			}
+			if bad.add(fmt.Errorf("task at %#x: %w", at, err)); task.Comm == "" {
+				continue // nothing of it is known
+			}
 		}
 		tasks = append(tasks, task)
 	}
-	return tasks, nil
+	return tasks, bad.with(nil)
+}
+
+// linkedAt reports whether both neighbours of a list_head point to it.
+func (o *op) linkedAt(at uint64) bool {
+	word := uint64(o.bits / 8)
+	next, err := o.pointer(at)
+	if err != nil {
+		return false
+	}
+	prev, err := o.pointer(at + word)
+	if err != nil {
+		return false
+	}
+	back, berr := o.pointer(next + word)
+	to, terr := o.pointer(prev)
+	return berr == nil && terr == nil && back == at && to == at
+}
+
+// faulty collects errors of elements of a list: the first, and how many there are.
+type faulty struct {
+	first error
+	n     int
+}
+
+func (f *faulty) add(err error) {
+	if f.n++; f.first == nil {
+		f.first = err
+	}
+}
+
+// with returns the errors and that of the list, or nil if there are none.
+func (f *faulty) with(err error) error {
+	first := f.first
+	if f.n > 1 {
+		first = fmt.Errorf("%w (and %d more)", first, f.n-1)
+	}
+	switch {
+	case first == nil:
+		return err
+	case err == nil:
+		return first
+	}
+	return fmt.Errorf("%w; %w", err, first)
 }
 
 // initTask returns the address of the first task, the idle one: by its symbol or, in a
@@ -154,14 +215,24 @@ func (k *Kernel) initTask() (uint64, error) {
 	return k.symbol("init_task")
 }
 
-// again reads a list, and reads it again if it changed meanwhile.
-func again[T any](read func() ([]T, error)) (list []T, err error) {
-	for range listTries {
-		if list, err = read(); !errors.Is(err, ktype.ErrListBroken) {
-			return list, err
+// again reads a list, and reads it again if that fails, as it may while the guest changes
+// it. If it never succeeds, the most that was read of it is returned with the error.
+func again[T any](o *op, read func() ([]T, error)) (list []T, err error) {
+	for tries := 1; ; tries++ {
+		var l []T
+		if l, err = read(); err == nil {
+			return l, nil
+		}
+		if len(l) > len(list) {
+			list = l
+		}
+		switch {
+		case o.spent != nil, lacking(err) == nil, errors.Is(err, errOtherLayout):
+			return list, err // it won't be otherwise
+		case tries == listTries:
+			return list, fmt.Errorf("tried %d times: %w", tries, err)
 		}
 	}
-	return list, fmt.Errorf("tried %d times: %w", listTries, err)
 }
 
 // Threads returns the threads of the process whose leader is given.
@@ -179,7 +250,7 @@ func (k *Kernel) Threads(leader Task) ([]Task, error) {
 	if err != nil {
 		return nil, err
 	}
-	return again(func() ([]Task, error) {
+	return again(o, func() ([]Task, error) {
 		return o.tasks(t, signal+head.Offset, "thread_node", nil)
 	})
 }

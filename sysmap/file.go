@@ -55,6 +55,14 @@ func parseOpen(f *os.File) (*Map, error) {
 	case bytes.HasPrefix(head, []byte("MZ")):
 		return nil, formatErr("a PE file, but no bzImage (a unified kernel image? extract its .linux section)")
 	}
+	return parseText(br)
+}
+
+// parseText reads a System.map, kallsyms, or a symbol file.
+func parseText(br *bufio.Reader) (*Map, error) {
+	if head, _ := br.Peek(64); bytes.HasPrefix(bytes.TrimLeft(head, " \t\r\n"), []byte("{")) {
+		return FromISF(br)
+	}
 	return Parse(br)
 }
 
@@ -67,7 +75,7 @@ func parsePacked(r *bufio.Reader) (*Map, error) {
 		}
 		br := bufio.NewReaderSize(z, readSize)
 		if head, _ := br.Peek(4); !kimage.IsELF(head) {
-			m, err := Parse(br)
+			m, err := parseText(br)
 			var corrupt flate.CorruptInputError
 			if errors.Is(err, gzip.ErrChecksum) || errors.Is(err, gzip.ErrHeader) ||
 				errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &corrupt) {
@@ -92,7 +100,7 @@ func parsePacked(r *bufio.Reader) (*Map, error) {
 	if kimage.IsELF(img) {
 		return FromELF(bytes.NewReader(img))
 	}
-	return Parse(bytes.NewReader(img))
+	return parseText(bufio.NewReader(bytes.NewReader(img)))
 }
 
 // readAtMost reads r to its end.

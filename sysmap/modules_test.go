@@ -131,3 +131,21 @@ func TestPrintable(t *testing.T) {
 	}
 	assert.True(t, printable(nil))
 }
+
+// What the compiler made of a module's function.
+func TestModuleSuffixes(t *testing.T) {
+	t.Parallel()
+	const ext4, xfs = 0xffffffffc0301000, 0xffffffffc0401000
+	m := mustParse(t, sample).With([]Symbol{
+		{xfs, 't', "split.isra.0", "xfs"}, {ext4, 't', "split.constprop.0", "ext4"}, {ext4 + 0x100, 't', "whole", "ext4"},
+	})
+	for name, want := range map[string]uint64{"xfs:split": xfs, "split [ext4]": ext4, "ext4:whole": ext4 + 0x100} {
+		s, err := m.LookupSuffixed(name)
+		require.NoError(t, err, name)
+		assert.Equal(t, want, s.Addr, name)
+	}
+	_, err := m.LookupSuffixed("split")
+	require.ErrorIs(t, err, ErrAmbiguous)
+	_, err = m.LookupSuffixed("btrfs:split")
+	require.ErrorIs(t, err, ErrNotFound)
+}

@@ -576,14 +576,7 @@ func (m *Map) lookupQualified(full string) (Symbol, error) {
 		}
 		name, nth = name[:at], n
 	}
-	mod, ofModule := "", true
-	if i := strings.Index(name, " ["); i > 0 && strings.HasSuffix(name, "]") {
-		name, mod = name[:i], name[i+2:len(name)-1]
-	} else if i := strings.IndexByte(name, ':'); i > 0 {
-		name, mod = name[i+1:], name[:i]
-	} else {
-		ofModule = false
-	}
+	name, mod, ofModule := splitModule(name)
 	if name == full {
 		return Symbol{}, fmt.Errorf("%q: %w", full, ErrNotFound)
 	}
@@ -605,6 +598,17 @@ func (m *Map) lookupQualified(full string) (Symbol, error) {
 	return c[0], nil
 }
 
+// splitModule splits "name [mod]" and "mod:name".
+func splitModule(full string) (name, mod string, ok bool) {
+	if i := strings.Index(full, " ["); i > 0 && strings.HasSuffix(full, "]") {
+		return full[:i], full[i+2 : len(full)-1], true
+	}
+	if i := strings.IndexByte(full, ':'); i > 0 {
+		return full[i+1:], full[:i], true
+	}
+	return full, "", false
+}
+
 // distinct keeps one symbol per address of a list in address order.
 func distinct(s []Symbol) []Symbol {
 	return slices.CompactFunc(s, func(a, b Symbol) bool { return a.Addr == b.Addr })
@@ -614,13 +618,18 @@ func distinct(s []Symbol) []Symbol {
 // made of it: name.isra.0, name.constprop.0, name.part.0 and the like, but not
 // name.cold, which is only the unlikely half of a function. Such a function may
 // take other arguments than the source says; tell the user. Several of them give
-// an *AmbiguousError.
+// an *AmbiguousError. "mod:name" and "name [mod]" are looked for in that module.
 func (m *Map) LookupSuffixed(name string) (Symbol, error) {
 	sym, err := m.Lookup(name)
 	if err == nil || errors.Is(err, ErrAmbiguous) {
 		return sym, err
 	}
-	c := distinct(m.suffixed(name))
+	plain, mod, ofModule := splitModule(name)
+	c := m.suffixed(plain)
+	if ofModule {
+		c = slices.DeleteFunc(c, func(s Symbol) bool { return s.Module == "" || s.Module != mod })
+	}
+	c = distinct(c)
 	switch len(c) {
 	case 0:
 		return Symbol{}, err

@@ -46,7 +46,7 @@ type DomainConfig struct {
 	File string // in which it was found, "" if it wasn't read from one
 	Line int    // of the name
 
-	// OSType is the value of ostype: "Linux", "Windows", "FreeBSD" or "OSX" in this
+	// OSType is the value of ostype, or os_type: "Linux", "Windows", "FreeBSD" or "OSX" in this
 	// spelling, or else what is written there.
 	OSType string
 	// Sysmap is the value of sysmap: the path of the kernel's System.map, or of
@@ -62,6 +62,9 @@ type DomainConfig struct {
 	Offsets map[string]uint64
 	// Unknown are the other keys, with their values as they are written.
 	Unknown map[string]string
+	// Err is why the block can't be understood, a *SyntaxError, or nil. With it, the
+	// fields above have what stands before that.
+	Err error
 }
 
 // offsetKeys are the keys with numbers that XenAccess 0.5 and LibVMI have
@@ -74,6 +77,9 @@ var offsetKeys = keySet(
 	"win_ntoskrnl", "win_ntoskrnl_va", "win_pname", "win_kdvb", "win_kdbg", "win_kpcr", "win_sysproc",
 	"freebsd_name", "freebsd_pid", "freebsd_vmspace", "freebsd_pmap", "freebsd_pgd",
 )
+
+// usedKeys are those of them that make a difference here.
+var usedKeys = keySet("linux_tasks", "linux_mm", "linux_pid", "linux_pgd", "linux_addr", "linux_name")
 
 func keySet(keys ...string) map[string]bool {
 	m := make(map[string]bool, len(keys))
@@ -95,7 +101,7 @@ const (
 
 // LoadConfig reads configuration files. If several have the same domain, the first
 // one counts. The error is that of opening a file, all of which must exist, or a
-// *SyntaxError.
+// *SyntaxError: see [ParseConfig].
 func LoadConfig(paths ...string) (*Config, error) {
 	c := &Config{domains: map[string]DomainConfig{}}
 	for _, path := range paths {
@@ -128,10 +134,10 @@ func loadConfig(path string) (*Config, error) {
 // ParseConfig reads the configuration of XenAccess (/etc/xenaccess.conf) or of
 // LibVMI (/etc/libvmi.conf), which has the same form:
 //
-//	# a comment, up to the end of the line
+//	# a comment, up to the end of the line; so is what follows //, and /* this */
 //	a3guest {
 //	    ostype = "Linux";
-//	    sysmap = "/boot/System.map-2.6.18-xen";
+//	    sysmap = '/boot/System.map-2.6.18-xen';
 //	    linux_tasks = 0x60;
 //	}
 //
@@ -141,8 +147,12 @@ func loadConfig(path string) (*Config, error) {
 // semicolon.
 //
 // Unknown keys are kept. If a key or a domain occurs twice in one file, the last one
-// counts, as with LibVMI. [Config.Warnings] tells of both. At most 1 MiB is read. The
-// error is r's, or a *SyntaxError.
+// counts, as with LibVMI. [Config.Warnings] tells of both, and of keys that make no
+// difference here. At most 1 MiB is read.
+//
+// A block that can't be understood doesn't fail the others: it has an Err, and a warning
+// says so. The error is r's, or a *SyntaxError if there is nothing else in the file, or
+// if it is too large.
 func ParseConfig(r io.Reader) (*Config, error) { return parseConfig(r, "") }
 
 func parseConfig(r io.Reader, file string) (*Config, error) {
@@ -187,39 +197,96 @@ func (c *Config) Warnings() []string { return slices.Clone(c.warnings) }
 
 type configParser struct {
 	lex     lexer
+	ahead   []token // that were read and put back
 	config  *Config
 	dropped int // warnings
 }
 
-func (p *configParser) warnf(at token, format string, args ...any) {
+func (p *configParser) warn(err error) {
 	if len(p.config.warnings) == maxWarnings {
 		p.dropped++
 		return
 	}
-	p.config.warnings = append(p.config.warnings, p.lex.at(at, fmt.Sprintf(format, args...)).Error())
+	p.config.warnings = append(p.config.warnings, err.Error())
+}
+
+func (p *configParser) warnf(at token, format string, args ...any) {
+	p.warn(p.lex.at(at, fmt.Sprintf(format, args...)))
+}
+
+// next returns the next token.
+func (p *configParser) next() (token, error) {
+	if n := len(p.ahead); n > 0 {
+		t := p.ahead[n-1]
+		p.ahead = p.ahead[:n-1]
+		return t, nil
+	}
+	return p.lex.next()
 }
 
 // parse reads domains: NAME { assignments }
 func (p *configParser) parse() error {
+	var first error // of a block without any good one
+	good := 0
 	for {
-		name, err := p.lex.next()
-		if err != nil || name.kind == tokenEnd {
-			return err
+		name, err := p.next()
+		if err == nil && name.kind == tokenEnd {
+			break
 		}
-		if !name.isText() || name.text == "" {
-			return p.lex.at(name, "a domain's name is expected here, not "+name.String())
+		named := false
+		if err == nil {
+			named, err = p.domain(name)
 		}
-		if err := p.expect('{', "after the domain's name"); err != nil {
-			return err
+		if err == nil {
+			good++
+			continue
 		}
-		d := DomainConfig{Name: name.text, File: p.lex.file, Line: name.line, Offsets: map[string]uint64{}, Unknown: map[string]string{}}
-		if err := p.block(&d); err != nil {
-			return err
+		if first == nil {
+			first = err
 		}
-		if first, ok := p.config.domains[d.Name]; ok {
-			p.warnf(name, "domain %q is in line %d already: this one counts", d.Name, first.Line)
+		p.warn(err)
+		p.skipBlock(named)
+	}
+	if good == 0 {
+		return first
+	}
+	return nil
+}
+
+// domain reads a block. named says that an error is in it, not in what is before it.
+func (p *configParser) domain(name token) (named bool, err error) {
+	if !name.isText() || name.text == "" {
+		p.ahead = append(p.ahead, name)
+		return false, p.lex.at(name, "a domain's name is expected here, not "+name.String())
+	}
+	if err := p.expect('{', "after the domain's name"); err != nil {
+		return false, err
+	}
+	d := DomainConfig{Name: name.text, File: p.lex.file, Line: name.line, Offsets: map[string]uint64{}, Unknown: map[string]string{}}
+	d.Err = p.block(&d)
+	if first, ok := p.config.domains[d.Name]; ok {
+		p.warnf(name, "domain %q is in line %d already: this one counts", d.Name, first.Line)
+	}
+	p.config.domains[d.Name] = d
+	return true, d.Err
+}
+
+// skipBlock goes on behind the next closing brace, or where, in a block without one, the
+// next block begins: NAME {.
+func (p *configParser) skipBlock(named bool) {
+	var last token
+	for {
+		t, err := p.next()
+		switch {
+		case err != nil:
+			p.lex.skipLine()
+		case t.kind == '}', t.kind == tokenEnd:
+			return
+		case t.kind == '{' && named && last.isText():
+			p.ahead = append(p.ahead, t, last)
+			return
 		}
-		p.config.domains[d.Name] = d
+		last = t
 	}
 }
 
@@ -227,7 +294,7 @@ func (p *configParser) parse() error {
 func (p *configParser) block(d *DomainConfig) error {
 	seen := map[string]int{}
 	for {
-		key, err := p.lex.next()
+		key, err := p.next()
 		if err != nil {
 			return err
 		}
@@ -237,16 +304,19 @@ func (p *configParser) block(d *DomainConfig) error {
 		case key.kind == ';': // an empty assignment, as the C grammars have it
 			continue
 		case !key.isText() || key.text == "":
+			p.ahead = append(p.ahead, key)
 			return p.lex.at(key, "a key or } is expected here, not "+key.String())
 		}
 		if err := p.expect('=', "after the key"); err != nil {
+			p.ahead = append(p.ahead, key) // it may be the next block's name
 			return err
 		}
-		value, err := p.lex.next()
+		value, err := p.next()
 		if err != nil {
 			return err
 		}
 		if !value.isText() {
+			p.ahead = append(p.ahead, value)
 			return p.lex.at(value, "a value is expected here, not "+value.String())
 		}
 		if line, ok := seen[key.text]; ok {
@@ -256,7 +326,7 @@ func (p *configParser) block(d *DomainConfig) error {
 		if err := p.assign(d, key, value); err != nil {
 			return err
 		}
-		end, err := p.lex.next()
+		end, err := p.next()
 		if err != nil {
 			return err
 		}
@@ -265,6 +335,7 @@ func (p *configParser) block(d *DomainConfig) error {
 		case '}':
 			return nil
 		default:
+			p.ahead = append(p.ahead, end)
 			return p.lex.at(end, "a ; is expected after the value, not "+end.String())
 		}
 	}
@@ -272,7 +343,7 @@ func (p *configParser) block(d *DomainConfig) error {
 
 func (p *configParser) assign(d *DomainConfig, key, value token) error {
 	switch key.text {
-	case "ostype":
+	case "ostype", "os_type":
 		d.OSType = value.text
 		for _, s := range osTypes {
 			if strings.EqualFold(s, value.text) {
@@ -285,6 +356,7 @@ func (p *configParser) assign(d *DomainConfig, key, value token) error {
 		d.Types = value.text
 	case "rekall_profile":
 		d.Rekall = value.text
+		p.warnf(key, "key %q is not used", key.text)
 	default:
 		if !offsetKeys[key.text] {
 			p.warnf(key, "key %q is not known", key.text)
@@ -296,6 +368,9 @@ func (p *configParser) assign(d *DomainConfig, key, value token) error {
 			return p.lex.at(value, fmt.Sprintf("%s is a number of up to 64 bits, not %q", key.text, value.text))
 		}
 		d.Offsets[key.text] = n
+		if !usedKeys[key.text] {
+			p.warnf(key, "key %q is not used", key.text)
+		}
 	}
 	return nil
 }
@@ -314,8 +389,9 @@ func parseNumber(s string) (uint64, bool) {
 }
 
 func (p *configParser) expect(kind byte, where string) error {
-	t, err := p.lex.next()
+	t, err := p.next()
 	if err == nil && t.kind != kind {
+		p.ahead = append(p.ahead, t)
 		err = p.lex.at(t, fmt.Sprintf("a %c is expected %s, not %s", kind, where, t))
 	}
 	return err
@@ -364,6 +440,15 @@ func (l *lexer) errorf(format string, args ...any) *SyntaxError {
 	return l.at(token{line: l.line, col: l.start + 1}, fmt.Sprintf(format, args...))
 }
 
+// skipLine goes to the end of the line.
+func (l *lexer) skipLine() {
+	n := bytes.IndexByte(l.text, '\n')
+	if n < 0 {
+		n = len(l.text)
+	}
+	l.skip(n)
+}
+
 func (l *lexer) skip(n int) {
 	l.text = l.text[n:]
 	l.start += n
@@ -371,7 +456,9 @@ func (l *lexer) skip(n int) {
 
 // next returns the next token; at the end tokenEnd, for ever.
 func (l *lexer) next() (token, error) {
-	l.space()
+	if err := l.space(); err != nil {
+		return token{}, err
+	}
 	t := token{line: l.line, col: l.start + 1}
 	if len(l.text) == 0 {
 		return t, nil
@@ -381,8 +468,8 @@ func (l *lexer) next() (token, error) {
 		t.kind = c
 		l.skip(1)
 		return t, nil
-	case '"':
-		n := bytes.IndexAny(l.text[1:], "\"\n")
+	case '"', '\'':
+		n := bytes.IndexAny(l.text[1:], string(rune(c))+"\n")
 		if n < 0 || l.text[1+n] == '\n' {
 			return t, l.errorf("the quote isn't closed on its line")
 		}
@@ -414,23 +501,36 @@ func (l *lexer) take(t *token, b []byte) error {
 }
 
 // space skips white space and comments.
-func (l *lexer) space() {
+func (l *lexer) space() error {
 	for len(l.text) > 0 {
-		switch l.text[0] {
-		case '\n':
-			l.text = l.text[1:]
-			l.line++
-			l.start = 0
-		case ' ', '\t', '\r':
+		switch c := l.text[0]; {
+		case c == '\n':
+			l.newline()
+		case c == ' ', c == '\t', c == '\r':
 			l.skip(1)
-		case '#':
-			n := bytes.IndexByte(l.text, '\n')
+		case c == '#', bytes.HasPrefix(l.text, []byte("//")):
+			l.skipLine()
+		case bytes.HasPrefix(l.text, []byte("/*")):
+			n := bytes.Index(l.text[2:], []byte("*/"))
 			if n < 0 {
-				n = len(l.text)
+				return l.errorf("the comment isn't closed")
 			}
-			l.skip(n)
+			for end := len(l.text) - n - 4; len(l.text) > end; {
+				if l.text[0] == '\n' {
+					l.newline()
+				} else {
+					l.skip(1)
+				}
+			}
 		default:
-			return
+			return nil
 		}
 	}
+	return nil
+}
+
+func (l *lexer) newline() {
+	l.text = l.text[1:]
+	l.line++
+	l.start = 0
 }

@@ -56,7 +56,12 @@ win10-seabios {
 
 func TestParseConfig(t *testing.T) {
 	c := mustParse(t, wiki)
-	assert.Empty(t, c.Warnings())
+	unused := []string{"4:5:win_tasks", "5:5:win_pdbase", "6:5:win_pid", "7:5:win_peb", "8:5:win_iba", "9:5:win_ph", "28:5:rekall_profile", "29:5:kpgd"}
+	for i, u := range unused {
+		at, key := u[:strings.LastIndexByte(u, ':')], u[strings.LastIndexByte(u, ':')+1:]
+		unused[i] = fmt.Sprintf("configuration:%s: key %q is not used", at, key)
+	}
+	assert.Equal(t, unused, c.Warnings())
 	assert.Equal(t, []string{"Linux2-6-18-486", "WinVista", "fedora", "win10-seabios"}, c.Names())
 	for _, want := range []DomainConfig{
 		{Name: "WinVista", Line: 2, OSType: "Windows", Offsets: map[string]uint64{"win_tasks": 0xa0, "win_pdbase": 0x18, "win_pid": 0x9c, "win_peb": 0x188, "win_iba": 8, "win_ph": 0x18}},
@@ -92,12 +97,14 @@ func TestParseConfigLax(t *testing.T) {
 		{"comment at the end", "g{}#", DomainConfig{Name: "g"}},
 		{"comment in between", "g#{\n{#}\nsysmap#=\n=#;\n\"x\";}", DomainConfig{Name: "g", Sysmap: "x"}},
 		{"backslash", `g { sysmap = "C:\boot\"; }`, DomainConfig{Name: "g", Sysmap: `C:\boot\`}},
+		{"single quotes", `'my "guest"' { sysmap = '/a b'; os_type = 'linux'; }`, DomainConfig{Name: `my "guest"`, OSType: "Linux", Sysmap: "/a b"}},
+		{"comments of C", "/* g {\n } */ g { // sysmap = a; }\n sysmap = /* b */ c//d; //\n } /**/", DomainConfig{Name: "g", Line: 2, Sysmap: "c//d"}},
 		{"empty value", `g { sysmap = ""; }`, DomainConfig{Name: "g"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := mustParse(t, tt.text)
 			assert.Empty(t, c.Warnings())
-			tt.want.Line = 1
+			tt.want.Line = max(tt.want.Line, 1)
 			if tt.want.Offsets == nil {
 				tt.want.Offsets = map[string]uint64{}
 			}
@@ -135,6 +142,57 @@ g {
 	assert.Equal(t, "configuration: 50 more", c.Warnings()[100])
 }
 
+// TestConfigBlocks: what is wrong with one block fails no other, as configurations are
+// posted: with the author's own additions, halves of them, notes in between.
+func TestConfigBlocks(t *testing.T) {
+	for _, tt := range []struct {
+		name, bad string
+		domain    string // in which the error is, or ""
+		warning   string
+	}{
+		{"value", "bad { linux_mm = many; }", "bad", "2:18: linux_mm is a number"},
+		{"semicolon", "bad {\n ostype = \"Linux\"\n sysmap = x;\n}", "bad", "4:2: a ; is expected"},
+		{"quote", "bad { sysmap = \"x;\n }", "bad", "2:16: the quote"},
+		{"no end", "bad { sysmap = x;", "bad", "3:5: a = is expected after the key, not {"},
+		{"nested", "bad { linux { tasks = 1; } sysmap = x; }", "bad", "2:13: a = is expected"},
+		{"name", "a bad one { sysmap = x; }", "", "2:3: a { is expected"},
+		{"brace", "}", "", "2:1: a domain's name"},
+		{"note", "put this into /etc/libvmi.conf:\n{}", "", "2:5: a { is expected"},
+		{"control", "bad { sysmap = \x1b; }", "bad", "2:16: control characters"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := mustParse(t, "one { sysmap = 1; }\n"+tt.bad+"\ntwo { sysmap = 2; }\n")
+			for _, name := range []string{"one", "two"} {
+				d, ok := c.Domain(name)
+				require.True(t, ok, name)
+				require.NoError(t, d.Err)
+				assert.NotEmpty(t, d.Sysmap)
+			}
+			require.NotEmpty(t, c.Warnings())
+			assert.Contains(t, c.Warnings()[0], "configuration:"+tt.warning)
+			d, ok := c.Domain("bad")
+			assert.Equal(t, tt.domain != "", ok)
+			if ok {
+				require.ErrorIs(t, d.Err, ErrConfig)
+			}
+		})
+	}
+}
+
+// What is asked for must be understood; others' blocks needn't.
+func TestConfigured(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "conf")
+	require.NoError(t, os.WriteFile(path, []byte("good { sysmap = 'x'; }\nbad { sysmap }\n"), 0o600))
+	d, err := configured("good", &Options{Config: path})
+	require.NoError(t, err)
+	assert.Equal(t, "x", d.Sysmap)
+	_, err = configured("bad", &Options{Config: path})
+	require.ErrorIs(t, err, ErrConfig)
+	require.ErrorContains(t, err, path+":2:14")
+	_, err = configured("other", &Options{Config: path})
+	require.NoError(t, err)
+}
+
 func TestConfigErrors(t *testing.T) {
 	long := strings.Repeat("x", 4097)
 	for _, tt := range []struct {
@@ -168,7 +226,8 @@ func TestConfigErrors(t *testing.T) {
 		{"long word", long + " {}", 1, 1, "longer than 4096"},
 		{"long quote", "g { sysmap = \"" + long + "\"; }", 1, 14, "longer than 4096"},
 		{"large", strings.Repeat("#", 1<<20+1), 1, 1, "larger than 1048576"},
-		{"stray brace", "g {} }", 1, 6, "a domain's name"},
+		{"stray brace", "}", 1, 1, "a domain's name"},
+		{"open comment", "g /* {\n}", 1, 3, "the comment isn't closed"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := ParseConfig(strings.NewReader(tt.text))
@@ -223,6 +282,7 @@ func FuzzParseConfig(f *testing.F) {
 	f.Add(`"my guest" { sysmap = "a;b"; odd = /x; ;}#`)
 	f.Add("g{linux_mm=0777;linux_mm=0x1}g{}")
 	f.Add("g {\n\x00")
+	f.Add("g { a }\nh { sysmap = 'x\"y'; // z\n/* } */ } }")
 	f.Fuzz(func(t *testing.T, text string) {
 		c, err := ParseConfig(strings.NewReader(text))
 		if err != nil {
@@ -237,8 +297,16 @@ func FuzzParseConfig(f *testing.F) {
 			if !ok || d.Name != name {
 				t.Fatalf("domain %q: %+v", name, d)
 			}
+			if d.Err != nil {
+				continue
+			}
 			var b strings.Builder
-			quote := func(s string) string { return `"` + s + `"` }
+			quote := func(s string) string {
+				if strings.Contains(s, `"`) {
+					return "'" + s + "'"
+				}
+				return `"` + s + `"`
+			}
 			fmt.Fprintf(&b, "%s{ostype=%s;sysmap=%s;volatility_ist=%s;rekall_profile=%s;", quote(name), quote(d.OSType), quote(d.Sysmap), quote(d.Types), quote(d.Rekall))
 			for k, v := range d.Offsets {
 				fmt.Fprintf(&b, "%s=%#x;", k, v)

@@ -7,3 +7,6 @@ func SetSymbolPlaces(places ...string) (restore func()) {
 	symbolPlaces = places
 	return func() { symbolPlaces = was }
 }
+
+// SymbolFiles returns the files that may have the symbols of a release.
+func SymbolFiles(release string) []string { return symbolFiles("", release) }

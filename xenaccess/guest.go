@@ -20,14 +20,16 @@ import (
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
 	// Symbols is a file with the kernel's symbols: its vmlinux or vmlinuz, its
-	// System.map, or a saved /proc/kallsyms, compressed or not. Empty means: the
-	// file named by the environment variable VMPROBES_SYMBOLS, else what the
+	// System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed or
+	// not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
 	// configuration says, else the guest's own table, found in its memory; if it
-	// has none, the file that it was booted from, or one of its release in /boot
-	// or among the debug symbols here (/usr/lib/debug).
+	// has none, the file that Types names, the one that it was booted from, or one of its release in /boot,
+	// /usr/lib/modules or among the debug symbols here (/usr/lib/debug).
 	Symbols string
-	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF,
-	// or a Volatility 3 symbol file. Empty means: the guest's own, if it has any.
+	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
+	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel than
+	// the one that runs are refused with linux.ErrWrongTypes. Empty means: the
+	// guest's own, if it has any.
 	Types string
 	// Config is a file in the form of /etc/xenaccess.conf or of LibVMI's
 	// /etc/libvmi.conf. Empty means /etc/xenaccess.conf, if it exists and names
@@ -140,8 +142,17 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		}
 	}
 	if symbols == "" {
-		lo.SymbolFiles = func(release string) []string { return symbolFiles(t.Info().Kernel, release) }
+		lo.SymbolFiles = func(release string) []string {
+			files := symbolFiles(t.Info().Kernel, release)
+			if types != "" {
+				files = append([]string{types}, files...) // it may have both
+			}
+			return files
+		}
 		k, err := linux.Discover(ctx, t, lo)
+		if errors.Is(err, linux.ErrWrongTypes) {
+			return nil, fmt.Errorf("%s: %w", types, err)
+		}
 		if errors.Is(err, linux.ErrNoSymbols) {
 			err = fmt.Errorf("%w: name the kernel's vmlinux, vmlinuz, System.map or saved /proc/kallsyms "+
 				"in Options.Symbols or %s", err, symbolsEnv)
@@ -152,6 +163,9 @@ func discover(ctx context.Context, t target.Guest, opts *Options) (*linux.Kernel
 		return nil, fmt.Errorf("%w: %w", linux.ErrNoSymbols, err)
 	}
 	k, err := linux.Discover(ctx, t, lo)
+	if errors.Is(err, linux.ErrWrongTypes) {
+		symbols = types // it is that file's fault
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", symbols, err)
 	}
@@ -182,8 +196,11 @@ func parse[T any](ctx context.Context, path string, f func(path string) (*T, err
 // an administrator may have installed here what the guest runs.
 var symbolPlaces = []string{
 	// First those with a version string to compare.
-	"/usr/lib/debug/boot/vmlinux-%s", "/usr/lib/debug/lib/modules/%s/vmlinux", "/boot/vmlinux-%s", "/boot/vmlinuz-%s",
-	"/boot/System.map-%s", "/usr/lib/debug/boot/System.map-%s",
+	"/usr/lib/debug/boot/vmlinux-%s", "/usr/lib/debug/lib/modules/%s/vmlinux", "/usr/lib/debug/usr/lib/modules/%s/vmlinux",
+	"/boot/vmlinux-%s", "/boot/vmlinuz-%s",
+	// Fedora, Arch, openSUSE, and Debian from 7.2 on; builds of one's own.
+	"/usr/lib/modules/%s/vmlinux", "/usr/lib/modules/%s/vmlinuz", "/lib/modules/%s/build/vmlinux",
+	"/boot/System.map-%s", "/usr/lib/debug/boot/System.map-%s", "/usr/lib/modules/%s/System.map",
 }
 
 // symbolFiles returns the files that may have the symbols of a kernel that was
@@ -223,6 +240,9 @@ func configured(name string, opts *Options) (DomainConfig, error) {
 		}
 	}
 	d, _ := c.Domain(name)
+	if d.Err != nil {
+		return d, d.Err
+	}
 	if d.OSType != "" && d.OSType != "Linux" {
 		return d, fmt.Errorf("%s:%d: ostype %s: only Linux guests are understood: %w", d.File, d.Line, d.OSType, errors.ErrUnsupported)
 	}

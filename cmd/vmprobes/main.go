@@ -70,9 +70,11 @@ func statusCommand() *cobra.Command {
 		Long: `Show who is attached to which guest, and which guests need a repair.
 
 A guest is "served" while the program that has attached to it lives, and "left" when
-that has died: "vmprobes recover" repairs it. Domains that are paused, or that have a
+that has died: "vmprobes recover" repairs it. While that is done, by whomever, it is
+"repaired". Domains that are paused, or that have a
 debugger attached, without a program that is known are shown, too. They may be so for
-a good reason.`,
+a good reason; but one that is "debugged" and has vCPUs that stand at an int3 may have
+been left by a tool without a journal: see "vmprobes recover --help".`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			guests, err := target.Status()
@@ -84,17 +86,18 @@ a good reason.`,
 // show prints a table.
 func show(out io.Writer, guests []target.State) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "GUEST\tKIND\tSTATE\tPROGRAM")
+	fmt.Fprintln(w, "GUEST\tKIND\tSTATE\tPROGRAM\tNOTE")
 	for _, g := range guests {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", quote(g.Name), quote(g.Kind), g.State, quote(g.Owner))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", quote(g.Name), quote(g.Kind), g.State, quote(g.Owner), g.Note)
 	}
 	return w.Flush()
 }
 
 func recoverCommand() *cobra.Command {
-	var all, verbose bool
+	var all, verbose, force bool
+	var from string
 	cmd := &cobra.Command{
-		Use:   "recover GUEST | --all",
+		Use:   "recover GUEST [--from FILE] | --all",
 		Short: "Repair a guest whose tool died",
 		Long: `Repair a guest whose tool died: give it every byte back that a probe has
 replaced, and let go what waits for an answer. GUEST is a domain's name or id, or
@@ -103,13 +106,26 @@ the path of a journal.
 It is done by itself as soon as a tool dies, by its guardian, and else when the next
 tool opens the guest. To do it by hand is right when neither will happen: as a
 service's ExecStopPost, or when the guest stands still. A guest whose tool lives, or
-that needs no repair, is left alone. It may be called any number of times.`,
+that needs no repair, is left alone. It may be called any number of times.
+
+A tool that keeps no journal, or whose journal was lost, leaves a Xen guest of which
+nobody knows what was done to it. Then what can be seen is said, and nothing is done.
+If you know that the tool is dead, --from FILE repairs the guest from its kernel's own
+file: its vmlinuz, its vmlinux, or that with debug information, of the same build id.
+What the file has and the guest hides behind an int3 is given back; what the kernel
+changes in its code by itself, the guest's own kprobes, and modules are left alone. If
+not all of it can be told, nothing is done, unless --force says to go on in spite of
+what is then listed: a guest may die of that.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case all && len(args) > 0:
 				return errors.New("either a guest or --all")
 			case !all && len(args) != 1:
 				return errors.New("which guest? (or --all)")
+			case all && from != "":
+				return errors.New("--from is for one guest: a file is of one kernel")
+			case force && from == "":
+				return errors.New("--force is for --from")
 			}
 			return nil
 		},
@@ -122,10 +138,23 @@ that needs no repair, is left alone. It may be called any number of times.`,
 			if all {
 				return recoverAll(cmd.Context(), cmd.OutOrStdout(), log)
 			}
+			if from != "" {
+				f, err := target.RecoverFrom(cmd.Context(), args[0], from, force, log)
+				return found(cmd.OutOrStdout(), args[0], f, err)
+			}
 			done, err := target.RecoverGuest(cmd.Context(), args[0], log)
-			return tell(cmd.OutOrStdout(), args[0], done, err)
+			if err != nil || done || !target.Inspectable(args[0]) {
+				return tell(cmd.OutOrStdout(), args[0], done, err)
+			}
+			f, err := target.Inspect(cmd.Context(), args[0], log)
+			if err == nil && f.Hurt() {
+				err = errors.New("somebody has left something in it, or is attached: if no such tool runs, --from FILE repairs it from its kernel's file")
+			}
+			return found(cmd.OutOrStdout(), args[0], f, err)
 		},
 	}
+	cmd.Flags().StringVar(&from, "from", "", "repair the guest from its kernel's file, without a journal")
+	cmd.Flags().BoolVar(&force, "force", false, "with --from: go on in spite of what isn't known")
 	cmd.Flags().BoolVar(&all, "all", false, "every guest on this host")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log every step")
 	return cmd
@@ -155,6 +184,18 @@ func tell(out io.Writer, name string, done bool, err error) error {
 		_, err = fmt.Fprintf(out, "%s: needs no repair\n", quote(name))
 	}
 	return err
+}
+
+// found says what was found out about a guest without a journal, and what was done.
+func found(out io.Writer, name string, f *target.Found, err error) error {
+	if f != nil {
+		for _, l := range f.Lines() {
+			if _, werr := fmt.Fprintf(out, "%s: %s\n", quote(name), strings.ReplaceAll(terminal.Harmless(l), "\n", "; ")); werr != nil {
+				return errors.Join(err, werr)
+			}
+		}
+	}
+	return tell(out, name, f != nil && f.Repaired, err)
 }
 
 // quote quotes a name that a terminal might take for more than that.

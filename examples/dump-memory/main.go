@@ -1,17 +1,20 @@
 // Dump-memory writes a guest's physical memory to a file, which process-list-file
-// and the other examples can read. Where there is no memory the file has zeros.
+// and the other examples can read. Where there is no memory, or nothing but zeros, the
+// file has a hole, which reads as zeros.
 //
 //	dump-memory [-file] guest file
 package main
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
+	"github.com/vmprobes/vmprobes"
 	"github.com/vmprobes/vmprobes/examples/internal/guest"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/xenaccess"
@@ -38,19 +41,24 @@ func save(ctx context.Context, _ io.Writer, g *xenaccess.Guest, args []string) e
 }
 
 func dump(ctx context.Context, f *os.File, s xenaccess.Space, size uint64) (absent int, err error) {
-	w := bufio.NewWriterSize(f, 1<<20)
-	page := make([]byte, paging.PageSize)
+	page, zeros := make([]byte, paging.PageSize), make([]byte, paging.PageSize)
 	for addr := uint64(0); addr < size; addr += paging.PageSize {
 		if addr%(1<<20) == 0 && ctx.Err() != nil {
 			return absent, context.Cause(ctx)
 		}
-		if _, err := s.Read(addr, page); err != nil {
-			clear(page)
+		_, err := s.Read(addr, page)
+		switch {
+		case errors.Is(err, vmprobes.ErrDomainGone), errors.Is(err, fs.ErrClosed):
+			return absent, err
+		case err != nil:
 			absent++
+			continue
+		case bytes.Equal(page, zeros):
+			continue
 		}
-		if _, err := w.Write(page); err != nil {
+		if _, err := f.WriteAt(page, int64(addr)); err != nil {
 			return absent, err
 		}
 	}
-	return absent, w.Flush()
+	return absent, f.Truncate(int64(size))
 }

@@ -1,6 +1,6 @@
 // Opens shows which files a guest opens, and which names its kernel looks up for
 // that: a Session with two probes, one at the start of do_sys_openat2 and one at
-// do_filp_open, read as hits, each with the task that hit.
+// do_filp_open (do_file_open since Linux 7.0), read as hits, each with the task that hit.
 //
 //	opens [-for duration] [-json] [-symbols file] guest
 package main
@@ -51,7 +51,7 @@ func main() {
 // watch prints hits until ctx is done.
 func watch(ctx context.Context, s *vmprobes.Session, out io.Writer) error {
 	open := &vmprobes.Probe{Symbol: "do_sys_openat2", Name: "open"}
-	lookup := &vmprobes.Probe{Symbol: "do_filp_open", Name: "look up"}
+	lookup := &vmprobes.Probe{Symbol: lookupFunction(s.Lookup), Name: "look up"}
 	if err := s.Register(open, lookup); err != nil {
 		return err
 	}
@@ -84,11 +84,20 @@ func watch(ctx context.Context, s *vmprobes.Session, out io.Writer) error {
 	return err
 }
 
+// lookupFunction returns the function of this kernel that looks a name up.
+func lookupFunction(lookup func(symbol string) (vmprobes.Addr, error)) string {
+	const old = "do_filp_open"
+	if _, err := lookup(old); errors.Is(err, vmprobes.ErrSymbolNotFound) {
+		return "do_file_open"
+	}
+	return old
+}
+
 // path returns the name that a hit is about: do_sys_openat2(int dfd, const char
-// *filename, …), do_filp_open(int dfd, struct filename *pathname, …), in which the
-// pointer to the name comes first.
+// *filename, …), and do_filp_open or do_file_open(int dfd, struct filename *pathname, …),
+// in which the pointer to the name comes first.
 func path(p *vmprobes.Probe, arg uint64) string {
-	if p.Symbol == "do_filp_open" {
+	if p.Name == "look up" {
 		arg, _ = p.ReadUint64(arg)
 	}
 	name, err := p.ReadString(arg, 4096)

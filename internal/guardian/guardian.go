@@ -13,6 +13,9 @@ import "errors"
 // with this number and start time.
 const environment = "VMPROBES_GUARDIAN_OF"
 
+// between tells it that this process is to start the guardian, and to end.
+const between = "VMPROBES_GUARDIAN_START"
+
 // ErrNoGuardian: a guardian could not be started, so a death of this process would leave
 // guests standing still until the next Open repairs them.
 var ErrNoGuardian = errors.New("can't start the process that repairs guests should this one be killed")

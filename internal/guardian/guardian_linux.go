@@ -1,10 +1,10 @@
 package guardian
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +30,12 @@ func init() {
 	if of == "" {
 		return
 	}
+	if os.Getenv(between) != "" {
+		if err := leave(os.Args[1:]); err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if err := guard(of); err != nil {
 		os.Exit(1)
 	}
@@ -37,13 +44,14 @@ func init() {
 
 // The guardian of this process. There is one for all guests.
 var (
-	mu   sync.Mutex
-	conn *os.File // our end of the connection, which ends when either process does
-	pid  int
+	mu      sync.Mutex
+	conn    *os.File // our end of the connection, which ends when either process does
+	pid     int
+	watched []request // what it was asked to watch
 )
 
-// readyFor bounds how long a guardian may take to get ready.
-const readyFor = 10 * time.Second
+// answerFor bounds how long a guardian may take to get ready, and to answer.
+const answerFor = 10 * time.Second
 
 // Start sees to it that this process has a guardian, and returns when it is ready.
 func Start(log *slog.Logger) error {
@@ -54,8 +62,7 @@ func Start(log *slog.Logger) error {
 			return nil
 		}
 		log.Warn("the guardian has died; another one is started", "pid", pid)
-		_ = conn.Close()
-		conn = nil
+		stop()
 	}
 	if err := startApart(); err != nil {
 		if err := start("/proc/self/exe"); err != nil {
@@ -65,6 +72,51 @@ func Start(log *slog.Logger) error {
 	if mine, theirs := cgroup("self"), cgroup(strconv.Itoa(pid)); mine != "" && mine == theirs {
 		log.Debug("the guardian shares this process' cgroup, and what kills all of that", "pid", pid, "cgroup", mine)
 	}
+	before := watched
+	watched = nil
+	for _, r := range before {
+		// Most of these guests may have been left.
+		if _, err := os.Stat(r.path); errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err := watch(r); err != nil {
+			log.Error("the new guardian doesn't watch a guest", "journal", r.path, "err", err)
+		}
+	}
+	return nil
+}
+
+// stop gives the guardian up; mu is held.
+func stop() {
+	_ = conn.Close()
+	conn, pid = nil, 0
+}
+
+// Watch has the guardian end this process should the guest whose journal is at path wait
+// for it for longer than limit, and repair the guest then. Start has been called.
+func Watch(path string, limit time.Duration) error {
+	mu.Lock()
+	defer mu.Unlock()
+	return watch(request{path, limit})
+}
+
+// watch asks the guardian; mu is held.
+func watch(r request) error {
+	if conn == nil {
+		return ErrNoGuardian
+	}
+	// The program may not ignore SIGPIPE.
+	if _, err := unix.SendmsgN(int(conn.Fd()), []byte(r.String()), nil, nil, unix.MSG_NOSIGNAL); err != nil {
+		return fmt.Errorf("ask the guardian, process %d, to watch a guest: %w", pid, err)
+	}
+	answer, err := hear(conn)
+	if err == nil && answer != watching {
+		err = errors.New(answer)
+	}
+	if err != nil {
+		return fmt.Errorf("the guardian, process %d, doesn't watch the guest: %w", pid, err)
+	}
+	watched = append(slices.DeleteFunc(watched, func(o request) bool { return o.path == r.path }), r)
 	return nil
 }
 
@@ -98,42 +150,70 @@ func start(name string, args ...string) (err error) {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(name, args...)
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d:%d", environment, os.Getpid(), began))
+	// By way of a process that ends at once: the guardian is no child of this one, whose
+	// program may wait for any child there is.
+	cmd := exec.Command("/proc/self/exe", append([]string{name}, args...)...)
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d:%d", environment, os.Getpid(), began), between+"=1")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Dir = "/"
-	// Whatever this process writes to, somebody may wait for its end.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	if err := cmd.Run(); err != nil && !errors.Is(err, syscall.ECHILD) { // the program has waited for it
 		return err
 	}
-	go func() { _ = cmd.Wait() }()
-	if err := ready(ours); err != nil {
-		_ = cmd.Process.Kill()
-		return err
-	}
-	conn, pid = ours, cmd.Process.Pid
-	return nil
-}
-
-// ready waits until the guardian says that it is.
-func ready(f *os.File) error {
-	c, err := net.FileConn(f)
+	_ = theirs.Close() // so that there is an end to be heard if it dies
+	said, err := hear(ours)
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	if err := c.SetReadDeadline(time.Now().Add(readyFor)); err != nil {
-		return err
+	n, err := strconv.Atoi(strings.TrimPrefix(said, readyWord))
+	if err != nil {
+		return fmt.Errorf("it said %q and not that it is ready", said)
 	}
-	said, err := io.ReadAll(io.LimitReader(c, int64(len(readyWord))))
-	if string(said) != readyWord {
-		return fmt.Errorf("it said %q and not that it is ready: %v", said, err)
-	}
+	conn, pid = ours, n
 	return nil
 }
 
-const readyWord = "ready\n"
+// leave starts a command and doesn't wait for it.
+func leave(command []string) error {
+	if len(command) == 0 {
+		return errors.New("no command")
+	}
+	if err := os.Unsetenv(between); err != nil {
+		return err
+	}
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.ExtraFiles = []*os.File{os.NewFile(3, "guarded")}
+	// Whatever this process writes to, somebody may wait for its end.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	return cmd.Start()
+}
+
+// hear returns a line of what the guardian says.
+func hear(f *os.File) (string, error) {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetReadDeadline(time.Now().Add(answerFor)); err != nil {
+		return "", err
+	}
+	const long = 4096
+	var line []byte
+	for b := make([]byte, 1); len(line) < long; line = append(line, b[0]) {
+		if _, err := c.Read(b); err != nil {
+			return "", fmt.Errorf("it said %q: %w", line, err)
+		}
+		if b[0] == '\n' {
+			return string(line), nil
+		}
+	}
+	return "", fmt.Errorf("it said %q and more", line)
+}
+
+const (
+	readyWord = "ready " // its process number follows
+	watching  = "watching"
+)
 
 // alive reports whether the guardian at the other end lives.
 func alive(f *os.File) bool {
@@ -175,13 +255,39 @@ func guard(of string) error {
 	_ = os.WriteFile("/proc/self/comm", []byte("vmprobes-guard"), 0)
 	// If that fails the other end is dead already: it may have had another guardian before,
 	// and guests.
-	if _, err := conn.WriteString(readyWord); err == nil {
-		_, _ = io.Copy(io.Discard, conn) // until the other end is closed, which is its death
+	if _, err := fmt.Fprintf(conn, "%s%d\n", readyWord, os.Getpid()); err == nil {
+		serve(conn, &warden{owner: owner, began: began, look: look, log: guardianLog})
 	} else if !errors.Is(err, syscall.EPIPE) {
 		return err
 	}
 	debug.SetGCPercent(100)
 	return takeOver(target.JournalDirs(), owner, began)
+}
+
+// serve does what the other end asks for until that is closed, which is its death.
+func serve(conn *os.File, w *warden) {
+	requests := make(chan string)
+	go func() {
+		defer close(requests)
+		for lines := bufio.NewScanner(conn); lines.Scan(); {
+			requests <- lines.Text()
+		}
+	}()
+	for {
+		select {
+		case line, ok := <-requests:
+			if !ok {
+				return
+			}
+			answer := watching
+			if err := w.add(line); err != nil {
+				answer = strings.ReplaceAll(err.Error(), "\n", "; ")
+			}
+			_, _ = conn.WriteString(answer + "\n")
+		case <-w.ticks():
+			w.tick()
+		}
+	}
 }
 
 // leaveFiles puts the null device in the place of what the guardian has inherited: at the
@@ -213,7 +319,7 @@ const takeOverFor = 10 * time.Minute
 
 // takeOver repairs the guests of a process that has died.
 func takeOver(dirs []string, owner int, began uint64) error {
-	log, done := logger(dirs[len(dirs)-1])
+	log, done := guardianLog()
 	defer done()
 	ctx, cancel := context.WithTimeout(context.Background(), takeOverFor)
 	defer cancel()
@@ -249,9 +355,10 @@ func takeOver(dirs []string, owner int, began uint64) error {
 	}
 }
 
-// logger returns where a guardian says what it did: it has no terminal.
-func logger(dir string) (*slog.Logger, func()) {
-	name := filepath.Join(dir, "guardian.log")
+// guardianLog returns where a guardian says what it did: it has no terminal.
+func guardianLog() (*slog.Logger, func()) {
+	dirs := target.JournalDirs()
+	name := filepath.Join(dirs[len(dirs)-1], "guardian.log")
 	flags := unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
 	const long = 1 << 20
 	if st, err := os.Lstat(name); err == nil && st.Size() > long {

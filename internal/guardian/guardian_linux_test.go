@@ -41,7 +41,7 @@ func guarded(t *testing.T) (cmd *exec.Cmd, guardian int, path string) {
 	t.Helper()
 	name := fmt.Sprintf("test-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-"))
 	cmd = exec.Command(os.Args[0], "-test.run=^TestGuarded$")
-	cmd.Env = append(os.Environ(), "VMPROBES_TEST_GUARDED="+name)
+	cmd.Env = append(os.Environ(), "VMPROBES_TEST_GUARDED="+name, soon)
 	in, err := cmd.StdinPipe()
 	require.NoError(t, err)
 	out, err := cmd.StdoutPipe()
@@ -64,7 +64,17 @@ func guarded(t *testing.T) (cmd *exec.Cmd, guardian int, path string) {
 	return nil, 0, ""
 }
 
-func lives(pid int) bool { return syscall.Kill(pid, 0) == nil }
+// lives reports whether a process is there, and more than a zombie, whose parent is slow.
+// As long as it has other threads than the first its files aren't closed.
+func lives(pid int) bool {
+	if s := state(pid); s == 0 || s == 'X' {
+		return false
+	} else if s != 'Z' {
+		return true
+	}
+	threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	return len(threads) > 1
+}
 
 // TestTakesOver kills a process: its guardian undoes what it has left, and ends.
 func TestTakesOver(t *testing.T) {

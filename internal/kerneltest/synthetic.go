@@ -1,6 +1,7 @@
 package kerneltest
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -63,6 +64,7 @@ type Synthetic struct {
 	mod    uint64
 	syms   []synSymbol
 	tables *pagetest.Tables
+	types  uint32 // how many the kernel has
 }
 
 type synSymbol struct {
@@ -126,6 +128,7 @@ func NewSynthetic(l Layout) *Synthetic {
 	s.syscalls()
 	s.tasks()
 	s.modules()
+	s.sym('d', "__initcall__kmod_part__293_217_part_init6", s.data(4)) // of what is built in
 	s.sym('B', "_end", synData+synDataSize-8)
 	if !l.NoSymbols {
 		s.kallsyms()
@@ -376,6 +379,18 @@ func (s *Synthetic) btf() []byte {
 	if err != nil {
 		panic(err)
 	}
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(blob))
+	if err != nil {
+		panic(err)
+	}
+	s.types = 0
+	for _, err := range spec.All() {
+		if err != nil {
+			panic(err)
+		}
+		s.types++
+	}
+	s.types-- // void
 	return blob
 }
 
@@ -422,7 +437,7 @@ func (s *Synthetic) places() {
 	for _, name := range []string{"register_kprobe", "arch_jump_label_transform", "ftrace_location", "alternatives_enable_smp"} {
 		asmSym(name)
 	}
-	for _, name := range []string{"__x64_sys_openat", "__x64_sys_getpid", "__x64_sys_undescribed"} {
+	for _, name := range []string{"__x64_sys_openat", "__x64_sys_getpid", "__x64_sys_undescribed", "__ia32_sys_openat", "__ia32_compat_sys_openat", "sys_old"} {
 		asmSym(name)
 	}
 	if !s.layout.NoStaticCalls {
@@ -763,11 +778,17 @@ func (s *Synthetic) modules() {
 	if s.layout.NoTypes {
 		return
 	}
-	// The types of demo: an int, called demo_t.
+	// The types of demo: an int, called demo_t, and demo_run(demo_t howmany), whose name
+	// a function of the kernel's might have.
 	kernel := s.Bytes(s.Sym["__start_BTF"])
 	name := binary.LittleEndian.Uint32(kernel[20:]) // of the kernel's strings: ours come behind
-	blob := append(slices.Clone(kernel[:8]), le32s(0, 16, 16, 8, name+1, 1<<24, 4, 32)...)
-	blob = append(blob, "\x00demo_t\x00"...)
+	types := le32s(name+1, 1<<24, 4, 32)
+	first := s.types + 1
+	types = append(types, le32s(0, 13<<24|1, 0, name+8, first)...) // FUNC_PROTO
+	types = append(types, le32s(name+16, 12<<24, first+1)...)      // FUNC
+	strs := "\x00demo_t\x00howmany\x00demo_run\x00"
+	blob := append(slices.Clone(kernel[:8]), le32s(0, uint32(len(types)), uint32(len(types)), uint32(len(strs)))...)
+	blob = append(append(blob, types...), strs...)
 	bhead, bm, b := s.data(16), s.data(64), s.data(64)
 	s.sym('d', "btf_modules", bhead)
 	s.Sym["btf demo"] = b

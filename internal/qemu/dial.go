@@ -358,7 +358,12 @@ func (v *VM) discover(ctx context.Context) (err error) {
 		return err
 	}
 	v.ram = parseRAM(tree)
-	v.info.RAM = v.ram.size()
+	total, err := v.hmp("info memory_size_summary")
+	if err != nil {
+		return err
+	}
+	v.system = v.ram.system(parseTotal(total))
+	v.info.RAM = v.system.end()
 	v.info.VCPUs = len(v.threads)
 	// QEMU 7.2 ends a step now and then, about one of 10,000, without having made it,
 	// also with a single vCPU; QEMU 11 has not been seen to.

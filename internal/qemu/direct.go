@@ -11,8 +11,10 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// directRAM is the guest's memory without the stub: nothing has to stop for it.
+// directRAM is the guest's memory, or some of it, without the stub: nothing has to stop
+// for it.
 type directRAM interface {
+	has(f paging.Frame) bool
 	page(f paging.Frame, writable bool) ([]byte, func(), error)
 	write(f paging.Frame, off int, b []byte) error
 	mapped() bool // a page costs no system call
@@ -28,16 +30,16 @@ func openDirect(v *VM, opts *Options) (directRAM, error) {
 	if opts.RAM != "" && opts.ProcMem {
 		return nil, errors.New("the guest's memory is either in a file (ram=) or in a process (pid=)")
 	}
-	if len(v.ram) == 0 {
+	if len(v.system) == 0 {
 		return nil, errors.New("QEMU doesn't say where the guest's memory is (info mtree -f): leave ram= and pid= out of the name")
 	}
-	ram := v.ram.of(v.ram.main())
 	var d directRAM
+	var ram ramMap // what d has of it
 	var err error
 	if opts.RAM != "" {
-		d, err = mapRAM(opts.RAM, ram)
+		d, ram, err = mapRAM(opts.RAM, v.system)
 	} else {
-		d, err = openProcMem(v, ram, opts.PID)
+		d, ram, err = openProcMem(v, opts.PID)
 	}
 	if err != nil {
 		return nil, err
@@ -45,8 +47,13 @@ func openDirect(v *VM, opts *Options) (directRAM, error) {
 	if err := v.compare(d, ram); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
+	v.whole = ram.size() == v.system.size()
 	return d, nil
 }
+
+// reaches reports whether a frame can be had without the stub. What can't is read and
+// written through it.
+func (v *VM) reaches(f paging.Frame) bool { return v.direct != nil && v.direct.has(f) }
 
 // compare checks that d is the memory of this VM, by some pages all over it.
 func (v *VM) compare(d directRAM, ram ramMap) error {

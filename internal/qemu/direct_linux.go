@@ -25,24 +25,34 @@ type sharedRAM struct {
 	closed bool
 }
 
-func mapRAM(path string, ram ramMap) (directRAM, error) {
+// mapRAM maps the file of the guest's memory, or of one region of it, which ram says.
+func mapRAM(path string, system ramMap) (_ directRAM, ram ramMap, err error) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		return nil, fmt.Errorf("the guest's memory: %w", err)
+		return nil, nil, fmt.Errorf("the guest's memory: %w", err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("the guest's memory: %w", err)
+		return nil, nil, fmt.Errorf("the guest's memory: %w", err)
 	}
-	if size := uint64(st.Size()); size < ram.size() || size>>47 != 0 {
-		return nil, fmt.Errorf("%s has %d bytes, the guest %d: this is not its memory", path, size, ram.size())
+	size := uint64(st.Size())
+	if size>>47 != 0 {
+		return nil, nil, fmt.Errorf("%s has %d bytes: this is not memory", path, size)
 	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if ram, err = system.inFile(size); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", path, err)
+		return nil, nil, fmt.Errorf("map %s: %w", path, err)
 	}
-	return &sharedRAM{ram: ram, mem: mem}, nil
+	return &sharedRAM{ram: ram, mem: mem}, ram, nil
+}
+
+func (s *sharedRAM) has(f paging.Frame) bool {
+	_, _, ok := s.ram.locate(f)
+	return ok
 }
 
 func (s *sharedRAM) page(f paging.Frame, _ bool) ([]byte, func(), error) {
@@ -105,26 +115,36 @@ type procMem struct {
 	file *os.File
 }
 
-func openProcMem(v *VM, ram ramMap, pid int) (directRAM, error) {
+// maxDirect bounds the ranges of memory that are read from QEMU's process, since QEMU is
+// asked for the address of each.
+const maxDirect = 64
+
+func openProcMem(v *VM, pid int) (directRAM, ramMap, error) {
 	if pid == 0 {
 		var err error
 		if pid, err = peer(v.stub.c); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	p := &procMem{ram: ram, base: make(map[uint64]uint64)}
-	for _, r := range ram {
+	p := &procMem{base: make(map[uint64]uint64)}
+	for _, r := range v.system[:min(len(v.system), maxDirect)] {
 		hva, err := v.hostAddress(r.start)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
+		p.ram = append(p.ram, r)
 		p.base[r.start] = hva
 	}
 	var err error
 	if p.file, err = os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0); err != nil {
-		return nil, fmt.Errorf("memory of QEMU's process: %w", err)
+		return nil, nil, fmt.Errorf("memory of QEMU's process: %w", err)
 	}
-	return p, nil
+	return p, p.ram, nil
+}
+
+func (p *procMem) has(f paging.Frame) bool {
+	_, _, ok := p.ram.locate(f)
+	return ok
 }
 
 // peer returns the process that listens at the other end of a unix socket.

@@ -7,12 +7,12 @@ import (
 	"fmt"
 )
 
-func mapRAM(string, ramMap) (directRAM, error) {
-	return nil, fmt.Errorf("the guest's memory in a file: only on Linux: %w", errors.ErrUnsupported)
+func mapRAM(string, ramMap) (directRAM, ramMap, error) {
+	return nil, nil, fmt.Errorf("the guest's memory in a file: only on Linux: %w", errors.ErrUnsupported)
 }
 
-func openProcMem(*VM, ramMap, int) (directRAM, error) {
-	return nil, fmt.Errorf("the guest's memory in a process: only on Linux: %w", errors.ErrUnsupported)
+func openProcMem(*VM, int) (directRAM, ramMap, error) {
+	return nil, nil, fmt.Errorf("the guest's memory in a process: only on Linux: %w", errors.ErrUnsupported)
 }
 
 func connections(string) int { return 0 }

@@ -32,6 +32,7 @@ var ErrAttached = errors.New("this VM has a driver already")
 type Driver struct {
 	vm     *VM
 	mem    atomic.Pointer[paging.Memory] // replaced when the guest changes its paging mode
+	here   atomic.Pointer[paging.Memory] // the same, for those who hold vm.mu
 	kernel atomic.Uint64                 // paging.Root, 0: ask the vCPUs
 
 	// The rest is the Driver's own, and guarded by vm.mu. A stop that waits for its
@@ -98,6 +99,7 @@ func (v *VM) Attach(context.Context) (*Driver, error) {
 func (d *Driver) setMode(mode paging.Mode) {
 	if m := d.mem.Load(); m == nil || m.Mode() != mode {
 		d.mem.Store(paging.New(d.vm, mode))
+		d.here.Store(paging.New(held{d.vm}, mode))
 	}
 }
 
@@ -180,7 +182,7 @@ func (d *Driver) roots(cr3 uint64) ([]paging.Root, error) {
 // walk calls f with one root after the other until one maps what f wants. The VM is
 // stopped meanwhile unless its memory can be reached without the stub.
 func (d *Driver) walk(cr3 uint64, f func(*paging.Memory, paging.Root) error) error {
-	if d.vm.direct == nil {
+	if !d.vm.whole {
 		if err := d.Freeze(); err != nil {
 			return err
 		}
@@ -212,7 +214,7 @@ func (d *Driver) Translate(addr uint64) (t paging.Translation, err error) {
 
 // Read implements breakpoint.Driver.
 func (d *Driver) Read(cr3, addr uint64, b []byte) (n int, err error) {
-	if d.vm.direct == nil {
+	if !d.vm.whole {
 		switch ok, err := d.readAsVCPU(cr3, addr, b); {
 		case err != nil:
 			return 0, err

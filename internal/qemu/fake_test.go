@@ -1109,4 +1109,34 @@ func TestParseRAM(t *testing.T) {
 	assert.False(t, ok, "ROM isn't in the file")
 	assert.EqualValues(t, 0xa0000+0xbff00000+0x40000000, m.size())
 	assert.True(t, ramMap(nil).contains(1<<40, 8), "unknown")
+	assert.EqualValues(t, 0x140000000, m.end())
+}
+
+// TestRegionsOfMemory: RAM of NUMA nodes is told from that of a graphics card by how much
+// there is, and a file's region by its size.
+func TestRegionsOfMemory(t *testing.T) {
+	const mib = 1 << 20
+	m := ramMap{
+		{start: 0, end: 64*mib - 1, region: "m0"},
+		{start: 64 * mib, end: 128*mib - 1, region: "m1"},
+		{start: 0xfd000000, end: 0xfd000000 + 16*mib - 1, region: "vga.vram"},
+		{start: 0xfffc0000, end: 0xffffffff, region: "pc.bios", rom: true},
+		{start: 4096 * mib, end: 4352*mib - 1, region: "dimm"},
+	}
+	assert.EqualValues(t, 384*mib, parseTotal("base memory: 134217728\r\nplugged memory: 268435456\r\n"))
+	assert.Zero(t, parseTotal("unknown command"))
+	sys := m.system(384 * mib)
+	assert.Equal(t, ramMap{m[0], m[1], m[4]}, sys)
+	assert.Equal(t, ramMap{m[4]}, m.system(0), "not known")
+	assert.Empty(t, ramMap(nil).system(384*mib))
+	in, err := sys.inFile(256 * mib)
+	require.NoError(t, err)
+	assert.Equal(t, ramMap{m[4]}, in)
+	_, err = sys.inFile(64 * mib)
+	require.ErrorContains(t, err, "in 2 regions of about 67108864 bytes")
+	_, err = sys.inFile(1024 * mib)
+	require.ErrorContains(t, err, "not its memory")
+	in, err = ramMap{m[0]}.inFile(1024 * mib)
+	require.NoError(t, err, "the file may be larger")
+	assert.Equal(t, ramMap{m[0]}, in)
 }

@@ -154,8 +154,8 @@ func (d *Driver) takeOut(addr uint64, p *point) error {
 // whether the memory is there.
 func (d *Driver) readHere(addr uint64, b []byte) (bool, error) {
 	v := d.vm
-	if v.direct != nil {
-		_, err := d.mem.Load().Read(paging.Root(v.regs[rCR3]), paging.VAddr(addr), b)
+	if v.whole {
+		_, err := d.here.Load().Read(paging.Root(v.regs[rCR3]), paging.VAddr(addr), b)
 		return err == nil, nil
 	}
 	err := v.readVirt(v.current, addr, b)

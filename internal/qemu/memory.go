@@ -20,7 +20,7 @@ const maxPages = 4096
 // [Options]) the page is a copy, which doesn't follow the guest's memory and
 // can't be had as writable: use WriteFrame.
 func (v *VM) Page(f paging.Frame, writable bool) (page []byte, release func(), err error) {
-	if v.direct != nil {
+	if v.reaches(f) {
 		return v.direct.page(f, writable)
 	}
 	if writable {
@@ -29,10 +29,11 @@ func (v *VM) Page(f paging.Frame, writable bool) (page []byte, release func(), e
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if page = v.pages[f]; page == nil {
-		err = v.held(func() error {
-			page = make([]byte, paging.PageSize)
-			return v.readPhys(uint64(f)<<12, page)
-		})
+		if err := v.hole(uint64(f)<<12, paging.PageSize); err != nil {
+			return nil, nil, err // for which the VM needn't stop
+		}
+		page = make([]byte, paging.PageSize)
+		err = v.held(func() error { return errors.Join(v.readPhys(uint64(f)<<12, page), v.linger()) })
 		if err != nil {
 			return nil, nil, err
 		}
@@ -52,11 +53,14 @@ func (v *VM) WriteFrame(f paging.Frame, off int, b []byte) error {
 	if off < 0 || off+len(b) > paging.PageSize {
 		return fmt.Errorf("%d bytes at offset %d of a frame", len(b), off)
 	}
-	if v.direct != nil {
+	if v.reaches(f) {
 		return v.direct.write(f, off, b)
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if err := v.hole(uint64(f)<<12+uint64(off), len(b)); err != nil {
+		return err
+	}
 	return v.held(func() error {
 		delete(v.pages, f)
 		return v.writePhys(uint64(f)<<12+uint64(off), b)
@@ -97,25 +101,32 @@ func (v *VM) readPhys(addr uint64, b []byte) error {
 // because an address isn't in it: memory can be plugged in.
 const ramEvery = time.Second
 
+// hole fails if n bytes at addr, all in one frame, aren't memory as far as is known, and
+// it is too early to read the map anew.
+func (v *VM) hole(addr uint64, n int) error {
+	if v.ram.contains(addr, n) || time.Since(v.ramAt) >= ramEvery {
+		return nil
+	}
+	return fmt.Errorf("physical address %#x: %w", addr, ErrNotRAM)
+}
+
 // checkRAM makes sure that n bytes at addr, all in one frame, are memory.
 func (v *VM) checkRAM(addr uint64, n int) error {
 	if v.ram.contains(addr, n) {
 		return nil
 	}
-	if now := time.Now(); now.Sub(v.ramAt) >= ramEvery {
-		v.ramAt = now
-		tree, err := v.hmp("info mtree -f")
-		if err != nil {
-			return err
-		}
-		if ram := parseRAM(tree); len(ram) > 0 {
-			v.ram = ram
-		}
+	if err := v.hole(addr, n); err != nil {
+		return err
 	}
-	if v.ram.contains(addr, n) {
-		return nil
+	v.ramAt = time.Now()
+	tree, err := v.hmp("info mtree -f")
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("physical address %#x: %w", addr, ErrNotRAM)
+	if ram := parseRAM(tree); len(ram) > 0 {
+		v.ram = ram
+	}
+	return v.hole(addr, n)
 }
 
 func (v *VM) writePhys(addr uint64, b []byte) error {

@@ -1,6 +1,9 @@
 package qemu
 
 import (
+	"cmp"
+	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -100,20 +103,50 @@ func (m ramMap) contains(addr uint64, n int) bool {
 	return ok && r.end-addr >= uint64(n)-1
 }
 
-// main returns the region that most of the memory is in.
-func (m ramMap) main() string {
-	sizes := map[string]uint64{}
-	best := ""
+// bySize returns the regions of RAM, the largest one first.
+func (m ramMap) bySize() (regions []string, sizes map[string]uint64) {
+	sizes = map[string]uint64{}
 	for _, r := range m {
 		if r.rom {
 			continue
 		}
+		if _, ok := sizes[r.region]; !ok {
+			regions = append(regions, r.region)
+		}
 		sizes[r.region] += r.end - r.start + 1
-		if sizes[r.region] > sizes[best] {
-			best = r.region
+	}
+	slices.SortStableFunc(regions, func(a, b string) int { return cmp.Compare(sizes[b], sizes[a]) })
+	return regions, sizes
+}
+
+// main returns the region that most of the memory is in.
+func (m ramMap) main() string {
+	if all, _ := m.bySize(); len(all) > 0 {
+		return all[0]
+	}
+	return ""
+}
+
+// hidden bounds what of the guest's memory lies behind something else: a graphics card
+// below 1 MiB, ROM, and 16 MiB for system management at most (q35's TSEG).
+const hidden = 20 << 20
+
+// system returns the ranges of the guest's memory proper, which has total bytes in one or
+// more regions (NUMA nodes, memory that was plugged in): other RAM is a graphics card's.
+// A total of 0 isn't known: then there is one region.
+func (m ramMap) system(total uint64) (out ramMap) {
+	all, sizes := m.bySize()
+	n, have := 0, uint64(0)
+	for n < len(all) && (n == 0 || have+hidden < total) {
+		have += sizes[all[n]]
+		n++
+	}
+	for _, r := range m {
+		if !r.rom && slices.Contains(all[:n], r.region) {
+			out = append(out, r)
 		}
 	}
-	return best
+	return out
 }
 
 // of returns the ranges of a region.
@@ -126,14 +159,58 @@ func (m ramMap) of(region string) (out ramMap) {
 	return out
 }
 
-// size is how much memory there is in the main region.
+// inFile returns the region that a file of this size holds.
+func (m ramMap) inFile(size uint64) (ramMap, error) {
+	all, _ := m.bySize()
+	var fit []ramMap
+	for _, region := range all {
+		of, end := m.of(region), uint64(0)
+		for _, r := range of {
+			end = max(end, r.offset+(r.end-r.start)+1)
+		}
+		if end <= size && (len(all) == 1 || size-end < hidden) {
+			fit = append(fit, of)
+		}
+	}
+	switch len(fit) {
+	case 0:
+		return nil, fmt.Errorf("it has %d bytes, the guest %d: this is not its memory", size, m.size())
+	case 1:
+		return fit[0], nil
+	}
+	return nil, fmt.Errorf("the guest has memory in %d regions of about %d bytes, and QEMU doesn't say which one is in the file: leave ram= out of the name", len(fit), size)
+}
+
+// size is how much RAM there is.
 func (m ramMap) size() (n uint64) {
-	for _, r := range m.of(m.main()) {
+	for _, r := range m {
 		if !r.rom {
 			n += r.end - r.start + 1
 		}
 	}
 	return n
+}
+
+// end is where the RAM ends.
+func (m ramMap) end() (end uint64) {
+	for _, r := range m {
+		if !r.rom {
+			end = r.end + 1
+		}
+	}
+	return end
+}
+
+// parseTotal reads the output of "info memory_size_summary", two lines like "base memory:
+// 536870912" and "plugged memory: 0", and returns the sum, or 0.
+func parseTotal(text string) (total uint64) {
+	for line := range strings.Lines(text) {
+		_, value, _ := strings.Cut(line, " memory: ")
+		if n, err := strconv.ParseUint(strings.TrimSpace(value), 10, 63); err == nil && n < 1<<52 {
+			total += n
+		}
+	}
+	return total
 }
 
 // locate returns the range and the offset in its region of a whole frame.

@@ -254,10 +254,11 @@ func (v *VM) iterate(op x86.StringOp, src, dst operand, n int, down bool, ax uin
 
 // readRAM reads physical memory, all in one frame, of the stopped VM.
 func (v *VM) readRAM(addr uint64, b []byte) error {
-	if v.direct == nil {
+	f := paging.Frame(addr >> 12)
+	if !v.reaches(f) {
 		return v.readPhys(addr, b)
 	}
-	page, release, err := v.direct.page(paging.Frame(addr>>12), false)
+	page, release, err := v.direct.page(f, false)
 	if err != nil {
 		return err
 	}
@@ -273,9 +274,21 @@ type tables struct {
 	pages map[paging.Frame][]byte
 }
 
+// held is the memory of a stopped VM for a caller who holds v.mu.
+type held struct{ vm *VM }
+
+// Page implements [paging.Frames].
+func (h held) Page(f paging.Frame, writable bool) ([]byte, func(), error) {
+	if h.vm.reaches(f) {
+		return h.vm.direct.page(f, writable)
+	}
+	page := make([]byte, paging.PageSize)
+	return page, func() {}, h.vm.readPhys(uint64(f)<<12, page)
+}
+
 // Page implements [paging.Frames].
 func (t *tables) Page(f paging.Frame, writable bool) ([]byte, func(), error) {
-	if t.vm.direct != nil {
+	if t.vm.reaches(f) {
 		return t.vm.direct.page(f, writable)
 	}
 	page := t.pages[f]

@@ -293,6 +293,59 @@ func (v *VM) thaw(n int) error {
 	return v.settle()
 }
 
+// Who reads a page through the stub reads more, mostly: to stop the VM for each takes longer
+// than the reading. So it stays stopped for lingerFor after a page, but not for longer than
+// lingerMax at once; then it runs for lingerRest at least.
+const (
+	lingerFor  = 2 * time.Millisecond
+	lingerMax  = 50 * time.Millisecond
+	lingerRest = 10 * time.Millisecond
+)
+
+// A linger keeps a VM stopped between two reads.
+type linger struct {
+	on    bool
+	since time.Time // when it began, or ended
+	timer *time.Timer
+	turn  uint64 // counts lingers, so that a late timer ends none but its own
+}
+
+// linger keeps the VM, which is stopped, so for a moment.
+func (v *VM) linger() error {
+	l, now := &v.lingering, time.Now()
+	switch {
+	case !l.on && (v.frozen > 1 || v.trap != noTrap):
+		return nil // it is stopped for something else
+	case l.on && now.Sub(l.since) > lingerMax:
+		return v.endLinger()
+	case l.on:
+		l.timer.Reset(lingerFor)
+		return nil
+	case now.Sub(l.since) < lingerRest:
+		return nil
+	}
+	if err := v.freeze(); err != nil {
+		return err
+	}
+	l.on, l.since = true, now
+	l.turn++
+	turn := l.turn
+	l.timer = time.AfterFunc(lingerFor, func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if l.on && l.turn == turn {
+			_ = v.endLinger() // v.err has it
+		}
+	})
+	return nil
+}
+
+func (v *VM) endLinger() error {
+	v.lingering.timer.Stop()
+	v.lingering.on, v.lingering.since = false, time.Now()
+	return v.thaw(1)
+}
+
 // held calls f while the VM is stopped.
 func (v *VM) held(f func() error) error {
 	if err := v.freeze(); err != nil {

@@ -37,6 +37,13 @@ func (t Target) String() string {
 	return "qemu:" + t.Address
 }
 
+// Socket returns the address of the socket that a name as Dial takes it stands for, the
+// one that [Info] has.
+func Socket(name string) (string, error) {
+	t, err := parseName(name, new(Options))
+	return t.Address, err
+}
+
 // parseName parses a name as Dial takes it, and puts what its options say into
 // opts. The error wraps ErrTarget, and doesn't repeat the name.
 func parseName(name string, opts *Options) (Target, error) {

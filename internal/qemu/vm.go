@@ -35,7 +35,8 @@ type Info struct {
 	Version string // QEMU's, as in "7.2.22"
 	KVM     bool   // not TCG
 	VCPUs   int
-	// RAM is the size of the guest's memory in bytes, or 0 if QEMU didn't say.
+	// RAM is where the guest's memory ends, in bytes, or 0 if QEMU didn't say. There may be
+	// holes in it.
 	RAM uint64
 }
 
@@ -66,6 +67,8 @@ type VM struct {
 	hardware bool // Options.DebugRegisters
 	mon      *monitor
 	direct   directRAM // nil: memory goes through packets
+	whole    bool      // direct has all of system
+	system   ramMap    // the guest's memory proper
 
 	// mu guards the connection and all fields below, and the Driver's state as well,
 	// since a stop and its answer are one exchange on the connection. Only methods of
@@ -79,14 +82,15 @@ type VM struct {
 	closed  bool
 
 	// Running and stopping (run.go).
-	running bool      // as far as we know
-	reading bool      // somebody receives, without mu
-	reads   uint64    // counts those
-	breakin bool      // the VM has been told to stop
-	frozen  int       // Freezes without their Thaw
-	served  bool      // stops at breakpoints are for a Driver
-	trap    trapState // of the last such stop
-	trapOf  string    // its thread
+	running   bool   // as far as we know
+	reading   bool   // somebody receives, without mu
+	reads     uint64 // counts those
+	breakin   bool   // the VM has been told to stop
+	frozen    int    // Freezes without their Thaw
+	lingering linger
+	served    bool      // stops at breakpoints are for a Driver
+	trap      trapState // of the last such stop
+	trapOf    string    // its thread
 
 	// What the stub has been told (cpu.go, breaks.go, memory.go).
 	threads []string        // by number of vCPU

@@ -30,6 +30,9 @@ type Config struct {
 	Initrd string
 	Append string
 	MB     int // memory, default 64
+	// Machine is QEMU's, default "pc,memory-backend=ram"; the backend "ram" has the MB of
+	// memory.
+	Machine string
 	// NoGDB starts the VM without a gdbstub; Monitor can start one.
 	NoGDB bool
 	// Reboot lets the VM start anew when it is reset; without it QEMU ends.
@@ -83,6 +86,9 @@ func Start(tb testing.TB, c Config) *VM {
 	if c.Accel == "" {
 		c.Accel = "tcg"
 	}
+	if c.Machine == "" {
+		c.Machine = "pc,memory-backend=ram"
+	}
 	if c.MB == 0 {
 		c.MB = 64
 	}
@@ -112,7 +118,7 @@ func Start(tb testing.TB, c Config) *VM {
 	}
 	socket := func(path string) string { return "unix:" + path + ",server=on,wait=off" }
 	args := []string{
-		"-M", "pc,memory-backend=ram,accel=" + c.Accel, "-smp", strconv.Itoa(c.VCPUs), "-m", strconv.Itoa(c.MB),
+		"-M", c.Machine + ",accel=" + c.Accel, "-smp", strconv.Itoa(c.VCPUs), "-m", strconv.Itoa(c.MB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,share=on", c.MB, v.RAM),
 		"-nodefaults", "-no-user-config", "-display", "none", "-name", "qemutest",
 		"-kernel", c.Kernel, "-serial", socket(v.serial), "-monitor", socket(v.Monitor), "-qmp", socket(v.qmp),

@@ -28,8 +28,8 @@ const (
 	kindCleaned            // a slot is dead code again
 )
 
-// The state of a journal begins with how it is laid out: a checksum, which is not 0, and the
-// number of vCPUs. The engine's follows: one mark for each vCPU, and how many are in each
+// The state of a journal begins with how it is laid out: a checksum, which is not 0, the
+// number of vCPUs, and whether it was prepared before anything was done. The engine's follows: one mark for each vCPU, and how many are in each
 // slot. Then the driver's.
 const (
 	headSize = 16
@@ -77,20 +77,49 @@ func Create(dir, name string, guest journal.Identity, vcpus, driver int) (*Log, 
 		return nil, err
 	}
 	binary.LittleEndian.PutUint32(f.State()[4:], uint32(vcpus))
-	binary.LittleEndian.PutUint32(f.State(), layout()) // nothing in the guest was changed before
+	l := newLog(f, vcpus)
+	l.begin()
+	return l, nil
+}
+
+// Prepare is Create for somebody who first finds out what is to be written down. If he
+// dies before [Found] has begun, the journal says nothing, whatever records it has: to act
+// on half of what was found would hurt the guest.
+func Prepare(dir, name string, guest journal.Identity, vcpus, driver int) (*Log, error) {
+	f, err := journal.Create(dir, name, guest, stateSize(vcpus, driver))
+	if err != nil {
+		return nil, err
+	}
+	binary.LittleEndian.PutUint32(f.State()[8:], 1)
+	binary.LittleEndian.PutUint32(f.State()[4:], uint32(vcpus))
 	return newLog(f, vcpus), nil
 }
 
+// readable is a journal, whoever owns it.
+type readable interface {
+	Path() string
+	Owner() journal.Owner
+	State() []byte
+	Size() int64
+	Records(fn func(journal.Record) error) error
+}
+
+// begin says that what the journal has is whole: from now on the guest may be changed.
+func (l *Log) begin() { binary.LittleEndian.PutUint32(l.f.State(), layout()) }
+
+// Begun reports whether the guest may have been changed.
+func (l *Log) Begun() bool { return binary.LittleEndian.Uint32(l.f.State()) != 0 }
+
 // laidOut returns the number of vCPUs for which the state of f is laid out, or 0 if its owner
 // died before it had done that. It fails if this program doesn't understand it.
-func laidOut(f *journal.File) (vcpus int, err error) {
+func laidOut(f readable) (vcpus int, err error) {
 	b := f.State()
 	if len(b) < headSize {
 		return 0, fmt.Errorf("%s: %w: state of %d bytes", f.Path(), journal.ErrUnreadable, len(b))
 	}
 	switch sum := binary.LittleEndian.Uint32(b); sum {
 	case 0:
-		if f.Size() > 0 {
+		if f.Size() > 0 && binary.LittleEndian.Uint32(b[8:]) != 1 {
 			return 0, fmt.Errorf("%s: %w: it has records and no state", f.Path(), journal.ErrUnreadable)
 		}
 		return 0, nil
@@ -269,9 +298,9 @@ func decodeSlot(b []byte) (s slotAt, err error) {
 	return s, err
 }
 
-// load reads what the journal says.
-func (l *Log) load() error {
-	return l.f.Records(func(r journal.Record) error {
+// load reads what a journal says.
+func (l *Log) load(f readable) error {
+	return f.Records(func(r journal.Record) error {
 		err := error(nil)
 		switch r.Kind {
 		case kindBreak:

@@ -61,7 +61,7 @@ func TestToldLater(t *testing.T) {
 	_, err = l.Break(breakpoint.LeftBreak{Addr: 3, Insn: insn}, nil)
 	require.NoError(t, err)
 	again := newLog(l.f, 1)
-	require.NoError(t, again.load())
+	require.NoError(t, again.load(again.f))
 	var got []string
 	for addr := range again.breaks {
 		got = append(got, fmt.Sprint(addr))

@@ -14,9 +14,6 @@ import (
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
-// ErrOtherGuest: the guest that a journal is about isn't there any more.
-var ErrOtherGuest = errors.New("the journal is another guest's")
-
 // A Report says what a repair found.
 type Report struct {
 	Guest        journal.Identity
@@ -50,7 +47,11 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 		return r, f.Remove()
 	}
 	if now := Identity("", "", info); !r.Guest.Same(now) {
-		return r, fmt.Errorf("%s: %w: domain %d has UUID %x now; if the domain of before was destroyed remove the file", f.Path(), ErrOtherGuest, now.Domain, now.Handle)
+		// One domain at a time has an id: the journal's isn't there any more.
+		log.Warn("the journal of a domain that isn't there any more is removed: another domain has its id", "domain", r.Guest.Name,
+			"id", now.Domain, "owner", r.Owner.String(), "uuid", fmt.Sprintf("%x", r.Guest.Handle), "now", fmt.Sprintf("%x", now.Handle))
+		r.NothingThere = true
+		return r, f.Remove()
 	}
 	vcpus, err := laidOut(f)
 	if err != nil {
@@ -63,17 +64,41 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	case now > vcpus:
 		return r, fmt.Errorf("%s: %w: it is of a guest with %d vCPUs, and this one has %d", f.Path(), journal.ErrUnreadable, vcpus, now)
 	}
-	if err := l.load(); err != nil {
+	if err := l.load(f); err != nil {
 		return r, err
 	}
-	var breaks []breakpoint.LeftBreak
-	for _, b := range l.breaks {
-		breaks = append(breaks, b)
+	err = l.repair(ctx, hv, info, &r, log)
+	r.Took = time.Since(begin)
+	return r, err
+}
+
+// Found repairs a guest in which breakpoints were found that no journal knows of. l comes
+// from [Prepare], and the state of its driver from [xen.Stranger]. If Found fails, l is
+// hot, and what the next attempt needs, unless [Log.Begun] says that nothing was done.
+func Found(ctx context.Context, hv xen.Hypervisor, l *Log, breaks []breakpoint.LeftBreak, log *slog.Logger) (r Report, err error) {
+	begin := time.Now()
+	r.Guest, r.Owner = l.f.Guest(), l.f.Owner()
+	info, err := hv.Info()
+	if err != nil {
+		return r, err
 	}
+	for _, b := range breaks {
+		if _, err := l.Break(b, nil); err != nil {
+			return r, err
+		}
+	}
+	l.begin()
+	err = l.repair(ctx, hv, info, &r, log)
+	r.Took = time.Since(begin)
+	return r, err
+}
+
+// repair undoes what the journal says, and ends it.
+func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, info xenctrl.DomainInfo, r *Report, log *slog.Logger) (err error) {
+	left := l.left(l.DriverState())
+	breaks := left.Breaks
 	var slots []breakpoint.LeftSlot
-	var ends []uint64
 	for _, s := range l.slots {
-		ends = append(ends, s.Addr+uint64(s.Len))
 		s.Busy = l.counter(s.index)
 		slots = append(slots, s.LeftSlot)
 	}
@@ -95,26 +120,37 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	}
 
 	frames := xen.NewFrames(hv)
-	drv, others, err := adopt(hv, frames, info, xen.Left{State: l.DriverState(), Breaks: breaks, Gone: l.gone, Ends: ends})
+	drv, others, err := adopt(hv, frames, info, left)
 	if err != nil {
-		return r, errors.Join(err, frames.Close())
+		return errors.Join(err, frames.Close())
 	}
 	r.StillPaused = others > 0
 	e := breakpoint.New(drv, breakpoint.Config{Journal: l, Logger: log})
 	if r.Changed, err = e.Adopt(breaks, slots, marks); err != nil {
 		// The guest stays frozen, and has lost nothing.
-		return r, errors.Join(fmt.Errorf("find what was left in the guest: %w", err), frames.Close())
+		return errors.Join(fmt.Errorf("find what was left in the guest: %w", err), frames.Close())
 	}
 	if err := drv.Thaw(); err != nil {
-		return r, errors.Join(fmt.Errorf("resume the guest: %w", err), frames.Close())
+		return errors.Join(fmt.Errorf("resume the guest: %w", err), frames.Close())
 	}
 	err = leave(ctx, e)
 	if e.Left() {
 		r.Changed = errors.Join(r.Changed, err)
-		err = f.Remove()
+		err = l.f.Remove()
 	}
-	r.Took = time.Since(begin)
-	return r, errors.Join(err, frames.Close())
+	return errors.Join(err, frames.Close())
+}
+
+// left is what the journal says that a driver has to know.
+func (l *Log) left(state []byte) xen.Left {
+	left := xen.Left{State: state, Gone: l.gone}
+	for _, b := range l.breaks {
+		left.Breaks = append(left.Breaks, b)
+	}
+	for _, s := range l.slots {
+		left.Ends = append(left.Ends, s.Addr+uint64(s.Len))
+	}
+	return left
 }
 
 // adopt takes the dead process' place.

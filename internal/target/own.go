@@ -146,26 +146,37 @@ func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Rep
 // written down the VM is probed all the same.
 func (g *qemuGuest) own(s Setup) (*journal.File, error) {
 	i := g.VM.Info()
-	id := journal.Identity{Name: g.info.Name, Kind: "qemu", Handle: []byte(i.UUID)}
-	name := "qemu:" + i.Socket
-	for range 3 {
+	return ownVM(i.Socket, journal.Identity{Name: g.info.Name, Kind: "qemu", Handle: []byte(i.UUID)}, s.log())
+}
+
+// ownVM makes this process the owner of the VM with that socket, in its journal.
+func ownVM(socket string, id journal.Identity, log *slog.Logger) (*journal.File, error) {
+	name := vmJournal(socket)
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
 		f, err := journal.Create(JournalDir(), name, id, 0)
+		if errors.Is(err, journal.ErrHot) {
+			_, err = Recover(context.Background(), journal.Path(JournalDir(), name), log)
+			if err == nil || errors.Is(err, fs.ErrNotExist) { // somebody else has
+				continue
+			}
+		}
 		var busy *journal.BusyError
 		switch {
 		case err == nil:
 			return f, nil
-		case errors.As(err, &busy):
+		case !errors.As(err, &busy):
+			log.Debug("not written down who owns the VM", "err", err)
+			return nil, nil
+		// Else it is written down in a moment who that is.
+		case lives(busy.Owner) || time.Since(begin) > writtenFor:
 			return nil, owned(busy)
-		case errors.Is(err, journal.ErrHot):
-			if _, err := Recover(context.Background(), journal.Path(JournalDir(), name), s.log()); err == nil || errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
 		}
-		s.log().Debug("not written down who owns the VM", "err", err)
-		break
 	}
-	return nil, nil
 }
+
+// writtenFor bounds how long a process may take to write down that it owns a VM, or that
+// nobody does any more.
+const writtenFor = 2 * time.Second
 
 // owner is the driver of a guest whose owner is written down, until it is left.
 type owner struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/journal"
@@ -34,8 +35,11 @@ func openQEMU(ctx context.Context, name string) (Guest, error) {
 
 // ownedVM says who is attached to a VM, if that is known; else it returns err.
 func ownedVM(name string, err error) error {
-	socket, _, _ := strings.Cut(strings.TrimPrefix(name, "qemu:"), "?")
-	path := journal.Path(JournalDir(), "qemu:"+socket)
+	socket, serr := qemu.Socket(name)
+	if serr != nil {
+		return err
+	}
+	path := journal.Path(JournalDir(), vmJournal(socket))
 	entries, lerr := journal.List(JournalDir())
 	if lerr != nil {
 		return err
@@ -46,6 +50,17 @@ func ownedVM(name string, err error) error {
 		}
 	}
 	return err
+}
+
+// vmJournal is the name of a VM's journal, by the address of the gdbstub's or the
+// monitor's socket, whatever folder the tool was in that named it.
+func vmJournal(socket string) string {
+	if strings.HasPrefix(socket, ".") {
+		if path, err := filepath.Abs(socket); err == nil {
+			socket = path
+		}
+	}
+	return "qemu:" + socket
 }
 
 // qemuName returns a name that no other VM of this machine has. Whoever starts QEMU
@@ -64,6 +79,9 @@ func (g *qemuGuest) Info() Info { return g.info }
 
 // Attach implements [Guest].
 func (g *qemuGuest) Attach(ctx context.Context, k Setup) (Driver, error) {
+	if k.Watchdog != 0 {
+		return nil, fmt.Errorf("%w: the guest isn't one of Xen's, and has no guardian", ErrNoWatchdog)
+	}
 	own, err := g.own(k)
 	if err != nil {
 		return nil, known("", err)
@@ -94,8 +112,7 @@ func (g *qemuGuest) CPUs() ([]linux.CPU, error) {
 	return cpus, nil
 }
 
-// PhysicalPages implements [Sized]. Memory beyond 3 GiB has a hole before it: the
-// size is of the RAM alone then.
+// PhysicalPages implements [Sized].
 func (g *qemuGuest) PhysicalPages() (uint64, error) {
 	return g.VM.Info().RAM / paging.PageSize, nil
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,6 +26,12 @@ func TestQEMUName(t *testing.T) {
 	} {
 		assert.Equal(t, test.want, qemuName(test.info))
 	}
+}
+
+// TestQEMUWatchdog: a VM has no guardian, and so no watchdog.
+func TestQEMUWatchdog(t *testing.T) {
+	_, err := new(qemuGuest).Attach(t.Context(), Setup{Watchdog: time.Minute})
+	assert.ErrorIs(t, err, ErrNoWatchdog)
 }
 
 // TestQEMUErrors: what stands in the way has the same sentinel as with Xen, and says

@@ -3,11 +3,13 @@ package target
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
@@ -15,6 +17,7 @@ import (
 const (
 	Served   = "served"   // its owner lives
 	Left     = "left"     // its owner died, and it is not repaired
+	Repaired = "repaired" // its owner died, and somebody repairs it at this moment
 	Paused   = "paused"   // by somebody who is no owner
 	Debugged = "debugged" // by a tool that keeps no journal
 	Unknown  = "unknown"  // its journal can't be read
@@ -27,6 +30,7 @@ type State struct {
 	State   string
 	Owner   string // a program, "" if none is known
 	Journal string // path
+	Note    string // what else is known of a guest without a journal
 }
 
 // Status returns the guests of this host that are not just running. Without Xen these are
@@ -46,6 +50,8 @@ func Status() (guests []State, errs error) {
 				errs = errors.Join(errs, e.Err)
 			case e.Hot:
 				s.State = Left
+			case !lives(e.Owner):
+				s.State = Repaired
 			}
 			if e.Guest.Kind != "qemu" {
 				known[xenctrl.DomID(e.Guest.Domain)] = true
@@ -94,9 +100,21 @@ func foreign(known map[xenctrl.DomID]bool) (guests []State, err error) {
 		if s.Name, err = store.DomainName(d.ID); err != nil || s.Name == "" {
 			s.Name = domainJournal(d.ID)
 		}
+		s.Note = note(xen.Live(h, d.ID), d)
 		guests = append(guests, s)
 	}
 	return guests, nil
+}
+
+// note says where the vCPUs of a domain stand that is paused or debugged.
+func note(hv xen.Hypervisor, d xenctrl.DomainInfo) string {
+	g := newXen(hv, d)
+	defer g.Cache.Close() //nolint:errcheck // mappings to read from
+	var at []string
+	for _, s := range g.standing(nil) {
+		at = append(at, fmt.Sprintf("vCPU %d stands at the int3 at %#x", s.VCPU, s.Addr))
+	}
+	return strings.Join(at, ", ")
 }
 
 // RecoverGuest repairs a guest whose owner died, by its name, its domain's id, or the

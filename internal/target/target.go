@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/qemu"
@@ -30,7 +31,8 @@ var (
 	ErrNotFound      = sentinel.New("no such domain", fs.ErrNotExist)
 	ErrBusy          = errors.New("another tool is attached to the guest")
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
-	ErrPaused        = errors.New("the domain is paused, and no tool has left it so: unpause it first (xl unpause)")
+	ErrNoWatchdog    = errors.New("no watchdog can be had")
+	ErrPaused        = errors.New("the domain is paused, and no tool has left it so, as far as is known: unpause it first (xl unpause)")
 	ErrPermission    = sentinel.New("this program may not look into the guest", fs.ErrPermission)
 )
 
@@ -98,9 +100,13 @@ type Setup struct {
 	BannerAddr uint64
 	Banner     []byte
 	BuildID    string // of the kernel, in hexadecimal digits
-	// Guardian is called before anything in the guest is changed, when there is a
-	// journal: it sees to it that somebody repairs the guest should this process die.
-	Guardian func() error
+	// Guardian is called before anything in the guest is changed, with the path of its
+	// journal, if it has one by which somebody else can repair it: it sees to it that
+	// somebody does should this process die.
+	Guardian func(journal string) error
+	// Watchdog: Guardian has to see to it, too, should this process not answer for so
+	// long. Attach fails with ErrNoWatchdog if Guardian isn't to be called.
+	Watchdog time.Duration
 	Logger   *slog.Logger
 }
 

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
 	"github.com/vmprobes/vmprobes/internal/sentinel"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
@@ -156,7 +157,7 @@ func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 		return nil, ErrPaused
 	}
 	if s.Guardian != nil {
-		if err := s.Guardian(); err != nil {
+		if err := s.Guardian(journal.Path(journalDir, domainJournal(g.dom.ID))); err != nil {
 			return nil, err
 		}
 	}

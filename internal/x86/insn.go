@@ -158,10 +158,10 @@ var emulatePrefixes = [...][5]byte{
 	{0x0f, 0x0b, 'k', 'v', 'm'},
 }
 
-// unitLen returns the length in bytes of what Linux' decoder takes for one
+// UnitLen returns the length in bytes of what Linux' decoder takes for one
 // instruction at the start of code: an instruction with its emulate prefix, if it has
 // one.
-func unitLen(code []byte) (int, error) {
+func UnitLen(code []byte) (int, error) {
 	n := 0
 	for _, p := range emulatePrefixes {
 		if bytes.HasPrefix(code, p[:]) {
@@ -184,7 +184,7 @@ func FindBoundary(code []byte, start, target uint64) error {
 			ErrNotBoundary, target, len(code), start)
 	}
 	for at := uint64(0); at < off; {
-		n, err := unitLen(code[at:])
+		n, err := UnitLen(code[at:])
 		if err != nil {
 			return fmt.Errorf("%w: %#x cannot be reached from %#x: at %#x: %w",
 				ErrNotBoundary, target, start, start+at, err)

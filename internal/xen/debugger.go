@@ -239,6 +239,7 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 
 // poll returns one stop, if there is one.
 func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
+	d.beat()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.first) > 0 {

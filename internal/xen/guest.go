@@ -25,7 +25,8 @@ var (
 		"it needs HAP (EPT or NPT) and, from Xen 4.22 on, CONFIG_VM_EVENT=y")
 	// ErrBusy: somebody else debugs or monitors the guest.
 	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed, and keeps no journal, its " +
-		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there)")
+		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there), " +
+		"and repair it from its kernel's file (vmprobes recover GUEST --from FILE)")
 )
 
 // Config is what OpenDebugger and OpenMonitor may be told. All of it is optional.
@@ -84,6 +85,7 @@ func (g *guest) SetKernelRoot(r paging.Root) {
 
 // Freeze implements breakpoint.Driver.
 func (g *guest) Freeze() error {
+	g.beat()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return mapErr(g.account(intentPause, g.hv.Pause, &g.frozen, 1))
@@ -177,6 +179,7 @@ const int3 = 0xcc
 // InsertBreak implements breakpoint.Driver. One byte changes: whatever stands
 // behind it stays a boundary only where it was one.
 func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
+	g.beat()
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	if g.breaks[addr] != nil {
@@ -203,6 +206,7 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 
 // RemoveBreak implements breakpoint.Driver.
 func (g *guest) RemoveBreak(addr uint64) error {
+	g.beat()
 	g.breaksMu.Lock()
 	defer g.breaksMu.Unlock()
 	p := g.breaks[addr]

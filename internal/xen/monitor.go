@@ -223,6 +223,7 @@ func (m *MonitorRoute) isLeft() bool {
 
 // poll returns one stop, if there is one.
 func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
+	m.beat()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.left {

@@ -16,6 +16,7 @@ import (
 // in memory that outlives the process: a driver works on it, and so pays nothing for it.
 // Writer and reader are the same version of the same program, on the same machine.
 type shared struct {
+	beats    atomic.Uint64 // see Beats
 	intent   intent
 	frozen   int         // Freezes without their Thaw
 	owed     int         // Debugger's
