@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"compress/zlib"
 	"encoding/binary"
+	"encoding/hex"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -375,6 +377,29 @@ func TestKdump(t *testing.T) {
 	_, err := New(bytes.NewReader(b), int64(len(b)), nil)
 	require.ErrorIs(t, err, ErrUnsupported)
 	require.ErrorContains(t, err, "--reassemble")
+}
+
+// TestKdumpLZO has a page as lzop packs it (busybox's, with matches of all kinds).
+func TestKdumpLZO(t *testing.T) {
+	var want []byte
+	for i := 0; len(want) < 4096; i++ {
+		want = fmt.Appendf(want, "line %d of a page\n", i*i%97)
+	}
+	want = want[:4096]
+	packed, err := hex.DecodeString("00056c696e652030206f66206120706167650a6c696e6520312e4100342e4100392e420031362e460032352e4500332f8d00342f1d01362fa901382f" +
+		"3502332e6101322fd20034372e8e0037322e44002f4100332fa501362f8d00393054032f3902373040052f1d01352fd500393074042f5903392f8502" +
+		"34301c012fd500352f3d02382e2d04362f5903322f0505382fd500352fa901322fa103383088072f1103332ff501312f8d00382f7904362f4500342f" +
+		"8502332f3d02312f8c002f1901392f4d05382f8102372f590337308c002f1d013730440030d4002f640130f4013084022f1003309c03302c0430bc04" +
+		"304c0530dc05306c0630fd063630fc062f580330ac08303c0930cc09305c0a30ec0a2f880730050c392fe80a31240d2f1103342fd40030d40e30650f" +
+		"312f100a308510332f640830a41130341230c41230a8012f4400306c1430fc142f340230141630a41630341730c41730541830e4182fa4082fd4052f" +
+		"60062f84132f84002f0c012f940130200230b00230400330d00330600430f0042f7c053008063098062000000000000000003a081b110000")
+	require.NoError(t, err)
+	b := kdumpFile{pieces: []piece{{0x1000, page(1)}}}.bytes(t)
+	desc := len(b) - 4096 - 24
+	le.PutUint32(b[desc+8:], uint32(len(packed)))
+	le.PutUint32(b[desc+12:], kdumpLZO)
+	copy(b[len(b)-4096:], packed)
+	same(t, open(t, b, nil), piece{0x1000, want})
 }
 
 // TestFlattenedCore: what is flattened may be an ELF core (makedumpfile -F -E).

@@ -101,7 +101,7 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		return nil, errs
 	}
 	k := running(found)
-	k.checkHoles(m.(Scanner))
+	k.checkHole(m.(Scanner))
 	return k, nil
 }
 

@@ -6,10 +6,10 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// checkHoles compares where a flat image has its memory with where the kernel says that
+// checkHole compares where a flat image has its memory with where the kernel says that
 // its memory ends (max_pfn, arch/x86/kernel/setup.c). A flat image with a hole that the
 // machine doesn't have gives the wrong pages from 4 GiB on, or none.
-func (k *Kernel) checkHoles(m Scanner) {
+func (k *Kernel) checkHole(m Scanner) {
 	const fourGiB = 4 << 30 / paging.PageSize
 	total, end, runs := uint64(0), uint64(0), 0
 	for first, count := range m.Ranges() {
