@@ -78,7 +78,7 @@ func TestAttachable(t *testing.T) {
 	}{
 		"runs":                         {cpuTime: 1},
 		"runs, of an unknown kernel":   {cpuTime: 1, unknown: true},
-		"paused by xl":                 {flags: paused, cpuTime: 1, err: ErrPaused, says: "no tool has left it so: unpause it first"},
+		"paused by xl":                 {flags: paused, cpuTime: 1, err: ErrPaused, says: "no tool has left it so, as far as is known: unpause it first"},
 		"paused by a debugger's event": {flags: paused | debugged, cpuTime: 1, err: ErrBusy, says: "leave it so"},
 		"debugged":                     {flags: debugged, cpuTime: 1, err: ErrBusy},
 		"created paused":               {flags: paused},
