@@ -688,7 +688,7 @@ func (k *Kernel) findTypes() (*ktype.Types, error) {
 		if err != nil {
 			return nil, err
 		}
-		k.explain("types", nil, k.typesWhy+why, "%s, as given", k.givenTypes.Source())
+		k.explain("types", nil, why, "%s, as given", k.givenTypes.Source())
 		return k.givenTypes, nil
 	}
 	t, err := k.ownTypes()
