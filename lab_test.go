@@ -918,7 +918,19 @@ func TestChild(t *testing.T) {
 	if end == "alone" { // nobody takes over from it, and all it has is emulated
 		s, err := vmprobes.Open(t.Context(), p.DomainName, &vmprobes.Options{NoGuardian: true})
 		require.NoError(t, err)
-		require.NoError(t, s.Register(p))
+		begin, err := s.Lookup(probed)
+		require.NoError(t, err)
+		code := make([]byte, 128)
+		_, err = s.ReadMemory(begin, code)
+		require.NoError(t, err)
+		for at := 0; ; { // nothing that is executed in a copy
+			in, err := x86.Decode(code[at:])
+			require.NoError(t, err)
+			if p.Offset = uint64(at); in.Len > 1 && !in.IsNop() && in.CanEmulate() && !in.MemoryOperand() && s.Register(p) == nil {
+				break
+			}
+			at += in.Len
+		}
 		fmt.Println("armed")
 		require.NoError(t, s.Loop(t.Context()))
 		return

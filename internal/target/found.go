@@ -203,6 +203,13 @@ func (f *Found) unclear() (errs error) {
 		}
 		errs = errors.Join(errs, fmt.Errorf("int3 at %#x (%s): %s", p.Addr, p.Where, p.Why))
 	}
+	for i, p := range f.Text.Copies {
+		if i == most {
+			errs = errors.Join(errs, fmt.Errorf("and %d more copies of code", len(f.Text.Copies)-most))
+			break
+		}
+		errs = errors.Join(errs, fmt.Errorf("code was put at %#x (%s), where the kernel has none: whether a vCPU or a task comes back to it, and where that leads, isn't known", p.Addr, p.Where))
+	}
 	if f.Text.Unread > 0 {
 		errs = errors.Join(errs, fmt.Errorf("%d bytes of the kernel's text can't be read", f.Text.Unread))
 	}

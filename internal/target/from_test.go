@@ -136,6 +136,10 @@ func TestRecoverFrom(t *testing.T) {
 			s.monitor = true
 			at("vfs_read")[5], at("vfs_open")[5], at("vfs_open")[6] = 0xcc, 0xcc, at("vfs_open")[6]+1
 		}, force: true, breaks: 1},
+		"a copy of an instruction": {left: func(s *standing, at func(string) []byte) {
+			s.monitor = true
+			copy(at("__entry_text_end")[100:], "\x41\x54")
+		}, err: ErrUnclear},
 		"a step": {left: func(s *standing, at func(string) []byte) {
 			s.monitor, at("vfs_read")[5] = true, 0xcc
 			s.cpu.RFLAGS |= 1 << 8
