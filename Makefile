@@ -218,7 +218,7 @@ GUESTS = .
 lab-test: lab-build
 	@for h in $(HOSTS); do \
 		echo "== lab: $$h, guests $(GUESTS)"; \
-		$(IN_LAB) $$h --timeout 80m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 80m -test.run "$(or $(TESTS),$$(tools/labtests $$h))/($(GUESTS))" || exit 1; \
+		$(IN_LAB) $$h --timeout 120m --kernels 6.1,6.12 $(FILES) -- bin/vmprobes.test -test.v -test.timeout 120m -test.run "$(or $(TESTS),$$(tools/labtests $$h))/($(GUESTS))" || exit 1; \
 	done
 
 # Ours beside a minimal C loop, in one boot.
