@@ -67,10 +67,10 @@ func TestLabFaults(t *testing.T) {
 				{"Unpause", []string{pv}, []string{pv}, testUnpause},
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
-				{"FromFile", both, []string{pv}, testFromFile},
 				{"Stopped", both, both, testStoppedTool},
 				{"OpenAtOnce", []string{pv}, []string{pv}, testOpenAtOnce},
 				{"Killed", both, both, testKilledTool},
+				{"FromFile", both, []string{pv}, testFromFile},
 			} {
 				t.Run(c.name, func(t *testing.T) {
 					skip(t, c.hosts, c.short)
