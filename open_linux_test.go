@@ -72,9 +72,10 @@ func TestOpenErrorText(t *testing.T) {
 		"file:" + text + "/x":               "not a directory",
 		"file:" + dir:                       "memory image can't be read as it is: neither a file nor a block device",
 		"file:" + file("empty", ""):         "malformed memory image: empty",
-		"file:" + text + "?bogus":           `option "bogus": want raw, hole=pc or hole=q35`,
+		"file:" + text + "?bogus":           `option "bogus": want raw, hole=pc, hole=q35, hole=ADDRESS (of a page below 4 GiB, such as 0xc0000000) or skip=BYTES`,
 		"file:" + text: "no Linux kernel found: has the guest booted? (there are no vCPU registers); " +
-			"no crash dump information (vmcoreinfo) in memory",
+			"no crash dump information (vmcoreinfo) in memory; a flat file of 0x6 bytes, which is no multiple of a page: " +
+			"it is cut short, or something else is before or behind the memory",
 	} {
 		prefix := ": open: "
 		if name != "" {
