@@ -9,8 +9,10 @@ TOOL        = $(GO) tool -modfile=tools/go.mod
 LAB         = bin/lab
 # The lab calls plain "go", and tools/go may have found one that isn't on PATH.
 RUN_LAB     = PATH="$(dir $(GO)):$$PATH" $(LAB)
-# Hosts of the lab.
+# Hosts of the lab. Those of LATER_HOSTS have Debian 13's Xen: make test-all runs on them
+# too, unless it is told HOSTS.
 HOSTS       = pv pv-stock hvm hvm-amd
+LATER_HOSTS = pv-stock-4.20 hvm-4.20 pv-4.20
 FUZZTIME    = 20s
 
 # What the machine must have, as Debian packages: a compiler for cgo, objdump as
@@ -24,7 +26,7 @@ help:
 	@echo 'make demo        boot Linux in QEMU, run vmprobebio on it'
 	@echo 'make demo-xen    the same with a PV guest on a real Xen (HOST=hvm: PVH)'
 	@echo 'make test        check, then QEMU guests and the lab in short, and fuzz beside them'
-	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab'
+	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab, $(LATER_HOSTS) too'
 	@echo 'make check       what needs no emulator (6 minutes)'
 	@echo 'make test-oracles  what needs debug kernels, pahole and bpftool (300 MB to fetch)'
 	@echo 'make test-qemu   Linux guests in QEMU'
@@ -53,7 +55,7 @@ deps-lab: deps-check $(LAB)
 
 # --- without an emulator
 
-.PHONY: check build lint vet-all unit headers
+.PHONY: check build lint vet-all unit headers headers-all
 check: deps-check lint build headers unit
 
 build:
@@ -80,6 +82,14 @@ vet-all: deps-go
 # doesn't notice when headers are installed.
 headers:
 	$(GO) test -count=1 -tags xenheaders ./xenctrl
+
+# And against those of each release of Xen that the lab has.
+XEN_RELEASES = 4.17 4.20
+headers-all: deps-lab
+	@for r in $(XEN_RELEASES); do \
+		dir=$$($(RUN_LAB) headers $$r) && echo "== Xen $$r: $$dir" && \
+		CGO_CFLAGS="-I$$dir" $(GO) test -count=1 -tags xenheaders ./xenctrl || exit 1; \
+	done
 
 unit: export VMPROBES_REQUIRE_LAB =
 unit: export VMPROBES_REQUIRE_QEMU =
@@ -174,7 +184,8 @@ test: check
 test-emulators: test-qemu
 	@$(MAKE) lab-short
 
-test-all: vet-all lab-test lab-image
+test-all: HOSTS := $(HOSTS) $(LATER_HOSTS)
+test-all: vet-all headers-all lab-test lab-image
 	@$(MAKE) test-qemu QEMU_GUESTS=.
 	VMPROBES_REQUIRE_LAB= VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./internal/qemu
 

@@ -45,6 +45,9 @@ var (
 	ErrDomainGone = breakpoint.ErrGone
 	// ErrBusy: another tool debugs or monitors the guest.
 	ErrBusy = target.ErrBusy
+	// ErrDetached: another debugger has come to a PV guest, and with its going detached
+	// the Session, which has attached again. Hits may have been lost to the guest.
+	ErrDetached = xen.ErrDetached
 	// ErrNoGDBSX: this Xen can't stop a PV guest at a breakpoint.
 	ErrNoGDBSX = xen.ErrNoGDBSX
 	// ErrNoMonitor: this Xen can't stop an HVM or PVH guest at a breakpoint.

@@ -218,7 +218,7 @@ func TestLabCoexist(t *testing.T) {
 		if cfg.VCPUs < 2 {
 			continue
 		}
-		if labguest.Host() == "pv" {
+		if labguest.Is("pv") {
 			cfg.Extra = onOneProcessor
 		}
 		t.Run(guestName(cfg), func(t *testing.T) { testCoexist(startGuest(t, cfg)) })
@@ -248,7 +248,7 @@ func testCoexist(t labTest) {
 	// Under QEMU each hit of a PV guest takes milliseconds, and what the guest does
 	// beside the load waits for those of the load as well.
 	rest := 0
-	if labguest.Host() == "pv" {
+	if labguest.Is("pv") {
 		rest = 3
 	}
 	began := time.Now()

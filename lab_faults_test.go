@@ -68,9 +68,9 @@ func TestLabFaults(t *testing.T) {
 				{"RefusedRegisters", []string{pv}, []string{pv}, testRefusedRegisters},
 				{"Checkpoint", both, []string{pv}, testCheckpoint},
 				{"FromFile", both, []string{pv}, testFromFile},
-				{"Killed", both, both, testKilledTool},
 				{"Stopped", both, both, testStoppedTool},
 				{"OpenAtOnce", []string{pv}, []string{pv}, testOpenAtOnce},
+				{"Killed", both, both, testKilledTool},
 			} {
 				t.Run(c.name, func(t *testing.T) {
 					skip(t, c.hosts, c.short)
@@ -547,7 +547,7 @@ func testCheckpoint(t labTest) {
 // whether its guest runs on within a second, without anybody's help. In every fourth round
 // the guardian is killed first: then the next tool that opens the guest repairs it.
 func testKilledTool(t labTest) {
-	rounds := map[bool]int{true: 200, false: 50}[labguest.Host() == "pv"]
+	rounds := map[bool]int{true: 200, false: 50}[labguest.Is("pv")]
 	if testing.Short() {
 		rounds = 4
 	}

@@ -41,6 +41,9 @@ func (t labTest) untouched(compare func() *kerneltext.Report) {
 		assert.NoError(t, r.Rewriting, when)
 	}
 	check("idle")
+	if testing.Short() {
+		return
+	}
 	t.ask("event sched on") // static keys, static calls
 	check("with events on")
 	t.ask("ftrace %s", probed)
@@ -58,8 +61,10 @@ func (t labTest) untouched(compare func() *kerneltext.Report) {
 // kernel's file.
 func testFromFile(t labTest) {
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	packed := filepath.Join(filepath.Dir(t.g.KernelPath()), "vmlinuz")
-	file := packed // which takes long to unpack here
+	file := t.g.KernelPath()
+	if !testing.Short() {
+		file = filepath.Join(filepath.Dir(file), "vmlinuz") // takes long to unpack here: once is enough
+	}
 	t.untouched(func() *kerneltext.Report {
 		f, err := target.RecoverFrom(t.Context(), t.g.Name(), file, false, log)
 		require.NoError(t, err)
@@ -67,7 +72,6 @@ func testFromFile(t labTest) {
 		file = t.g.KernelPath()
 		return f.Text
 	})
-	require.NotEqual(t, packed, file)
 	for _, k := range labguest.Kernels() {
 		if other := strings.Replace(file, t.cfg.Kernel, k, 1); other != file {
 			_, err := target.RecoverFrom(t.Context(), t.g.Name(), other, false, log)
@@ -79,7 +83,7 @@ func testFromFile(t labTest) {
 
 	rounds := map[bool]int{true: 20, false: 5}[labguest.Host() == "pv"]
 	if testing.Short() {
-		rounds = 4
+		rounds = 2 // each takes a minute on a busy machine
 	}
 	if n, err := strconv.Atoi(os.Getenv("VMPROBES_TEST_ROUNDS")); err == nil {
 		rounds = n
@@ -123,13 +127,15 @@ func testFromFile(t labTest) {
 			assert.Equal(t, target.Debugged, guests[0].State)
 			t.Log(guests[0])
 		}
-		seen, err := target.Inspect(t.Context(), t.g.Name(), log)
-		require.NoError(t, err)
-		assert.True(t, seen.Hurt())
-		t.Log(strings.Join(seen.Lines(), "\n"))
-		require.NotNil(t, seen.Text, "%v", seen.TextErr)
-		require.Len(t, seen.Text.Breaks, 1)
-		assert.Contains(t, seen.Text.Breaks[0].Where, probed+"+0x")
+		if i == 0 {
+			seen, err := target.Inspect(t.Context(), t.g.Name(), log)
+			require.NoError(t, err)
+			assert.True(t, seen.Hurt())
+			t.Log(strings.Join(seen.Lines(), "\n"))
+			require.NotNil(t, seen.Text, "%v", seen.TextErr)
+			require.Len(t, seen.Text.Breaks, 1)
+			assert.Contains(t, seen.Text.Breaks[0].Where, probed+"+0x")
+		}
 
 		began := time.Now()
 		f, err := target.RecoverFrom(t.Context(), t.g.Name(), file, false, log)

@@ -20,13 +20,14 @@ import (
 
 // Options configures Open. The zero value, and nil, mean defaults.
 type Options struct {
-	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz,
-	// its System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed
-	// or not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
-	// configuration says, else the guest's own table, found in its memory; if it has
-	// none, the file that it was booted from, or one of its release in /boot,
-	// /usr/lib/modules or /usr/lib/debug. This and the next three are those of [xenaccess.Options]. A file
-	// that is named here and is of no use fails Open.
+	// Symbols is a file with the guest kernel's symbols: its vmlinux or vmlinuz, its
+	// System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed or
+	// not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS,
+	// else what the configuration says, else the guest's own table, found in its memory;
+	// if it has none, the file that Types names, the one that it was booted from, or one
+	// of its release in /boot, /usr/lib/modules or /usr/lib/debug. This and the next
+	// three are those of [xenaccess.Options]. A file that is named here and is of no use
+	// fails Open.
 	Symbols string
 	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
 	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel are

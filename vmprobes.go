@@ -49,6 +49,9 @@ import (
 // guest's memory is, debugregs takes the CPU's debug registers under KVM, timeout=30s
 // bounds QEMU's answers, gdb=SOCKET is where a monitor makes the stub's socket.
 // "file:PATH" is a saved image, which has no probes. A nil opts means defaults.
+//
+// A domain that is paused is refused with ErrDomainPaused, but for a PV guest that was
+// created paused and has not run yet: its probes are hit from its first instruction on.
 func Open(ctx context.Context, name string, opts *Options) (*Session, error) {
 	s, err := open(ctx, name, opts)
 	if err != nil {
@@ -106,6 +109,9 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	}
 	drv, err := g.Attach(ctx, setup)
 	if err != nil {
+		if errors.Is(err, linux.ErrNotInPlace) && guest.Err() != nil {
+			err = fmt.Errorf("%w; %w", err, guest.Err())
+		}
 		return nil, err
 	}
 	s := newSession(g.Info(), drv, k, guest.Err(), opts, g.Close)
@@ -119,7 +125,12 @@ func known(k *linux.Kernel) (known target.Setup) {
 	if k == nil {
 		return known
 	}
-	known.Root, known.BuildID = k.Root(), k.BuildID()
+	known.BuildID = k.BuildID()
+	if root, own := k.Settled(); own {
+		known.Root = root
+	} else {
+		known.Roots = k.Settled
+	}
 	known.Lookup = func(name string) (uint64, bool) {
 		sym, err := k.Symbols().Lookup(name)
 		return sym.Addr, err == nil

@@ -14,12 +14,14 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vmprobes/vmprobes/lab/internal/aptsrc"
 )
 
 // debPackage is a binary package at the version apt would install.
 type debPackage struct {
+	apt     *apt
 	Name    string
 	Version string
 	Size    string
@@ -48,14 +50,14 @@ func lastLines(s string, n int) string {
 
 // candidates returns the packages as apt's lists have them. It needs no
 // network.
-func candidates(ctx context.Context, names ...string) ([]debPackage, error) {
-	out, err := output(ctx, "", "apt-cache", append([]string{"show", "--no-all-versions"}, names...)...)
+func (a *apt) candidates(ctx context.Context, names ...string) ([]debPackage, error) {
+	out, err := output(ctx, "", "apt-cache", append(append(a.options()[1:], "show", "--no-all-versions"), names...)...)
 	if err != nil {
-		return nil, fmt.Errorf("%w\n(is \"apt-get update\" due? The lab needs the packages of Debian 12)", err)
+		return nil, fmt.Errorf("%w\n(%s)", errors.Join(a.outdated, err), a.hint())
 	}
 	var pkgs []debPackage
 	for stanza := range strings.SplitSeq(out, "\n\n") {
-		var p debPackage
+		p := debPackage{apt: a}
 		for line := range strings.Lines(stanza) {
 			field, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
 			switch field {
@@ -75,7 +77,7 @@ func candidates(ctx context.Context, names ...string) ([]debPackage, error) {
 	}
 	for _, name := range names {
 		if !slices.ContainsFunc(pkgs, func(p debPackage) bool { return p.Name == name }) {
-			return nil, fmt.Errorf("apt knows no package %s (is \"apt-get update\" due? The lab needs the packages of Debian 12)", name)
+			return nil, fmt.Errorf("apt knows no package %s (%s)", name, a.hint())
 		}
 	}
 	return pkgs, nil
@@ -83,9 +85,17 @@ func candidates(ctx context.Context, names ...string) ([]debPackage, error) {
 
 var kernelPackage = regexp.MustCompile(`\blinux-image-[0-9][^\s,|]*`)
 
+// hint says what may help when a package isn't found or can't be fetched.
+func (a *apt) hint() string {
+	if a.dir == "" {
+		return "is \"apt-get update\" due? The lab needs the packages of " + a.debian.name
+	}
+	return fmt.Sprintf("remove %s to have the lists of %s fetched again", a.dir, a.debian.name)
+}
+
 // kernelCandidate returns the kernel package that a meta package stands for.
-func kernelCandidate(ctx context.Context, meta string) (debPackage, error) {
-	pkgs, err := candidates(ctx, meta)
+func (a *apt) kernelCandidate(ctx context.Context, meta string) (debPackage, error) {
+	pkgs, err := a.candidates(ctx, meta)
 	if err != nil {
 		return debPackage{}, err
 	}
@@ -93,7 +103,7 @@ func kernelCandidate(ctx context.Context, meta string) (debPackage, error) {
 	if name == "" {
 		return debPackage{}, fmt.Errorf("package %s names no kernel (it depends on %q)", meta, pkgs[0].Depends)
 	}
-	if pkgs, err = candidates(ctx, name); err != nil {
+	if pkgs, err = a.candidates(ctx, name); err != nil {
 		return debPackage{}, err
 	}
 	return pkgs[0], nil
@@ -115,7 +125,7 @@ func (c *cache) fetch(ctx context.Context, pkgs []debPackage) (map[string]string
 		}
 		progress("fetch %s %s (%s bytes)", p.Name, p.Version, p.Size)
 		if err := c.fetchOne(ctx, p, path); err != nil {
-			return nil, fmt.Errorf("fetch %s: %w\n(is \"apt-get update\" due?)", p.Name, err)
+			return nil, fmt.Errorf("fetch %s: %w\n(%s)", p.Name, err, p.apt.hint())
 		}
 	}
 	return paths, nil
@@ -127,7 +137,7 @@ func (c *cache) fetchOne(ctx context.Context, p debPackage, path string) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(tmp) }()
-	args := append(aptOptions(), "download", p.Name+"="+p.Version)
+	args := append(p.apt.options(), "download", p.Name+"="+p.Version)
 	if _, err := output(ctx, tmp, "apt-get", args...); err != nil {
 		return err
 	}
@@ -250,12 +260,41 @@ func (f files) resolve(name string) (*node, error) {
 	return nil, fmt.Errorf("too many links at /%s", name)
 }
 
-// privateApt is an apt configuration for source packages that leaves the
-// machine's own alone.
-type privateApt struct{ dir string }
+// apt is a configuration of apt.
+type apt struct {
+	debian debian
+	// dir has the configuration and the lists, if it isn't the machine's own, which
+	// is left alone.
+	dir      string
+	outdated error // why the lists may be old
+}
 
-// newPrivateApt derives one from the machine's configuration.
-func newPrivateApt(ctx context.Context, dir string) (*privateApt, error) {
+// ownApt is the machine's.
+var ownApt = &apt{debian: debian12}
+
+// apt returns the configuration with the packages of a version of Debian. Other lists
+// than the machine's are fetched once a day.
+func (c *cache) apt(ctx context.Context, d debian) (*apt, error) {
+	if d == ownApt.debian {
+		return ownApt, nil
+	}
+	a, err := newApt(ctx, d, c.path("apt-"+d.suite), aptsrc.Version(ownApt.debian.suite, d.suite))
+	if err != nil {
+		return nil, err
+	}
+	stamp := filepath.Join(a.dir, "updated")
+	if st, err := os.Stat(stamp); err == nil && time.Since(st.ModTime()) < 24*time.Hour {
+		return a, nil
+	}
+	progress("fetch the lists of packages of %s", d.name)
+	if _, a.outdated = output(ctx, "", "apt-get", append(a.options(), "update")...); a.outdated != nil {
+		return a, nil // the older ones may do
+	}
+	return a, writeFile(stamp, nil)
+}
+
+// newApt derives a configuration from the machine's.
+func newApt(ctx context.Context, d debian, dir string, edit aptsrc.Edit) (*apt, error) {
 	etc, err := output(ctx, "", "apt-config", "shell", "LIST", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d")
 	if err != nil {
 		return nil, err
@@ -297,9 +336,9 @@ func newPrivateApt(ctx context.Context, dir string) (*privateApt, error) {
 		if err != nil {
 			return nil, err
 		}
-		content := aptsrc.FromList(string(raw))
+		content := edit.List(string(raw))
 		if strings.HasSuffix(path, ".sources") {
-			content = aptsrc.FromSources(string(raw))
+			content = edit.Sources(string(raw))
 		}
 		if content == "" {
 			continue
@@ -310,23 +349,30 @@ func newPrivateApt(ctx context.Context, dir string) (*privateApt, error) {
 		}
 	}
 	if !some {
-		return nil, errors.New("this machine's apt configuration has no package source at all")
+		return nil, fmt.Errorf("this machine's apt configuration has no package source that one of %s could be derived from: the lab needs those of %s",
+			d.name, ownApt.debian.name)
 	}
-	return &privateApt{dir}, nil
+	return &apt{debian: d, dir: dir}, nil
 }
 
-func (a *privateApt) options() []string {
+// options are for each call of a program of apt's.
+func (a *apt) options() []string {
+	if a.dir == "" {
+		return aptOptions()
+	}
 	return append(aptOptions(),
 		"-o", "Dir::Etc::sourcelist=/dev/null",
 		"-o", "Dir::Etc::sourceparts="+filepath.Join(a.dir, "sources"),
 		"-o", "Dir::State::Lists="+filepath.Join(a.dir, "lists"),
 		"-o", "Dir::Cache::pkgcache=",
 		"-o", "Dir::Cache::srcpkgcache=",
+		"-o", "Acquire::Languages=none",
+		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
 	)
 }
 
 // sourceVersions returns the versions of a source package, newest first.
-func (a *privateApt) sourceVersions(ctx context.Context, name string) ([]string, error) {
+func (a *apt) sourceVersions(ctx context.Context, name string) ([]string, error) {
 	// Some of the repositories may have no sources; what counts is whether
 	// the package is found.
 	_, updateErr := output(ctx, "", "apt-get", append(a.options(), "update")...)
@@ -351,7 +397,7 @@ func (a *privateApt) sourceVersions(ctx context.Context, name string) ([]string,
 
 // download fetches one version of a source package into dir and returns the
 // path of its .dsc file.
-func (a *privateApt) download(ctx context.Context, name, version, dir string) (string, error) {
+func (a *apt) download(ctx context.Context, name, version, dir string) (string, error) {
 	if _, err := output(ctx, dir, "apt-get", append(a.options(), "source", "--download-only", name+"="+version)...); err != nil {
 		return "", err
 	}

@@ -18,49 +18,13 @@ import (
 
 	"github.com/ulikunitz/xz"
 	"github.com/vmprobes/vmprobes/internal/cpio"
+	"github.com/vmprobes/vmprobes/lab/internal/aptsrc"
 	"github.com/vmprobes/vmprobes/lab/internal/job"
 	"github.com/vmprobes/vmprobes/lab/internal/kernelimg"
 )
 
-const (
-	xenPackage = "xen-hypervisor-4.17-amd64"
-	xenBinary  = "boot/xen-4.17-amd64.gz"
-)
-
-// userland are the packages that dom0's programs and libraries come from.
-var userland = []string{
-	"busybox-static", "xen-utils-4.17", "xenstore-utils",
-	"libxencall1", "libxendevicemodel1", "libxenevtchn1", "libxenforeignmemory1", "libxengnttab1", "libxenhypfs1",
-	"libxenmisc4.17", "libxenstore4", "libxentoolcore1", "libxentoollog1",
-	"libc6", "libgcc-s1", "libyajl2", "zlib1g", "liblzma5", "libzstd1", "libuuid1", "libext2fs2", "libcom-err2",
-	"libbz2-1.0", "liblzo2-2", "libnl-3-200", "libnl-route-3-200", "libtinfo6", "libncurses6",
-}
-
-// programs are what dom0 gets out of them; the libraries follow.
-var programs = []string{
-	"usr/lib/xen-4.17/bin/xl", "usr/lib/xen-4.17/bin/xenstored", "usr/lib/xen-4.17/bin/xenconsoled", "usr/lib/xen-4.17/bin/xenconsole",
-	"usr/lib/xen-4.17/bin/xen-init-dom0", "usr/lib/xen-4.17/bin/libxl-save-helper", "usr/lib/xen-4.17/bin/xenctx", "usr/lib/xen-4.17/bin/xen-access",
-	"usr/bin/xenstore-ls", "usr/bin/xenstore-read", "usr/bin/xenstore-write", "usr/bin/xenstore-list", "usr/bin/xenstore-rm", "usr/bin/xenstore-exists",
-}
-
-// libraries are needed although nothing links to them: they are opened by
-// name, by the C library or by the tests.
-var libraries = []string{
-	"libgcc_s.so.1", "libc.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6", "libresolv.so.2", "libutil.so.1",
-	"libxenctrl.so.4.17", "libxenguest.so.4.17", "libxenforeignmemory.so.1", "libxenevtchn.so.1", "libxendevicemodel.so.1",
-	"libxenstore.so.4", "libxentoollog.so.1", "libxencall.so.1", "libxengnttab.so.1", "libxentoolcore.so.1", "libxenhypfs.so.1",
-}
-
 // dom0Modules are the kernel modules of dom0, in the order of loading.
 var dom0Modules = []string{"xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xenfs"}
-
-// guestKernels are the meta packages of the guests' kernels, by series.
-var guestKernels = map[string]string{
-	"6.1":  "linux-image-cloud-amd64",
-	"6.12": "linux-image-6.12-cloud-amd64",
-}
-
-const dom0Kernel = "linux-image-amd64"
 
 // build makes what the hosts need and is not there yet.
 func (c *cache) build(ctx context.Context, hosts []string) error {
@@ -74,25 +38,10 @@ func (c *cache) build(ctx context.Context, hosts []string) error {
 	defer unlock()
 	begin := time.Now()
 
-	b, err := c.buildCommon(ctx)
-	if err != nil {
-		return err
-	}
+	commons := map[string]*built{}
 	for _, h := range hosts {
-		this := *b
-		if usesGDBSX(h) {
-			this.Xen, this.XenVersion, err = c.buildGDBSX(ctx)
-		} else {
-			this.Xen, this.XenVersion, err = c.buildStock(ctx)
-		}
-		if err == nil && needsBochs(ctx, h) {
-			this.Bochs, err = c.buildBochs(ctx)
-		}
-		if err != nil {
-			return err
-		}
-		if err := c.store(h, &this); err != nil {
-			return err
+		if err := c.buildHost(ctx, h, commons); err != nil {
+			return fmt.Errorf("the %s host: %w", h, err)
 		}
 	}
 	if _, err := c.buildPrograms(ctx); err != nil {
@@ -102,35 +51,57 @@ func (c *cache) build(ctx context.Context, hosts []string) error {
 	return nil
 }
 
-// buildCommon makes what all hosts share.
-func (c *cache) buildCommon(ctx context.Context) (*built, error) {
-	b := &built{Kernels: map[string]string{}, Versions: map[string]string{}}
-	use := func(pkgs ...debPackage) {
-		for _, p := range pkgs {
-			b.Versions[p.Name] = p.Version
+// buildHost makes what a host needs. commons has what is made already for all hosts with
+// a release of Xen, by the release.
+func (c *cache) buildHost(ctx context.Context, host string, commons map[string]*built) error {
+	r := releaseOf(host)
+	a, err := c.apt(ctx, r.debian)
+	if err != nil {
+		return err
+	}
+	if commons[r.xen] == nil {
+		if commons[r.xen], err = c.buildCommon(ctx, r, a); err != nil {
+			return err
 		}
 	}
-	pkgs, err := candidates(ctx, userland...)
+	this := *commons[r.xen]
+	if job.Find(host).Kind == job.PV {
+		this.Xen, this.XenVersion, err = c.buildGDBSX(ctx, r, a)
+	} else {
+		this.Xen, this.XenVersion, err = c.buildStock(ctx, r, a)
+	}
+	if err == nil && needsBochs(ctx, host) {
+		this.Bochs, err = c.buildBochs(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	return c.store(host, &this)
+}
+
+// buildCommon makes what all hosts with a release of Xen share.
+func (c *cache) buildCommon(ctx context.Context, r release, a *apt) (*built, error) {
+	b := &built{Kernels: map[string]string{}, Versions: map[string]string{}}
+	pkgs, err := a.candidates(ctx, r.userland()...)
 	if err != nil {
 		return nil, err
 	}
-	kernel, err := kernelCandidate(ctx, dom0Kernel)
+	kernel, err := a.kernelCandidate(ctx, dom0Kernel)
 	if err != nil {
 		return nil, err
 	}
-	use(append(pkgs, kernel)...)
-	if b.Base, b.Kernel, err = c.buildDom0(ctx, pkgs, kernel); err != nil {
+	for _, p := range append(slices.Clone(pkgs), kernel) {
+		b.Versions[p.Name] = p.Version
+	}
+	if b.Base, b.Kernel, err = c.buildDom0(ctx, r, pkgs, kernel); err != nil {
 		return nil, fmt.Errorf("dom0 image: %w", err)
 	}
-	for series, meta := range guestKernels {
-		kernel, err := kernelCandidate(ctx, meta)
-		if err != nil {
-			return nil, err
+	for _, k := range r.guests {
+		var p debPackage
+		if b.Kernels[k.series], p, err = c.buildGuestKernel(ctx, k); err != nil {
+			return nil, fmt.Errorf("guest kernel %s: %w", k.series, err)
 		}
-		use(kernel)
-		if b.Kernels[series], err = c.buildGuestKernel(ctx, series, kernel); err != nil {
-			return nil, fmt.Errorf("guest kernel %s: %w", series, err)
-		}
+		b.Versions[p.Name] = p.Version
 	}
 	return b, nil
 }
@@ -142,13 +113,9 @@ func (c *cache) buildGuests(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	for series, meta := range guestKernels {
-		kernel, err := kernelCandidate(ctx, meta)
-		if err != nil {
-			return err
-		}
-		if _, err := c.buildGuestKernel(ctx, series, kernel); err != nil {
-			return fmt.Errorf("guest kernel %s: %w", series, err)
+	for _, k := range ownKernels() {
+		if _, _, err := c.buildGuestKernel(ctx, k); err != nil {
+			return fmt.Errorf("guest kernel %s: %w", k.series, err)
 		}
 	}
 	return nil
@@ -165,7 +132,7 @@ func (c *cache) made(name string) (string, bool, error) {
 	return p, err == nil, nil
 }
 
-func (c *cache) buildDom0(ctx context.Context, pkgs []debPackage, kernel debPackage) (base, vmlinux string, err error) {
+func (c *cache) buildDom0(ctx context.Context, r release, pkgs []debPackage, kernel debPackage) (base, vmlinux string, err error) {
 	k := versionKey("dom0", append(slices.Clone(pkgs), kernel))
 	base, haveBase, err := c.made("dom0-" + k + ".cpio")
 	if err != nil {
@@ -196,7 +163,7 @@ func (c *cache) buildDom0(ctx context.Context, pkgs []debPackage, kernel debPack
 	if err := writeKernel(vmlinux, linux); err != nil {
 		return "", "", err
 	}
-	err = writeWith(base, func(f *os.File) error { return writeDom0(f, tree, linux) })
+	err = writeWith(base, func(f *os.File) error { return writeDom0(f, r, tree, linux) })
 	return base, vmlinux, err
 }
 
@@ -231,7 +198,7 @@ func (f files) kernel() ([]byte, error) {
 	return nil, errors.New("the package has no kernel")
 }
 
-func writeDom0(out io.Writer, tree, linux files) error {
+func writeDom0(out io.Writer, r release, tree, linux files) error {
 	w := cpio.NewWriter(out)
 	for _, dir := range []string{"dev", "proc", "sys", "run", "tmp", "root", "var/log/xen", "var/lib/xen", "etc/xen", "lab/bin", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"} {
 		if err := w.Dir(dir, 0o755); err != nil {
@@ -258,7 +225,7 @@ func writeDom0(out io.Writer, tree, linux files) error {
 	if err := w.CharDevice("dev/console", 0o600, 5, 1); err != nil {
 		return err
 	}
-	if err := writePrograms(w, tree); err != nil {
+	if err := writePrograms(w, r, tree); err != nil {
 		return err
 	}
 	if err := writeBusybox(w, tree); err != nil {
@@ -271,7 +238,7 @@ func writeDom0(out io.Writer, tree, linux files) error {
 }
 
 // writePrograms adds the programs with all the libraries they need.
-func writePrograms(w *cpio.Writer, tree files) error {
+func writePrograms(w *cpio.Writer, r release, tree files) error {
 	done := map[string]bool{}
 	var add func(name string, n *node) error
 	add = func(name string, n *node) error {
@@ -296,7 +263,7 @@ func writePrograms(w *cpio.Writer, tree files) error {
 			}
 		}
 		for _, lib := range needed {
-			p, n, err := tree.library(lib)
+			p, n, err := tree.library(r, lib)
 			if err != nil {
 				return fmt.Errorf("/%s needs %w", name, err)
 			}
@@ -306,7 +273,7 @@ func writePrograms(w *cpio.Writer, tree files) error {
 		}
 		return nil
 	}
-	for _, name := range programs {
+	for _, name := range r.programs() {
 		n, err := tree.resolve(name)
 		if err != nil {
 			return err
@@ -320,8 +287,8 @@ func writePrograms(w *cpio.Writer, tree files) error {
 			}
 		}
 	}
-	for _, lib := range libraries {
-		p, n, err := tree.library(lib)
+	for _, lib := range r.libraries() {
+		p, n, err := tree.library(r, lib)
 		if err != nil {
 			return err
 		}
@@ -333,8 +300,8 @@ func writePrograms(w *cpio.Writer, tree files) error {
 }
 
 // library finds a shared library where the dynamic linker would.
-func (f files) library(name string) (string, *node, error) {
-	for _, dir := range []string{"usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib64", "usr/lib/xen-4.17/lib/x86_64-linux-gnu", "usr/lib/xen-4.17/lib"} {
+func (f files) library(r release, name string) (string, *node, error) {
+	for _, dir := range r.libraryFolders() {
 		p := path.Join(dir, name)
 		if _, ok := f[p]; !ok {
 			continue
@@ -445,15 +412,27 @@ func guestArchive(linux files) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// buildGuestKernel makes the archive with one guest kernel.
-func (c *cache) buildGuestKernel(ctx context.Context, series string, kernel debPackage) (string, error) {
-	out, have, err := c.made("guest-" + series + "-" + versionKey("guest2", []debPackage{kernel}) + ".cpio")
-	if err != nil || have {
-		return out, err
+// buildGuestKernel makes the archive with one guest kernel, and returns the package that
+// it is from.
+func (c *cache) buildGuestKernel(ctx context.Context, k guestKernel) (archive string, kernel debPackage, err error) {
+	a, err := c.apt(ctx, k.debian)
+	if err != nil {
+		return "", kernel, err
 	}
+	if kernel, err = a.kernelCandidate(ctx, k.meta); err != nil {
+		return "", kernel, err
+	}
+	archive, have, err := c.made(k.image() + "-" + versionKey("guest2", []debPackage{kernel}) + ".cpio")
+	if err != nil || have {
+		return archive, kernel, err
+	}
+	return archive, kernel, c.writeGuestKernel(ctx, archive, k.series, kernel)
+}
+
+func (c *cache) writeGuestKernel(ctx context.Context, out, series string, kernel debPackage) error {
 	debs, err := c.fetch(ctx, []debPackage{kernel})
 	if err != nil {
-		return "", err
+		return err
 	}
 	progress("make the image of guest kernel %s", kernel.Name)
 	linux := files{}
@@ -461,22 +440,22 @@ func (c *cache) buildGuestKernel(ctx context.Context, series string, kernel debP
 		return strings.HasPrefix(name, "boot/") || slices.Contains(guestModules, moduleName(name))
 	})
 	if err != nil {
-		return "", err
+		return err
 	}
 	modules, err := guestArchive(linux)
 	if err != nil {
-		return "", err
+		return err
 	}
 	vmlinuz, err := linux.kernel()
 	if err != nil {
-		return "", err
+		return err
 	}
 	vmlinux, err := kernelimg.ELF(vmlinuz)
 	if err != nil {
-		return "", err
+		return err
 	}
 	dir := path.Join(job.Kernels, series)
-	err = writeWith(out, func(f *os.File) error {
+	return writeWith(out, func(f *os.File) error {
 		w := cpio.NewWriter(f)
 		if err := w.Bytes(dir+"/vmlinux", 0o644, vmlinux); err != nil {
 			return err
@@ -493,12 +472,12 @@ func (c *cache) buildGuestKernel(ctx context.Context, series string, kernel debP
 		}
 		return w.Close()
 	})
-	return out, err
 }
 
 // buildStock takes the hypervisor out of Debian's package.
-func (c *cache) buildStock(ctx context.Context) (file, version string, err error) {
-	pkgs, err := candidates(ctx, xenPackage)
+func (c *cache) buildStock(ctx context.Context, r release, a *apt) (file, version string, err error) {
+	xenPackage, xenBinary := r.hypervisor()
+	pkgs, err := a.candidates(ctx, xenPackage)
 	if err != nil {
 		return "", "", err
 	}
@@ -537,16 +516,25 @@ CONFIG_GDBSX=y
 # CONFIG_LIVEPATCH is not set
 `
 
-// buildGDBSX builds the hypervisor with GDBSX from Debian's source package.
-func (c *cache) buildGDBSX(ctx context.Context) (file, version string, err error) {
-	wanted, err := candidates(ctx, xenPackage)
+// buildGDBSX builds the hypervisor with GDBSX, from an archive that was put among the
+// cache's sources or else from Debian's source package.
+func (c *cache) buildGDBSX(ctx context.Context, r release, a *apt) (file, version string, err error) {
+	archive, sum, err := c.xenArchive(r)
 	if err != nil {
 		return "", "", err
 	}
-	// The build is kept until Debian has another hypervisor, even if it is of
-	// an older source because the newest one was not there.
-	name := "xen-gdbsx-" + key(xenConfig, wanted[0].Version)
-	out, have, err := c.made(name)
+	made := []string{xenConfig, sum}
+	if archive == "" {
+		pkg, _ := r.hypervisor()
+		wanted, err := a.candidates(ctx, pkg)
+		if err != nil {
+			return "", "", err
+		}
+		// The build is kept until Debian has another hypervisor, even if it is of
+		// an older source because the newest one was not there.
+		made[1] = wanted[0].Version
+	}
+	out, have, err := c.made("xen-gdbsx-" + key(made...))
 	if err != nil {
 		return "", "", err
 	}
@@ -556,27 +544,85 @@ func (c *cache) buildGDBSX(ctx context.Context) (file, version string, err error
 			return out, strings.TrimSpace(string(version)), nil
 		}
 	}
-	apt, err := newPrivateApt(ctx, c.path("apt"))
-	if err != nil {
-		return "", "", err
-	}
-	progress("look for the source of Xen")
-	versions, err := apt.sourceVersions(ctx, "xen")
-	if err != nil {
-		return "", "", err
-	}
 	tmp, err := os.MkdirTemp(c.dir, "xen-*")
 	if err != nil {
 		return "", "", err
 	}
 	defer func() { _ = os.RemoveAll(tmp) }()
-	var dsc string
+	src := filepath.Join(tmp, "src")
+	if archive == "" {
+		version, err = c.fetchXen(ctx, r, a, tmp, src)
+	} else {
+		version, err = unpackXen(ctx, r, archive, src)
+	}
+	if err != nil {
+		return "", "", err
+	}
+	progress("build Xen %s with GDBSX (a few minutes)", version)
+	image, err := makeXen(ctx, filepath.Join(src, "xen"))
+	if err != nil {
+		return "", "", fmt.Errorf("build Xen: %w", err)
+	}
+	if err := writeFile(out+".version", []byte(version+"\n")); err != nil {
+		return "", "", err
+	}
+	return out, version, writeFile(out, image)
+}
+
+// xenArchive returns the archive with a source of Xen that was put among the cache's
+// sources, and its SHA-256 sum, or "" if there is none.
+func (c *cache) xenArchive(r release) (archive, sum string, err error) {
+	found, err := filepath.Glob(c.path("sources", "xen-"+r.xen+"*.tar*"))
+	if err != nil || len(found) == 0 {
+		return "", "", err
+	}
+	archive = found[len(found)-1]
+	sum, err = sumSHA256(archive)
+	return archive, sum, err
+}
+
+// unpackXen unpacks such an archive into src. It returns the version.
+func unpackXen(ctx context.Context, r release, archive, src string) (version string, err error) {
+	if err := os.Mkdir(src, 0o755); err != nil {
+		return "", err
+	}
+	if _, err := output(ctx, src, "tar", "-x", "--strip-components=1", "-f", archive); err != nil {
+		return "", fmt.Errorf("unpack the source of Xen: %w", err)
+	}
+	version, err = output(ctx, filepath.Join(src, "xen"), "make", "-s", "xenversion")
+	version = strings.TrimSpace(version)
+	if err == nil && version != r.xen && !strings.HasPrefix(version, r.xen+".") {
+		err = fmt.Errorf("it is of Xen %s, not %s", version, r.xen)
+	}
+	if err != nil {
+		return "", fmt.Errorf("the source of Xen in %s: %w", archive, err)
+	}
+	return version, nil
+}
+
+// fetchXen unpacks the newest source package of the release that is there into src. It
+// returns the version.
+func (c *cache) fetchXen(ctx context.Context, r release, a *apt, tmp, src string) (version string, err error) {
+	if a == ownApt { // it usually has no source packages
+		if a, err = newApt(ctx, r.debian, c.path("apt"), aptsrc.SourcePackages); err != nil {
+			return "", err
+		}
+	}
+	progress("look for the source of Xen")
+	versions, err := a.sourceVersions(ctx, "xen")
+	if err != nil {
+		return "", err
+	}
 	var failed []error
 	for _, v := range versions {
+		if !strings.HasPrefix(v, r.xen+".") {
+			continue
+		}
 		progress("fetch the source of Xen %s", v)
-		if dsc, err = apt.download(ctx, "xen", v, tmp); err == nil {
-			version = v
-			break
+		dsc, err := a.download(ctx, "xen", v, tmp)
+		if err == nil {
+			_, err = output(ctx, tmp, "dpkg-source", "--no-check", "-x", dsc, src)
+			return v, err
 		}
 		progress("not there; trying an older one")
 		failed = append(failed, err)
@@ -585,39 +631,63 @@ func (c *cache) buildGDBSX(ctx context.Context) (file, version string, err error
 			_ = os.RemoveAll(f)
 		}
 	}
-	if dsc == "" {
-		return "", "", fmt.Errorf("no source of Xen could be fetched: %w", errors.Join(failed...))
-	}
-	src := filepath.Join(tmp, "src")
-	if _, err := output(ctx, tmp, "dpkg-source", "--no-check", "-x", dsc, src); err != nil {
-		return "", "", err
-	}
-	xen := filepath.Join(src, "xen")
+	return "", fmt.Errorf("no source of Xen %[1]s could be fetched from this machine's package sources: %[2]w\n(a release of it, as from xenproject.org, will do: put xen-%[1]s.N.tar.gz at %[3]s)",
+		r.xen, errors.Join(append(failed, fmt.Errorf("%d versions tried", len(failed)))...), c.path("sources"))
+}
+
+// makeXen builds the hypervisor in the folder xen of its source, and returns the image.
+func makeXen(ctx context.Context, xen string) ([]byte, error) {
 	if err := os.WriteFile(filepath.Join(xen, ".config"), []byte(xenConfig), 0o644); err != nil {
-		return "", "", err
+		return nil, err
 	}
-	progress("build Xen %s with GDBSX (a few minutes)", version)
 	jobs := fmt.Sprintf("-j%d", runtime.NumCPU())
 	for _, args := range [][]string{{"olddefconfig"}, {jobs}} {
 		if _, err := output(ctx, xen, "make", args...); err != nil {
-			return "", "", fmt.Errorf("build Xen: %w", err)
+			return nil, err
 		}
 	}
 	config, err := os.ReadFile(filepath.Join(xen, ".config"))
 	if err != nil {
-		return "", "", err
+		return nil, err
 	}
 	if !strings.Contains(string(config), "CONFIG_GDBSX=y\n") {
-		return "", "", errors.New("build Xen: the configuration has no CONFIG_GDBSX=y in the end")
+		return nil, errors.New("the configuration has no CONFIG_GDBSX=y in the end")
 	}
-	image, err := os.ReadFile(filepath.Join(xen, "xen"))
+	return os.ReadFile(filepath.Join(xen, "xen"))
+}
+
+// buildHeaders unpacks the headers of a release of Xen, and returns their folder.
+func (c *cache) buildHeaders(ctx context.Context, r release) (string, error) {
+	unlock, err := lock(ctx, c.path("build.lock"), "another lab build")
 	if err != nil {
-		return "", "", err
+		return "", err
 	}
-	if err := writeFile(out+".version", []byte(version+"\n")); err != nil {
-		return "", "", err
+	defer unlock()
+	a, err := c.apt(ctx, r.debian)
+	if err != nil {
+		return "", err
 	}
-	return out, version, writeFile(out, image)
+	pkgs, err := a.candidates(ctx, "libxen-dev")
+	if err != nil {
+		return "", err
+	}
+	out, have, err := c.made("xen-headers-" + versionKey("headers", pkgs))
+	if err != nil || have {
+		return out, err
+	}
+	debs, err := c.fetch(ctx, pkgs)
+	if err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(c.dir, "headers-*")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(tmp) }()
+	if _, err := output(ctx, tmp, "dpkg-deb", "-x", debs["libxen-dev"], "."); err != nil {
+		return "", err
+	}
+	return out, os.Rename(filepath.Join(tmp, "usr", "include"), out)
 }
 
 const modulePath = "github.com/vmprobes/vmprobes"

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/vmprobes/vmprobes/lab/internal/job"
 	"golang.org/x/sys/unix"
 )
 
@@ -190,6 +189,3 @@ func lock(ctx context.Context, path, what string) (func(), error) {
 func lockEmulator(ctx context.Context) (func(), error) {
 	return lock(ctx, filepath.Join(os.TempDir(), "vmprobes-emulator.lock"), "the emulator of another lab")
 }
-
-// usesGDBSX tells whether the host needs the hypervisor built from source.
-func usesGDBSX(host string) bool { return host == job.PV }

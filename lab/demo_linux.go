@@ -45,7 +45,7 @@ func (f *guestFlags) add(cmd *cobra.Command) {
 }
 
 func (f *guestFlags) check() error {
-	if _, ok := guestKernels[f.series]; !ok {
+	if _, ok := ownKernel(f.series); !ok {
 		return &exitError{codeUsage, fmt.Errorf("--kernel %s: want 6.1 or 6.12", f.series)}
 	}
 	if f.vcpus < 1 || f.vcpus > 8 {

@@ -97,29 +97,29 @@ func doctor(ctx context.Context, out io.Writer) error {
 	for _, h := range allHosts {
 		if pkgs := missing(h); len(pkgs) > 0 {
 			fail = true
-			fmt.Fprintf(out, "%-9s missing: %s\n", h, strings.Join(pkgs, " "))
+			fmt.Fprintf(out, "%-13s missing: %s\n", h, strings.Join(pkgs, " "))
 		} else {
-			fmt.Fprintf(out, "%-9s all tools are there\n", h)
+			fmt.Fprintf(out, "%-13s all tools are there\n", h)
 		}
 	}
 	c, err := openCache()
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "cache     %s\n", c.dir)
+	fmt.Fprintf(out, "cache         %s\n", c.dir)
 	for _, h := range job.Hosts() {
 		if _, err := c.load(h); err != nil {
-			fmt.Fprintf(out, "%-9s not built: lab build %s\n", h, h)
+			fmt.Fprintf(out, "%-13s not built: lab build %s\n", h, h)
 		} else {
-			fmt.Fprintf(out, "%-9s built\n", h)
+			fmt.Fprintf(out, "%-13s built\n", h)
 		}
 	}
 	if err := kvmWorks(ctx); err != nil {
-		fmt.Fprintf(out, "kvm       not usable: %v\n", err)
+		fmt.Fprintf(out, "kvm           not usable: %v\n", err)
 	} else if err := kvmNests(); err != nil {
-		fmt.Fprintf(out, "kvm       usable for pv, not for hvm: %v\n", err)
+		fmt.Fprintf(out, "kvm           usable for pv, not for hvm: %v\n", err)
 	} else {
-		fmt.Fprintln(out, "kvm       usable")
+		fmt.Fprintln(out, "kvm           usable")
 	}
 	if fail {
 		fmt.Fprintf(out, "\nInstall what is missing (or run: lab install):\n  sudo %s\n",
@@ -138,7 +138,7 @@ func install(ctx context.Context, hosts []string) error {
 	}
 	// A fresh container or cloud image has no lists of packages. Sources that can't
 	// be reached are no matter if the others have what is wanted.
-	if _, err := candidates(ctx, wanted...); err != nil {
+	if _, err := ownApt.candidates(ctx, wanted...); err != nil {
 		if err := asRoot(ctx, "apt-get", "update"); err != nil {
 			progress("%v", err)
 		}

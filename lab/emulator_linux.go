@@ -20,7 +20,8 @@ import (
 type emulator interface {
 	name() string
 	defaultTimeout() time.Duration
-	defaultKernels() []string
+	// defaultKernels are the guest kernels that dom0 has, of those that there are.
+	defaultKernels(all []string) []string
 	// guestCmdline is what a guest's kernel needs on its command line.
 	guestCmdline() string
 	start(ctx context.Context, m *machine) error
@@ -60,7 +61,8 @@ func chooseEmulator(ctx context.Context, host, accel string) (emulator, error) {
 // needsBochs tells whether it takes Bochs to run the host on this machine. KVM can
 // run an hvm host, but with the processor that the machine has.
 func needsBochs(ctx context.Context, host string) bool {
-	return host == job.HVMAMD || host == job.HVM && (kvmNests() != nil || kvmWorks(ctx) != nil)
+	kind := job.Find(host).Kind
+	return kind == job.HVMAMD || kind == job.HVM && (kvmNests() != nil || kvmWorks(ctx) != nil)
 }
 
 // kvmNests tells whether a guest of this machine could have guests itself.
@@ -178,8 +180,9 @@ func (q *qemu) name() string {
 }
 
 func (q *qemu) defaultTimeout() time.Duration { return 20 * time.Minute }
-func (q *qemu) defaultKernels() []string      { return []string{"6.1", "6.12"} }
 func (q *qemu) guestCmdline() string          { return "" }
+
+func (q *qemu) defaultKernels(all []string) []string { return all }
 
 func (q *qemu) start(ctx context.Context, m *machine) error {
 	sockets, err := os.MkdirTemp("", "lab-*") // their paths must be short

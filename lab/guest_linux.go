@@ -38,11 +38,13 @@ func (c *cache) prepareGuest(ctx context.Context, series string, commands ...str
 	p := &guestParts{series: series}
 	var kernel sync.WaitGroup
 	kernel.Go(func() {
-		pkg, err := kernelCandidate(both, guestKernels[series])
-		if err == nil {
-			p.kernel, err = c.buildGuestKernel(both, series, pkg)
+		k, ok := ownKernel(series)
+		if !ok {
+			fail(fmt.Errorf("no guest kernel %s", series))
+			return
 		}
-		if err != nil {
+		var err error
+		if p.kernel, _, err = c.buildGuestKernel(both, k); err != nil {
 			fail(fmt.Errorf("guest kernel %s: %w", series, err))
 		}
 	})

@@ -105,11 +105,13 @@ Hosts:
   pv        Xen with CONFIG_GDBSX and PV guests (QEMU)
   pv-stock  Debian's Xen and PV guests (QEMU)
   hvm       Debian's Xen and PVH guests (KVM if it nests, else Bochs: slow)
-  hvm-amd   the same on a processor of AMD's (Bochs)`,
+  hvm-amd   the same on a processor of AMD's (Bochs)
+
+These have Xen 4.17, Debian 12's. pv-4.20, pv-stock-4.20 and hvm-4.20 have Debian 13's.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(buildCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
+	root.AddCommand(buildCommand(), headersCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
 	return root
 }
 
@@ -122,7 +124,7 @@ func hostArg(name string) (string, error) {
 
 func buildCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "build pv|pv-stock|hvm|hvm-amd|all|guests",
+		Use:       "build HOST|all|guests",
 		Short:     "Fetch and build what a host needs, or the guests' kernels only",
 		Args:      cobra.ExactArgs(1),
 		ValidArgs: append(job.Hosts(), "all", "guests"),
@@ -148,6 +150,29 @@ func buildCommand() *cobra.Command {
 	}
 }
 
+func headersCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "headers RELEASE",
+		Short: "Fetch the headers of a release of Xen and print their folder",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ok := findRelease(args[0])
+			if !ok {
+				return &exitError{codeUsage, fmt.Errorf("no release %q of Xen", args[0])}
+			}
+			c, err := openCache()
+			if err != nil {
+				return err
+			}
+			dir, err := c.buildHeaders(cmd.Context(), r)
+			if err == nil {
+				fmt.Fprintln(cmd.OutOrStdout(), dir)
+			}
+			return err
+		},
+	}
+}
+
 // runFlags are the flags that start an emulator.
 type runFlags struct {
 	verbose bool
@@ -169,7 +194,7 @@ func (f *runFlags) add(cmd *cobra.Command) {
 	flags.StringArrayVar(&f.env, "env", nil, "NAME=VALUE for the job (repeatable); VMPROBES_* is passed on anyway")
 	flags.StringArrayVar(&f.collect, "collect", nil, "pattern of dom0 files to bring back (repeatable)")
 	flags.StringVar(&f.out, "out", "", "where to put what is brought back (default: the cache's logs)")
-	flags.StringSliceVar(&f.kernels, "kernels", nil, "guest kernels in dom0, of 6.1 and 6.12 (default: both, with Bochs 6.1)")
+	flags.StringSliceVar(&f.kernels, "kernels", nil, "guest kernels in dom0, of 6.1 and 6.12 (default: both, with Bochs that of the Debian whose Xen it is)")
 	flags.StringVar(&f.xenArgs, "xen-args", "", "more arguments for Xen's command line")
 	flags.StringVar(&f.accel, "accel", "auto", "auto, kvm, tcg or bochs")
 	flags.SetInterspersed(false)
@@ -178,7 +203,7 @@ func (f *runFlags) add(cmd *cobra.Command) {
 func runCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "run pv|pv-stock|hvm|hvm-amd [flags] -- BIN [ARGS…]",
+		Use:   "run HOST [flags] -- BIN [ARGS…]",
 		Short: "Run a program in a host's dom0",
 		Long: `run boots the host with BIN in its dom0, runs it there, passes on its output
 and ends with its exit code. Code 124: timeout, 125: the lab itself failed, 130: interrupted (143: by SIGTERM).`,
@@ -215,7 +240,7 @@ func hostAndRest(cmd *cobra.Command, args []string) (string, []string, error) {
 func execCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "exec pv|pv-stock|hvm|hvm-amd [flags] BIN [ARGS…]",
+		Use:   "exec HOST [flags] BIN [ARGS…]",
 		Short: "Like run, for go test -exec \"lab exec pv\"",
 		Long: `exec is run in the form that "go test -exec" wants. The package's testdata
 folder goes along, and coverage profiles come back.`,
@@ -255,7 +280,7 @@ folder goes along, and coverage profiles come back.`,
 func shellCommand() *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "shell pv|pv-stock|hvm|hvm-amd [flags]",
+		Use:   "shell HOST [flags]",
 		Short: "An interactive dom0 with a guest called a3guest (Ctrl-] leaves)",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -286,7 +311,7 @@ func doctorCommand() *cobra.Command {
 
 func installCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "install [demo|pv|pv-stock|hvm|hvm-amd]…",
+		Use:       "install [demo|HOST]…",
 		Short:     "Install what doctor finds missing (as root, or with sudo)",
 		Args:      cobra.OnlyValidArgs,
 		ValidArgs: allHosts,

@@ -133,7 +133,7 @@ func (m *machine) initrd() string { return filepath.Join(m.dir, "dom0.cpio") }
 func (m *machine) prepare(j job.Job, programs map[string]string) error {
 	kernels := m.flags.kernels
 	if len(kernels) == 0 {
-		kernels = m.emu.defaultKernels()
+		kernels = m.emu.defaultKernels(releaseOf(m.host).kernels())
 	}
 	parts := []string{m.built.Base}
 	for _, k := range kernels {

@@ -33,7 +33,8 @@ type op struct {
 	reads    int // left
 	bytes    uint64
 	deadline time.Time
-	spent    error // the limit that was reached: nothing can be read any more
+	text     []byte // of the kernel, if it was read as a whole
+	spent    error  // the limit that was reached: nothing can be read any more
 }
 
 // begin begins an operation. The name is for errors.

@@ -125,7 +125,7 @@ func imageAt(m Machine, syms *sysmap.Map, phys uint64, whose string) (images []i
 	if banner.Addr < 1<<32 {
 		modes = []paging.Mode{{Kind: paging.PAE, NXE: true}, {Kind: paging.TwoLevel, PSE: true}}
 	}
-	for _, name := range ownTables {
+	for _, name := range ownRoots {
 		pgd, err := syms.Lookup(name)
 		if err != nil {
 			continue

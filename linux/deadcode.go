@@ -26,7 +26,7 @@ func (k *Kernel) DeadCode(try func(addr, size uint64) bool) {
 	}
 	// Not readText: the caller may hold the lock that the overlay takes, and there is
 	// no breakpoint in dead code.
-	kernelText{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.root, paging.VAddr(addr), b) }}.deadCode(try)
+	kernelText{k.syms, func(addr uint64, b []byte) (int, error) { return k.mem.Read(k.Root(), paging.VAddr(addr), b) }}.deadCode(try)
 }
 
 // deadCode is [Kernel.DeadCode] of the kernel's own text.

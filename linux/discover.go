@@ -86,8 +86,8 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 		k, err := discover(ctx, m, opts, img, cpus)
 		if err != nil {
 			errs = errors.Join(errs, err)
-			if !searched && errors.Is(err, ErrWrongTypes) {
-				break // the kernel is the right one
+			if !searched && (errors.Is(err, ErrNotInPlace) || errors.Is(err, ErrWrongTypes)) {
+				return nil, err // this is the kernel
 			}
 			continue
 		}
@@ -109,8 +109,9 @@ func Discover(ctx context.Context, m Machine, opts *Options) (*Kernel, error) {
 func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []CPU) (*Kernel, error) {
 	k := &Kernel{
 		machine: m, log: opts.Logger, givenTypes: opts.Types, offsets: opts.Offsets,
-		mem: img.mem, root: img.root, bits: img.bits, ranges: img.ranges,
+		mem: img.mem, bits: img.bits, ranges: img.ranges,
 	}
+	k.root.Store(uint64(img.root))
 	if k.log == nil {
 		k.log = slog.New(slog.DiscardHandler)
 	}
@@ -120,7 +121,14 @@ func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []C
 		return nil, err
 	}
 	k.explainPlace(cpus)
-	k.useOwnRoot()
+	switch own := k.useOwnRoot(); {
+	case own || !k.unstarted(): // a guest that was restored and has not run since has booted
+		k.started.Store(true)
+	default:
+		if err := k.borrow(); err != nil {
+			return nil, err
+		}
+	}
 	if k.givenTypes != nil {
 		var err error
 		if k.typesWhy, err = k.checkOrigin(k.givenTypes); err != nil {
@@ -445,11 +453,12 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 	align := uint64(2 << 20)
 	if k.bits == 32 {
 		align = 8 << 10
-		// Without the NX bit nothing tells where in the mapping of all memory the
-		// image begins. Few of these kernels move.
-		if last := k.ranges[len(k.ranges)-1]; text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
-			slide = 0
-		}
+	}
+	// Without the NX bit nothing tells where in the mapping of all memory the image
+	// begins. Few of these kernels move. Nor does a PV guest's, in which the domain's builder
+	// has mapped what is below it, too.
+	if last := k.ranges[len(k.ranges)-1]; (k.bits == 32 || k.unstarted()) && text.Addr >= k.ranges[0].Addr && text.Addr < last.Addr+last.Size {
+		slide = 0
 	}
 	if slide >= windowSize || slide%align != 0 {
 		return fmt.Errorf("%w: _text is at %#x in the file, and the kernel's image at %#x", ErrWrongSymbols, text.Addr, k.ranges[0].Addr)
@@ -619,22 +628,32 @@ func (k *Kernel) explainPlace(cpus []CPU) {
 	k.explain("place", nil, why, "_text at %#x", text)
 }
 
-// ownTables are the names of the kernel's own page tables: since 4.13, up to then, and on
+// ownRoots are the names of the kernel's own page tables: since 4.13, up to then, and on
 // i386.
-var ownTables = []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"}
+var ownRoots = []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"}
 
 // bannerSymbol is the name of the version string.
 const bannerSymbol = "linux_banner"
 
 // useOwnRoot switches from the page tables of whatever process was running to the
 // kernel's own, which live as long as the kernel.
-func (k *Kernel) useOwnRoot() {
-	for _, name := range ownTables {
+func (k *Kernel) useOwnRoot() bool {
+	root, name, ok := k.ownRoot(paging.Root(k.root.Load()))
+	if ok {
+		k.root.Store(uint64(root))
+		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
+	}
+	return ok
+}
+
+// ownRoot finds the kernel's own page tables through those in use.
+func (k *Kernel) ownRoot(inUse paging.Root) (root paging.Root, name string, ok bool) {
+	for _, name := range ownRoots {
 		at, err := k.symbol(name)
 		if err != nil {
 			continue
 		}
-		t, err := k.mem.Translate(k.root, paging.VAddr(at))
+		t, err := k.mem.Translate(inUse, paging.VAddr(at))
 		if err != nil {
 			continue
 		}
@@ -643,10 +662,9 @@ func (k *Kernel) useOwnRoot() {
 		if t2, err := k.mem.Translate(root, paging.VAddr(at)); err != nil || t2.Frame != t.Frame {
 			continue
 		}
-		k.root = root
-		k.explain("own tables", nil, "they map themselves where the tables in use do", "%s, root %#x", name, uint64(root))
-		return
+		return root, name, true
 	}
+	return 0, "", false
 }
 
 // Types returns the kernel's types: those given to Discover, else its own (BTF),
@@ -670,7 +688,7 @@ func (k *Kernel) findTypes() (*ktype.Types, error) {
 		if err != nil {
 			return nil, err
 		}
-		k.explain("types", nil, k.typesWhy+why, "%s, as given", k.givenTypes.Source())
+		k.explain("types", nil, why, "%s, as given", k.givenTypes.Source())
 		return k.givenTypes, nil
 	}
 	t, err := k.ownTypes()

@@ -15,7 +15,8 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 	if k == nil {
 		return nil, ErrNoKernel
 	}
-	c := &Kernel{machine: k.machine, mem: k.mem, root: k.root, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	c := &Kernel{machine: k.machine, mem: k.mem, bits: k.bits, ranges: k.ranges, syms: k.syms, log: k.log}
+	c.root.Store(k.root.Load())
 	if noData {
 		var b strings.Builder
 		for s := range k.syms.All() {
@@ -37,6 +38,9 @@ func (k *Kernel) InferTypes(noData bool) (*Kernel, error) {
 
 // RetrySafety sets how long tables that were not understood are taken for that.
 func RetrySafety(d time.Duration) { retrySafety = d }
+
+// SettleEvery sets how often the page tables in use are looked at.
+func SettleEvery(d time.Duration) { settleEvery = d }
 
 // ReadCache reads an entry of the cache.
 func ReadCache(r io.Reader) (*sysmap.Map, error) {

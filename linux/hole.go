@@ -45,12 +45,12 @@ func (k *Kernel) checkHole(m Scanner) {
 // pointerInImage reads a word of the kernel's image without its page tables: the image lies
 // in one piece, with the kernel's own page tables in it.
 func (k *Kernel) pointerInImage(at uint64) (uint64, error) {
-	for _, name := range ownTables {
+	for _, name := range ownRoots {
 		pgd, err := k.symbol(name)
 		if err != nil {
 			continue
 		}
-		phys := uint64(k.root) + at - pgd
+		phys := k.root.Load() + at - pgd
 		page, release, err := k.machine.Page(paging.Frame(phys/paging.PageSize), false)
 		if err != nil {
 			return 0, err

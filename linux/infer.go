@@ -372,7 +372,7 @@ func (t *idleTask) pgd() (off uint64, ok bool) {
 		return 0, false
 	}
 	kernel := paging.VAddr(t.o.ranges[0].Addr)
-	want, err := t.o.mem.Translate(t.o.root, kernel)
+	want, err := t.o.mem.Translate(t.o.Root(), kernel)
 	if err != nil {
 		return 0, false
 	}
@@ -386,7 +386,7 @@ func (t *idleTask) pgd() (off uint64, ok bool) {
 		if p < t.o.kernelHalf() || p%32 != 0 { // PAE's have 32 bytes
 			continue
 		}
-		tr, err := t.o.mem.Translate(t.o.root, paging.VAddr(p))
+		tr, err := t.o.mem.Translate(t.o.Root(), paging.VAddr(p))
 		if err != nil {
 			continue
 		}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/cstring"
 	"github.com/vmprobes/vmprobes/ktype"
@@ -91,8 +92,8 @@ type Options struct {
 type Kernel struct {
 	machine Machine
 	mem     *paging.Memory
-	root    paging.Root
-	bits    int // 32 or 64
+	root    atomic.Uint64 // see Root
+	bits    int           // 32 or 64
 	log     *slog.Logger
 	ranges  []sysmap.Range
 	syms    *sysmap.Map
@@ -115,11 +116,17 @@ type Kernel struct {
 	mods     []Module // whose symbols are in withMods
 	withMods *sysmap.Map
 
+	settling sync.Mutex
+	lookedAt time.Time   // when settle did last
+	borrowed atomic.Bool // root isn't the kernel's own; it gets one when it boots
+	builder  uint64      // the page tables that it begins with
+
 	idleAddr atomic.Uint64 // of the idle task, if no symbol says
 
 	safeMu  sync.Mutex
 	safe    *places     // of the kernel's text; nil until it has been read
 	booted  atomic.Bool // system_state was seen to be beyond booting
+	started atomic.Bool // the machine was seen to have run, or can't tell
 	overlay atomic.Pointer[func(addr uint64, b []byte)]
 }
 
@@ -214,12 +221,17 @@ func (k *Kernel) Bits() int {
 	return k.bits
 }
 
-// Root returns the page tables of the kernel itself, which live as long as it.
+// Root returns the page tables of the kernel itself, which live as long as it. Those of
+// a kernel that has not run when it was discovered ([Starter]) are other ones from some
+// moment of its boot on: see [Kernel.Settled].
 func (k *Kernel) Root() paging.Root {
 	if k == nil {
 		return 0
 	}
-	return k.root
+	if k.borrowed.Load() {
+		k.settle()
+	}
+	return paging.Root(k.root.Load())
 }
 
 // Memory returns the guest's memory behind page tables.
@@ -235,7 +247,7 @@ func (k *Kernel) Read(addr uint64, b []byte) error {
 	if k == nil {
 		return ErrNoKernel
 	}
-	_, err := k.mem.Read(k.root, paging.VAddr(addr), b)
+	_, err := k.mem.Read(k.Root(), paging.VAddr(addr), b)
 	return err
 }
 
@@ -250,7 +262,7 @@ func (k *Kernel) ReadString(addr uint64, limit int) (string, error) {
 		return "", ErrNoKernel
 	}
 	return cstring.Read(func(addr uint64, b []byte) (int, error) {
-		return k.mem.Read(k.root, paging.VAddr(addr), b)
+		return k.mem.Read(k.Root(), paging.VAddr(addr), b)
 	}, addr, min(limit, maxString))
 }
 

@@ -1,6 +1,7 @@
 package linux_test
 
 import (
+	"bytes"
 	"fmt"
 	"testing"
 
@@ -84,13 +85,15 @@ func TestMovingLists(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			m := &moving{Synthetic: kerneltest.NewSynthetic(kerneltest.Layout{}), happen: c.happen}
+			k, err := linux.Discover(t.Context(), m, nil)
+			require.NoError(t, err)
+			_, err = k.Types()
+			require.NoError(t, err)
+			before := bytes.Clone(m.RAM)
 			for at := 1; ; at++ {
-				m := &moving{Synthetic: kerneltest.NewSynthetic(kerneltest.Layout{}), happen: c.happen}
-				k, err := linux.Discover(t.Context(), m, nil)
-				require.NoError(t, err)
-				_, err = k.Types()
-				require.NoError(t, err)
-				m.pages, m.at = 0, at
+				copy(m.RAM, before)
+				m.pages, m.at, m.done = 0, at, false
 				got, err := c.read(k)
 				require.NoError(t, err, "page %d", at)
 				if !m.done {

@@ -21,6 +21,7 @@ type places struct {
 	sites  []site   // instructions that the kernel rewrites, by address
 	locks  []site   // LOCK prefixes that it may put back, by address
 	trace  []site   // entries of functions that ftrace may rewrite, by address
+	boot   []span   // what only booting rewrites, by start, if it hasn't begun yet
 	jumps  []uint64 // where the jump labels among the sites may lead, by address
 	faults []uint64 // instructions whose fault is expected, by address
 
@@ -29,6 +30,9 @@ type places struct {
 	noFaults error   // why faults isn't known
 
 	unsure time.Time // when a table was read in vain that may be readable later, or zero
+
+	fresh     bool   // read before the kernel has executed anything
+	bootReach uint64 // size of the largest of boot
 }
 
 // reasons are errors whose text is one line.
@@ -117,14 +121,16 @@ type table struct {
 	users  []string
 	kernel func(*op, *places) (int, error)
 	module func(*op, *places, ktype.Value) (int, error)
+	// boot is kernel where the kernel has not run yet, if that has to be read elsewhere.
+	boot func(*op, *places) (int, error)
 }
 
 var tables = []table{
-	{"blacklist entries", []string{"register_kprobe", "within_kprobe_blacklist"}, (*op).readBlacklist, (*op).moduleBlacklist},
-	{"jump labels", []string{"arch_jump_label_transform", "jump_label_init", "jump_label_text_reserved"}, (*op).readJumpLabels, (*op).moduleJumpLabels},
-	{"static calls", []string{"__static_call_update", "static_call_init", "static_call_text_reserved"}, (*op).readStaticCalls, (*op).moduleStaticCalls},
-	{ftraceTable, []string{"ftrace_init", "ftrace_location", "ftrace_modify_all_code"}, (*op).readFtrace, (*op).moduleFtrace},
-	{"LOCK prefixes", []string{"alternatives_enable_smp"}, (*op).readLocks, (*op).moduleLocks},
+	{"blacklist entries", []string{"register_kprobe", "within_kprobe_blacklist"}, (*op).readBlacklist, (*op).moduleBlacklist, (*op).bootBlacklist},
+	{"jump labels", []string{"arch_jump_label_transform", "jump_label_init", "jump_label_text_reserved"}, (*op).readJumpLabels, (*op).moduleJumpLabels, nil},
+	{"static calls", []string{"__static_call_update", "static_call_init", "static_call_text_reserved"}, (*op).readStaticCalls, (*op).moduleStaticCalls, nil},
+	{ftraceTable, []string{"ftrace_init", "ftrace_location", "ftrace_modify_all_code"}, (*op).readFtrace, (*op).moduleFtrace, (*op).bootFtrace},
+	{"LOCK prefixes", []string{"alternatives_enable_smp"}, (*op).readLocks, (*op).moduleLocks, (*op).noLocks},
 }
 
 const ftraceTable = "ftrace sites"
@@ -186,7 +192,9 @@ func (k *Kernel) siteSize(s site) uint64 {
 
 // sort sorts what was read, for searching.
 func (p *places) sort() {
-	slices.SortFunc(p.spans, func(a, b span) int { return cmp.Compare(a.start, b.start) })
+	for _, s := range [][]span{p.spans, p.boot} {
+		slices.SortFunc(s, func(a, b span) int { return cmp.Compare(a.start, b.start) })
+	}
 	for _, s := range [][]site{p.sites, p.locks, p.trace} {
 		slices.SortFunc(s, func(a, b site) int { return cmp.Compare(a.addr, b.addr) })
 	}
@@ -194,6 +202,9 @@ func (p *places) sort() {
 	slices.Sort(p.faults)
 	for _, sp := range p.spans {
 		p.reach = max(p.reach, sp.end-sp.start)
+	}
+	for _, sp := range p.boot {
+		p.bootReach = max(p.bootReach, sp.end-sp.start)
 	}
 }
 
@@ -227,11 +238,15 @@ var retrySafety = 5 * time.Second
 func (k *Kernel) kernelPlaces() (*places, error) {
 	k.safeMu.Lock()
 	defer k.safeMu.Unlock()
-	if k.safe == nil || !k.safe.unsure.IsZero() && time.Since(k.safe.unsure) > retrySafety {
+	if k.stale() {
+		fresh := k.unstarted()
 		boots := k.booting()
-		p, err := k.begin("places for probes").readKernelPlaces()
+		p, err := k.begin("places for probes").readKernelPlaces(fresh)
 		if err != nil {
 			return nil, err
+		}
+		if fresh && !k.unstarted() { // it has begun meanwhile
+			p.fresh, boots = false, errors.New("it has begun to boot")
 		}
 		if boots != nil {
 			p.unsure = time.Now()
@@ -250,12 +265,12 @@ func (k *Kernel) has(names []string) bool {
 	})
 }
 
-func (o *op) readKernelPlaces() (*places, error) {
+func (o *op) readKernelPlaces(fresh bool) (*places, error) {
 	start, size, err := o.section("_stext", "_etext", 1<<30)
 	if err != nil {
 		return nil, err
 	}
-	p := &places{text: span{start: start, end: start + size}}
+	p := &places{text: span{start: start, end: start + size}, fresh: fresh}
 	var found []string
 	for _, r := range []struct{ start, end, why string }{
 		{"__entry_text_start", "__entry_text_end", "entry code"},
@@ -279,7 +294,11 @@ func (o *op) readKernelPlaces() (*places, error) {
 		}
 	}
 	for _, t := range tables {
-		n, err := t.kernel(o, p)
+		read := t.kernel
+		if fresh && t.boot != nil {
+			read = t.boot
+		}
+		n, err := read(o, p)
 		switch {
 		case err == nil:
 			found = append(found, fmt.Sprintf("%d %s", n, t.name))
@@ -305,6 +324,9 @@ func (o *op) readKernelPlaces() (*places, error) {
 		}
 	} else {
 		found = append(found, fmt.Sprintf("%d expected faults", n))
+	}
+	if fresh {
+		found = append(found, o.readBoot(p)...)
 	}
 	p.sort()
 	why := ""

@@ -29,7 +29,8 @@ var (
 // instructions.
 //
 // Alternatives, retpolines, return thunks and paravirt patching rewrite code once,
-// before the kernel or the module is up. Until then every place is refused.
+// before the kernel or the module is up. While that may be, every place is refused. In a
+// kernel that has not run yet ([Starter]) only what they will rewrite is.
 func (k *Kernel) Probeable(addr uint64) error {
 	if err := k.Blacklisted(addr); err != nil {
 		return err
@@ -65,6 +66,9 @@ func (k *Kernel) refused(p *places, addr uint64) error {
 	}
 	if at, ok := within(p.locks, addr, 1); ok && k.mayLock() {
 		return fmt.Errorf("%#x: %w: the kernel rewrites the instruction when its second CPU comes up (%s)", addr, ErrNotProbeable, at.kind)
+	}
+	if at, ok := k.rewrittenAtBoot(p, addr); ok {
+		return fmt.Errorf("%#x: %w: the kernel rewrites the instruction when it boots (%s)", addr, ErrNotProbeable, at.why)
 	}
 	if at, ok := within(p.trace, addr, ftraceSize); ok && addr != at.addr {
 		return fmt.Errorf("%#x: %w: inside an instruction that ftrace rewrites", addr, ErrNotProbeable)
@@ -134,7 +138,7 @@ func (k *Kernel) named(p *places, addr uint64) (why string, err error) {
 // needs. Values of system_state from 2 on are beyond that in every
 // version (enum system_states, include/linux/kernel.h).
 func (k *Kernel) booting() error {
-	if k.booted.Load() {
+	if k.booted.Load() || k.unstarted() {
 		return nil
 	}
 	at, err := k.symbol("system_state")

@@ -22,7 +22,7 @@ func (k *Kernel) SetOverlay(overlay func(addr uint64, b []byte)) {
 
 // readText is Read without breakpoints of the caller's own.
 func (k *Kernel) readText(addr uint64, b []byte) (int, error) {
-	n, err := k.mem.Read(k.root, paging.VAddr(addr), b)
+	n, err := k.mem.Read(k.Root(), paging.VAddr(addr), b)
 	if f := k.overlay.Load(); f != nil && *f != nil {
 		(*f)(addr, b[:n])
 	}
@@ -170,6 +170,10 @@ func (k *Kernel) skip(p *places, addr uint64) (uint64, error) {
 		err = f.traceable(at)
 		at += ftraceSize
 	}
+	rewritten := p.sealedAtBoot(addr)
+	if at == addr && rewritten {
+		return 0, fmt.Errorf("%#x: %w: the kernel rewrites the instruction when it boots (%s)", addr, ErrNotProbeable, sealed)
+	}
 	if at == addr {
 		return addr, nil
 	}
@@ -179,7 +183,7 @@ func (k *Kernel) skip(p *places, addr uint64) (uint64, error) {
 	if err == nil {
 		return at, nil
 	}
-	if endbr {
+	if endbr && !rewritten {
 		tracked := k.tracked()
 		if tracked == nil {
 			return addr, nil

@@ -562,17 +562,6 @@ func TestCacheFolder(t *testing.T) {
 	assert.True(t, cached(k), "the one in use is still there")
 }
 
-// TestWeakBanner has the string of init/version.c before that of the build, and no
-// symbol that tells which is which.
-func TestWeakBanner(t *testing.T) {
-	for _, l := range []kerneltest.Layout{{WeakBanner: true}, {WeakBanner: true, NoData: true}} {
-		k := discover(t, kerneltest.NewSynthetic(l))
-		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
-		_, err := k.Symbols().Lookup("linux_banner")
-		assert.Equal(t, l.NoData, err != nil)
-	}
-}
-
 // TestRunning: a kernel is told from another one, or none, at its place.
 func TestRunning(t *testing.T) {
 	for name, change := range map[string]func(*kerneltest.Synthetic){
@@ -596,4 +585,15 @@ func TestRunning(t *testing.T) {
 	}
 	_, err := (*linux.Kernel)(nil).Running()
 	require.ErrorIs(t, err, linux.ErrNoKernel)
+}
+
+// TestWeakBanner has the string of init/version.c before that of the build, and no
+// symbol that tells which is which.
+func TestWeakBanner(t *testing.T) {
+	for _, l := range []kerneltest.Layout{{WeakBanner: true}, {WeakBanner: true, NoData: true}} {
+		k := discover(t, kerneltest.NewSynthetic(l))
+		assert.Equal(t, kerneltest.SyntheticBanner, k.Banner())
+		_, err := k.Symbols().Lookup("linux_banner")
+		assert.Equal(t, l.NoData, err != nil)
+	}
 }

@@ -337,7 +337,7 @@ func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
 	}
 	// mm->pgd is where the kernel sees the table; the frame behind it is a machine
 	// frame for a PV guest, as a root must be.
-	tr, err := k.mem.Translate(k.root, paging.VAddr(pgd))
+	tr, err := k.mem.Translate(k.Root(), paging.VAddr(pgd))
 	if err != nil {
 		return 0, err
 	}

@@ -86,11 +86,16 @@ var facts = []fact{
 	{of: "mm_struct", object: "init_mm", field: "end_data", want: []string{"_edata"}, booted: true},
 }
 
-// checkLayout holds types of unproven origin against what is known to be in the
-// kernel's memory, and says what it has found.
+// checkLayout holds types against what is known to be in the kernel's memory, and says
+// what it has found. Where their origin is known, the idle task's name is enough: a
+// later kernel may have other facts.
 func (k *Kernel) checkLayout(t *ktype.Types) (why string, err error) {
 	if err := k.checkTypes(t); err != nil {
 		return "", err
+	}
+	const swapper = "the idle task is called swapper by them"
+	if k.givenTypes == t && k.typesWhy != "" {
+		return k.typesWhy + "; " + swapper, nil
 	}
 	good := 0
 	for _, f := range facts {
@@ -109,14 +114,12 @@ func (k *Kernel) checkLayout(t *ktype.Types) (why string, err error) {
 	if linked {
 		good++
 	}
-	if k.typesWhy == "" && k.givenTypes == t {
-		why = "nothing in the file says of which kernel they are"
+	why = fmt.Sprintf("%s, and %d known values are where they say", swapper, good)
+	if good == 0 {
+		why = "nothing in the guest can be compared with them"
 	}
-	if good > 0 {
-		if k.typesWhy != "" || why != "" {
-			why += "; "
-		}
-		why += fmt.Sprintf("the idle task is called swapper by them, and %d known values are where they say", good)
+	if k.givenTypes == t {
+		why = "nothing in the file says of which kernel they are; " + why
 	}
 	return why, nil
 }

@@ -21,10 +21,11 @@ import (
 type Options struct {
 	// Symbols is a file with the kernel's symbols: its vmlinux or vmlinuz, its
 	// System.map, a saved /proc/kallsyms, or a Volatility 3 symbol file, compressed or
-	// not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS, else what the
-	// configuration says, else the guest's own table, found in its memory; if it
-	// has none, the file that Types names, the one that it was booted from, or one of its release in /boot,
-	// /usr/lib/modules or among the debug symbols here (/usr/lib/debug).
+	// not. Empty means: the file named by the environment variable VMPROBES_SYMBOLS,
+	// else what the configuration says, else the guest's own table, found in its memory;
+	// if it has none, the file that Types names, the one that it was booted from, or one
+	// of its release in /boot, /usr/lib/modules or among the debug symbols here
+	// (/usr/lib/debug).
 	Symbols string
 	// Types is a file with the kernel's types: BTF, a vmlinux with BTF or DWARF, a
 	// vmlinuz with BTF, or a Volatility 3 symbol file. Those of another kernel than

@@ -22,7 +22,7 @@ var ErrNoPhysical = errors.New("the guest's physical-to-machine map is not known
 type Space struct {
 	frames paging.Frames
 	mem    *paging.Memory
-	root   paging.Root
+	root   func() paging.Root
 	// phys, if not nil, is what makes a page's address a frame: there are no
 	// page tables to walk.
 	phys func(page uint64) (paging.Frame, error)
@@ -34,7 +34,7 @@ func (g *Guest) Kernel() Space {
 	if g.kernel == nil {
 		return Space{err: g.err}
 	}
-	return Space{frames: g.target, mem: g.kernel.Memory(), root: g.kernel.Root()}
+	return Space{frames: g.target, mem: g.kernel.Memory(), root: g.kernel.Root}
 }
 
 // User returns the virtual memory of the process with the given id. An access fails
@@ -51,7 +51,7 @@ func (g *Guest) User(pid int) (Space, error) {
 	if err != nil {
 		return Space{}, err
 	}
-	return Space{frames: g.target, mem: g.kernel.Memory(), root: root}, nil
+	return Space{frames: g.target, mem: g.kernel.Memory(), root: func() paging.Root { return root }}, nil
 }
 
 // Machine returns machine memory, which is what the guest's page tables name. For an
@@ -84,7 +84,7 @@ func (s Space) Read(addr uint64, b []byte) (n int, err error) {
 		return 0, s.err
 	}
 	if s.phys == nil {
-		return s.mem.Read(s.root, paging.VAddr(addr), b)
+		return s.mem.Read(s.root(), paging.VAddr(addr), b)
 	}
 	return s.byPage(addr, b, s.mem.ReadPhys)
 }
@@ -95,7 +95,7 @@ func (s Space) Write(addr uint64, b []byte) (n int, err error) {
 		return 0, s.err
 	}
 	if s.phys == nil {
-		return s.mem.Write(s.root, paging.VAddr(addr), b)
+		return s.mem.Write(s.root(), paging.VAddr(addr), b)
 	}
 	return s.byPage(addr, b, s.mem.WritePhys)
 }
@@ -168,7 +168,7 @@ func (s Space) Translate(addr uint64) (paging.Translation, error) {
 		return paging.Translation{}, s.err
 	}
 	if s.phys == nil {
-		return s.mem.Translate(s.root, paging.VAddr(addr))
+		return s.mem.Translate(s.root(), paging.VAddr(addr))
 	}
 	f, err := s.phys(addr / paging.PageSize)
 	if err != nil {

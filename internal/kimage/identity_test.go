@@ -29,11 +29,11 @@ func TestBanners(t *testing.T) {
 	} {
 		assert.Equal(t, c.want, Banners(strings.NewReader(c.in)), name)
 	}
-	many := ""
+	var many strings.Builder
 	for i := range 100 {
-		many += "Linux version 6." + strings.Repeat("1", i+1) + " #1\n"
+		many.WriteString("Linux version 6." + strings.Repeat("1", i+1) + " #1\n")
 	}
-	assert.Len(t, Banners(strings.NewReader(many)), maxBanners)
+	assert.Len(t, Banners(strings.NewReader(many.String())), maxBanners)
 }
 
 func FuzzBuildID(f *testing.F) {

@@ -93,6 +93,9 @@ type Sized interface {
 type Setup struct {
 	// Root are the page tables through which kernel memory is reached outside of a hit.
 	Root paging.Root
+	// Roots returns them where they aren't the kernel's own yet, and whether they stay.
+	// Root is 0 then.
+	Roots func() (root paging.Root, stays bool)
 	// Lookup finds symbols: where the kernel keeps certain things, and what runs when.
 	Lookup func(name string) (addr uint64, ok bool)
 	// Banner are bytes at BannerAddr that tell this kernel from any other, for guests

@@ -31,8 +31,37 @@ type xenGuest struct {
 	close func() error
 }
 
-func openXen(_ context.Context, name string) (_ Guest, err error) {
-	name = strings.TrimPrefix(name, "xen:")
+func openXen(ctx context.Context, name string) (Guest, error) {
+	return within(ctx, "xenstored", func() (Guest, error) { return openDomain(strings.TrimPrefix(name, "xen:")) })
+}
+
+// within calls open, which asks who may never answer, and returns early when ctx is done.
+// A guest that is opened after that is closed.
+func within(ctx context.Context, who string, open func() (Guest, error)) (Guest, error) {
+	type result struct {
+		g   Guest
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		g, err := open()
+		select {
+		case done <- result{g, err}:
+		case <-ctx.Done():
+			if err == nil {
+				_ = g.Close()
+			}
+		}
+	}()
+	select {
+	case r := <-done:
+		return r.g, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s doesn't answer: %w", who, context.Cause(ctx))
+	}
+}
+
+func openDomain(name string) (_ Guest, err error) {
 	h, err := xenctrl.Open()
 	if err != nil {
 		return nil, explain(err)
@@ -131,7 +160,7 @@ func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()
 // left in the guest is repaired first.
 func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 	defer func() { err = known("", explain(err)) }()
-	cfg := xen.Config{Root: s.Root, Lookup: s.Lookup}
+	cfg := xen.Config{Root: s.Root, Roots: s.Roots, Lookup: s.Lookup}
 	if !g.live {
 		return g.open(cfg)
 	}
@@ -146,15 +175,12 @@ func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 	}()
 	// Nobody else is attached, but for tools that keep no journal, and who has paused the
 	// domain is no tool.
-	switch info, err := g.hv.Info(); {
-	case err != nil:
+	info, err := g.hv.Info()
+	if err == nil {
+		err = attachable(info, s.Lookup != nil)
+	}
+	if err != nil {
 		return nil, err
-	case info.Gone():
-		return nil, breakpoint.ErrGone
-	case info.Flags&xenctrl.DomainDebugged != 0:
-		return nil, xen.ErrBusy
-	case info.Flags&xenctrl.DomainPaused != 0:
-		return nil, ErrPaused
 	}
 	if s.Guardian != nil {
 		if err := s.Guardian(journal.Path(journalDir, domainJournal(g.dom.ID))); err != nil {
@@ -167,6 +193,38 @@ func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 		return nil, err
 	}
 	return journaled{owner{drv, l}, l}, nil
+}
+
+// attachable returns why a domain that has no owner can't be attached to in the state that
+// it is in, or nil. known says whether its kernel is.
+func attachable(info xenctrl.DomainInfo, known bool) error {
+	switch paused := info.Flags&xenctrl.DomainPaused != 0; {
+	case info.Gone():
+		return breakpoint.ErrGone
+	case info.Flags&xenctrl.DomainDebugged != 0:
+		return xen.ErrBusy
+	case !paused:
+		return nil
+	case info.CPUTime != 0:
+		return ErrPaused
+	case info.Flags&xenctrl.DomainHVM != 0:
+		return neverRan("a kernel of a PVH or HVM guest makes its page tables itself")
+	case !known:
+		return neverRan("its kernel isn't known")
+	}
+	return nil // it was created paused: see linux.Starter
+}
+
+// neverRan is the error of a domain that was created paused, and in which no probe may be
+// before it runs.
+func neverRan(why string) error {
+	return sentinel.As(fmt.Errorf("%w: unpause it (xl unpause), and open it when it has booted (%s)", linux.ErrNotInPlace, why), ErrPaused)
+}
+
+// Started implements [linux.Starter].
+func (g *xenGuest) Started() (bool, error) {
+	info, err := g.hv.Info()
+	return info.CPUTime != 0, err
 }
 
 func (g *xenGuest) open(cfg xen.Config) (Driver, error) {

@@ -106,7 +106,7 @@ func (a *takeover) run() error {
 	}
 	for v := range a.vcpus {
 		s := &a.vcpus[v]
-		if err := attempts(func() error { return a.hv.VCPUContext(v, &s.ctx) }); err != nil {
+		if err := attempts(func() error { return a.hv.VCPUContext(v, &s.ctx) }); err != nil && !neverUp(err) {
 			return fmt.Errorf("vCPU %d: read registers: %w", v, err)
 		}
 		s.ext = xenctrl.ExtState{Mask: s.extMask, Data: s.extData[:min(max(s.extLen, 0), maxExt)]}
@@ -441,13 +441,24 @@ func (a *takeover) resumeStep() error {
 	return nil
 }
 
-// IPs implements breakpoint.Adopter.
+// neverUp reports whether err, of a call that asks for a vCPU's registers, says that it has
+// none: a PV guest has not brought it up yet (ENODATA, do_domctl in xen/arch/x86/domctl.c),
+// or a vCPU of an HVM guest isn't up (ENOENT, hvm_save_one in
+// xen/arch/x86/hvm/save.c). These are Linux' numbers, which dom0 gets.
+func neverUp(err error) bool {
+	const enoent, enodata = syscall.Errno(2), syscall.Errno(61)
+	return errors.Is(err, enodata) || errors.Is(err, enoent)
+}
+
+// IPs implements breakpoint.Adopter. That of a vCPU that isn't up is 0.
 func (d *Debugger) IPs() ([]uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	ips := make([]uint64, d.nvcpu)
 	for v := range ips {
-		if err := d.hv.VCPUContext(v, &d.scratch); err != nil {
+		if err := d.hv.VCPUContext(v, &d.scratch); neverUp(err) {
+			continue
+		} else if err != nil {
 			return nil, mapErr(err)
 		}
 		ips[v] = d.scratch.User.RIP
@@ -455,12 +466,14 @@ func (d *Debugger) IPs() ([]uint64, error) {
 	return ips, nil
 }
 
-// IPs implements breakpoint.Adopter.
+// IPs implements breakpoint.Adopter. That of a vCPU that isn't up is 0.
 func (m *MonitorRoute) IPs() ([]uint64, error) {
 	ips := make([]uint64, m.nvcpu)
 	for v := range ips {
 		c, err := m.hv.HVMCPU(v)
-		if err != nil {
+		if neverUp(err) {
+			continue
+		} else if err != nil {
 			return nil, mapErr(err)
 		}
 		ips[v] = c.RIP

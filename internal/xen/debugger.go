@@ -40,7 +40,7 @@ type Debugger struct {
 	debug   debugWatch
 	pins    pins
 	pace    pace          // of the goroutine in Wait
-	alive   time.Duration // of spin.Clock: when checkAlive was called last; likewise
+	checked time.Duration // of spin.Clock: when checkAttached was called last; likewise
 }
 
 // vcpu is a stopped vCPU's context. A change of it that failed halfway is taken up where
@@ -91,6 +91,7 @@ func OpenDebugger(hv Hypervisor, frames *paging.Cache, cfg Config) (*Debugger, e
 		return nil, err
 	}
 	d.SetKernelRoot(cfg.Root)
+	d.settle = cfg.Roots
 	if cfg.Lookup != nil {
 		d.useSymbols(cfg.Lookup)
 	}
@@ -215,11 +216,11 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 	d.pace.start()
 	defer d.pace.end()
 	for now := d.pace.begin; ; {
-		if now-d.alive > aliveEvery {
-			if err := d.checkAlive(); err != nil {
+		if now-d.checked > aliveEvery {
+			if err := d.checkAttached(); err != nil {
 				return err
 			}
-			d.alive = now
+			d.checked = now
 		}
 		ok, err := d.poll(s)
 		if ok || err != nil {
@@ -235,6 +236,25 @@ func (d *Debugger) Wait(ctx context.Context, s *breakpoint.Stop) error {
 		}
 		now = d.pace.rest(ctx)
 	}
+}
+
+// checkAttached returns ErrGone as checkAlive does. If another debugger has detached,
+// which Xen takes for ours, it attaches again, so that the guest isn't left alone with
+// its breakpoints, and returns ErrDetached.
+func (d *Debugger) checkAttached() error {
+	info, err := d.alive()
+	if err != nil || info.Flags&xenctrl.DomainDebugged != 0 {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil
+	}
+	if err := attempts(func() error { return d.hv.SetDebugging(true) }); err != nil {
+		return fmt.Errorf("attach debugger again: %w", err)
+	}
+	return ErrDetached
 }
 
 // poll returns one stop, if there is one.

@@ -27,6 +27,9 @@ var (
 	ErrBusy = errors.New("another tool debugs or monitors this guest: end it first; if it was killed, and keeps no journal, its " +
 		"breakpoints may be in the guest still, which stands at the next one: leave it so (xl unpause would kill a PV guest there), " +
 		"and repair it from its kernel's file (vmprobes recover GUEST --from FILE)")
+	// ErrDetached: another debugger has come to a PV guest, and has gone.
+	ErrDetached = errors.New("another debugger has detached from the guest, and this tool with it, since Xen doesn't tell them apart: " +
+		"this one is attached again, but a breakpoint that the guest met meanwhile was an exception to it")
 )
 
 // Config is what OpenDebugger and OpenMonitor may be told. All of it is optional.
@@ -37,6 +40,9 @@ type Config struct {
 	// Root are the page tables through which kernel memory is reached outside of a hit:
 	// the kernel's init_top_pgt, which never goes away. 0: those that a vCPU uses.
 	Root paging.Root
+	// Roots returns the page tables to reach kernel memory through at this moment, and
+	// whether these stay, for a kernel that has none of its own yet. Root is 0 then.
+	Roots func() (root paging.Root, stays bool)
 	// Lookup finds the kernel's symbols.
 	Lookup func(name string) (addr uint64, ok bool)
 }
@@ -49,7 +55,8 @@ type guest struct {
 	pages  atomic.Uint64 // the domain's, as checkAlive saw it last
 
 	rootMu sync.Mutex
-	root   paging.Root // 0: ask roots each time
+	root   paging.Root // 0: ask settle, or roots, each time
+	settle func() (root paging.Root, stays bool)
 
 	// roots returns page-table roots that may map the kernel, best first.
 	roots func() ([]paging.Root, error)
@@ -81,6 +88,21 @@ func (g *guest) SetKernelRoot(r paging.Root) {
 	g.rootMu.Lock()
 	defer g.rootMu.Unlock()
 	g.root, g.kernel = r, r
+}
+
+// kernelRoot returns the kernel's page tables, or 0 if the roots are to be asked.
+func (g *guest) kernelRoot() paging.Root {
+	g.rootMu.Lock()
+	root, settle := g.root, g.settle
+	g.rootMu.Unlock()
+	if root != 0 || settle == nil {
+		return root
+	}
+	root, stays := settle()
+	if stays {
+		g.SetKernelRoot(root)
+	}
+	return root
 }
 
 // Freeze implements breakpoint.Driver.
@@ -119,10 +141,7 @@ func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
 	if cr3 != 0 {
 		return mapErr(f(paging.Root(cr3)))
 	}
-	g.rootMu.Lock()
-	root := g.root
-	g.rootMu.Unlock()
-	if root != 0 {
+	if root := g.kernelRoot(); root != 0 {
 		return mapErr(f(root))
 	}
 	roots, err := g.roots()
@@ -265,7 +284,10 @@ func (g *guest) lift(p *patch) error {
 	var buf [x86.MaxLen]byte
 	orig := p.insn.Bytes()
 	cur := buf[:len(orig)]
-	if err := g.read(0, p.addr, cur); err != nil {
+	if err := g.read(0, p.addr, cur); errors.Is(err, breakpoint.ErrNotMapped) {
+		// A module was unloaded, and its pages were given back.
+		return fmt.Errorf("%w: the guest has nothing at %#x any more: %w", breakpoint.ErrTextChanged, p.addr, err)
+	} else if err != nil {
 		return err
 	}
 	if cur[0] != int3 || !bytes.Equal(cur[1:], orig[1:]) {
@@ -290,17 +312,22 @@ func (g *guest) breakAt(addr uint64) *patch {
 // (ballooning) while it is mapped here, and takes another one at the same place, the
 // mapping is of the old one, which counts as the domain's as long as it is mapped.
 func (g *guest) checkAlive() error {
-	var info xenctrl.DomainInfo
+	_, err := g.alive()
+	return err
+}
+
+// alive is checkAlive, and returns what Xen says of the domain.
+func (g *guest) alive() (info xenctrl.DomainInfo, err error) {
 	if err := attempts(func() (err error) { info, err = g.hv.Info(); return err }); err != nil {
-		return err
+		return info, err
 	}
 	if info.Gone() {
-		return fmt.Errorf("%w: domain %d is dying or has shut down", breakpoint.ErrGone, info.ID)
+		return info, fmt.Errorf("%w: domain %d is dying or has shut down", breakpoint.ErrGone, info.ID)
 	}
 	if g.pages.Swap(info.TotalPages) != info.TotalPages {
 		g.frames.Invalidate()
 	}
-	return nil
+	return info, nil
 }
 
 // dead reports whether no vCPU of the domain will ever run again.

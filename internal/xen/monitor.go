@@ -59,6 +59,7 @@ func OpenMonitor(hv Hypervisor, frames *paging.Cache, cfg Config) (*MonitorRoute
 		return nil, err
 	}
 	m.SetKernelRoot(cfg.Root)
+	m.settle = cfg.Roots
 	return m, m.attach()
 }
 

@@ -114,11 +114,20 @@ func TestDebuggerHoldsProcessor(t *testing.T) {
 type quiet struct {
 	Hypervisor
 	polls int
+	flags xenctrl.DomainFlags
 }
 
-func (q *quiet) Info() (xenctrl.DomainInfo, error)           { return xenctrl.DomainInfo{ID: 1}, nil }
+func (q *quiet) Info() (xenctrl.DomainInfo, error) {
+	return xenctrl.DomainInfo{ID: 1, Flags: q.flags}, nil
+}
 func (q *quiet) VCPUContext(int, *xenctrl.VCPUContext) error { return nil }
-func (q *quiet) SetDebugging(bool) error                     { return nil }
+func (q *quiet) SetDebugging(on bool) error {
+	if q.flags = 0; on {
+		q.flags = xenctrl.DomainDebugged
+	}
+	return nil
+}
+
 func (q *quiet) GdbsxDomStatus() (s xenctrl.DomStatus, err error) {
 	q.polls++
 	s.VCPU = -1

@@ -150,6 +150,10 @@ func (h hypervisor) SetVCPUContext(vcpu int, c *xenctrl.VCPUContext) error {
 		if int64(u.RIP)<<16>>16 != int64(u.RIP) {
 			return syscall.EINVAL
 		}
+		// From 4.18 on (arch_set_info_guest, xen/arch/x86/domain.c).
+		if c.DebugReg[6]>>32 != 0 || c.DebugReg[7]>>32 != 0 {
+			return syscall.EINVAL
+		}
 		o := &old.User
 		if m.pv() && (u.CS|3 != pvCS || u.SS|3 != pvSS || c.Flags&vgcfKernel == 0 || c.Traps != old.Traps ||
 			c.EventCallbackEIP != old.EventCallbackEIP || c.SyscallCallbackEIP != old.SyscallCallbackEIP ||

@@ -279,6 +279,11 @@ func TestPVStep(t *testing.T) {
 	d.disarm(va, 1)
 	c.User.RIP = va
 	c.User.RFLAGS |= flTF
+	for _, dr := range []int{6, 7} {
+		wide := c
+		wide.DebugReg[dr] |= 1 << 32
+		isErr(t, d.h.SetVCPUContext(0, &wide), syscall.EINVAL)
+	}
 	d.ok(d.h.SetVCPUContext(0, &c))
 	d.ok(d.h.Unpause())
 	if n := m.Run(100); n != 1 {

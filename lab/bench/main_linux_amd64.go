@@ -57,7 +57,7 @@ func main() {
 	rounds := flag.Int("rounds", 5, "how often each is measured")
 	hits := flag.Int("hits", 0, "hits of a measurement (0: what suits the host)")
 	loop := flag.String("loop", "/bin/cloop", "the C program")
-	count := flag.Bool("count", labguest.Host() != "pv", "count system calls, by the kernel's tracepoints, at whose patching an emulated dom0 on pv now and then locks up")
+	count := flag.Bool("count", !labguest.Is("pv"), "count system calls, by the kernel's tracepoints, at whose patching an emulated dom0 on pv now and then locks up")
 	only := flag.String("only", "", "measure this way alone")
 	flag.BoolVar(&verbose, "v", false, "log what the Session does")
 	flag.Parse()
@@ -66,8 +66,8 @@ func main() {
 	}
 }
 
-func pairs(host string) []pair {
-	if host == "hvm" || host == "hvm-amd" {
+func pairs() []pair {
+	if labguest.Is("hvm") {
 		return []pair{
 			{"emulated", "emulate", vmprobes.StepAuto, 800},
 			{"out-of-line", "step", vmprobes.StepOutOfLine, 400},
@@ -113,7 +113,7 @@ func run(rounds, hits int, loop, only string, count bool) error {
 	}
 	fmt.Printf("%s, guest %s, %s at %#x\n", host, strings.TrimSpace(g.Ready()), symbol, addr)
 	fmt.Println("(the TSC counts instructions under Bochs)")
-	for _, p := range pairs(host) {
+	for _, p := range pairs() {
 		if only != "" && only != p.name {
 			continue
 		}
@@ -189,7 +189,7 @@ func (b *bench) compare(ctx context.Context, p pair, rounds int) error {
 		}
 		fmt.Printf("%-6s %6.2f system calls a hit, of them %.2f hypercalls", x.name,
 			per(func(s sample) uint64 { return s.syscalls }), per(func(s sample) uint64 { return s.ioctls }))
-		if x.name == "C" && b.host == "pv" {
+		if x.name == "C" && labguest.Is("pv") {
 			fmt.Printf(" (%.2f without polls that found nothing)", per(func(s sample) uint64 { return s.ioctls - min(s.polls, s.ioctls) }))
 		}
 		fmt.Println()

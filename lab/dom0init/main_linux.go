@@ -161,7 +161,7 @@ func environment(j job.Job) {
 		k, v, _ := strings.Cut(kv, "=")
 		_ = os.Setenv(k, v)
 	}
-	for _, kv := range []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin:" + job.XenBin, "HOME=/root", "TMPDIR=/tmp", "TERM=vt100", job.EnvHost + "=" + j.Host, job.EnvCmdline + "=" + j.Cmdline} {
+	for _, kv := range []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin:" + job.XenBin(job.Find(j.Host).Xen), "HOME=/root", "TMPDIR=/tmp", "TERM=vt100", job.EnvHost + "=" + j.Host, job.EnvCmdline + "=" + j.Cmdline} {
 		set(kv)
 	}
 	for _, kv := range j.Env {

@@ -29,6 +29,31 @@ type Guest struct {
 }
 
 func start(ctx context.Context, c Config) (*Guest, error) {
+	g, err := create(ctx, c)
+	if err == nil {
+		g.ready, err = g.client.Ready(ctx)
+	}
+	return g.orDestroyed(err)
+}
+
+// startPaused starts a guest that has not run when it returns.
+func startPaused(ctx context.Context, c Config) (*Guest, error) {
+	g, err := create(ctx, c, "-p")
+	return g.orDestroyed(err)
+}
+
+// orDestroyed returns g, or destroys it and says why.
+func (g *Guest) orDestroyed(err error) (*Guest, error) {
+	if g == nil || err == nil {
+		return g, err
+	}
+	err = fmt.Errorf("%w\n%s", err, g.tail())
+	return nil, errors.Join(err, g.Destroy())
+}
+
+// create creates a domain, and opens its console. If it returns a guest the domain is
+// there, whatever the error.
+func create(ctx context.Context, c Config, args ...string) (*Guest, error) {
 	for _, name := range []string{"vmlinux", "vmlinuz"} {
 		if _, err := os.Stat(c.kernelFile(name)); err != nil {
 			return nil, fmt.Errorf("guest kernel %q is not in this dom0 (there are: %s): %w", c.Kernel, strings.Join(Kernels(), ", "), err)
@@ -43,20 +68,29 @@ func start(ctx context.Context, c Config) (*Guest, error) {
 	}
 	// The log of an earlier guest with this name is not this one's.
 	_ = os.Remove(c.log())
-	// -e: nobody waits in the background to clean up after the guest.
-	if _, err := output(ctx, "xl", "create", "-e", path); err != nil {
+	// -e: nobody waits in the background to clean up after the guest, or to start it again.
+	if !c.Restart {
+		args = append(args, "-e")
+	}
+	if _, err := output(ctx, "xl", append(append([]string{"create"}, args...), path)...); err != nil {
 		return nil, err
 	}
 	g := &Guest{config: c}
-	err := g.connect(ctx)
-	if err == nil {
-		g.ready, err = g.client.Ready(ctx)
-	}
-	if err != nil {
+	return g, g.connect(ctx)
+}
+
+// Booted waits until the guest takes commands.
+func (g *Guest) Booted(ctx context.Context) (err error) {
+	if g.ready, err = g.client.Ready(ctx); err != nil {
 		err = fmt.Errorf("%w\n%s", err, g.tail())
-		return nil, errors.Join(err, g.Destroy())
 	}
-	return g, nil
+	return err
+}
+
+// find opens the console of a guest that runs already.
+func find(ctx context.Context, c Config) (*Guest, error) {
+	g := &Guest{config: c}
+	return g, g.connect(ctx)
 }
 
 // writeRamdisk puts one archive behind the other, as the kernel allows.

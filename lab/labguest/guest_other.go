@@ -12,7 +12,12 @@ var errNoLab = errors.New("lab guests run in the lab's dom0 only, which is Linux
 // Guest is a running guest.
 type Guest struct{}
 
-func start(context.Context, Config) (*Guest, error) { return nil, errNoLab }
+func start(context.Context, Config) (*Guest, error)       { return nil, errNoLab }
+func startPaused(context.Context, Config) (*Guest, error) { return nil, errNoLab }
+func find(context.Context, Config) (*Guest, error)        { return nil, errNoLab }
+
+// Booted waits until the guest takes commands.
+func (*Guest) Booted(context.Context) error { return errNoLab }
 
 // Command sends a command and returns what the guest answered.
 func (*Guest) Command(context.Context, string) (string, error) { return "", errNoLab }

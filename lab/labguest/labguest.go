@@ -32,21 +32,28 @@ const (
 type Config struct {
 	Name     string // default "labguest"
 	Kind     Kind   // default: what the host is for
-	Kernel   string // series, as in "6.1" (the default) or "6.12"
+	Kernel   string // series, as in "6.1" (the default, where it is) or "6.12"
 	VCPUs    int    // default 1
 	MemoryMB int    // default 256
 	// Cmdline is added to the guest kernel's command line.
 	Cmdline string
 	// Extra lines for the domain's configuration.
 	Extra []string
+	// Restart has a guest that reboots be started again, as another domain of the same
+	// name (on_reboot = "restart"). Otherwise it is kept as it is then.
+	Restart bool
 }
 
-// Host returns the name of the lab host this process runs in: "pv",
-// "pv-stock", "hvm", "hvm-amd", or "" outside the lab.
+// Host returns the name of the lab host this process runs in, such as "pv",
+// "pv-stock", "hvm", "hvm-amd" or "pv-4.20", or "" outside the lab.
 func Host() string { return os.Getenv(job.EnvHost) }
 
+// Xen returns the release of Xen that the lab host has, such as "4.17", or "" outside
+// the lab.
+func Xen() string { return job.Find(Host()).Xen }
+
 // Is tells whether this process runs in the named lab host, or in one like it:
-// "hvm-amd" is an "hvm".
+// "hvm-amd" is an "hvm", "pv-4.20" a "pv".
 func Is(host string) bool { return job.IsA(Host(), host) }
 
 // Require skips the test, saying why, unless it runs in one of the named lab
@@ -101,6 +108,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Kernel == "" {
 		c.Kernel = "6.1"
+		if all := Kernels(); len(all) > 0 && !slices.Contains(all, c.Kernel) {
+			c.Kernel = all[0]
+		}
 	}
 	if c.VCPUs == 0 {
 		c.VCPUs = 1
@@ -131,7 +141,7 @@ func (c Config) file() string {
 		fmt.Sprintf("vcpus = %d", c.VCPUs),
 		// What a guest leaves behind when it dies is worth a look.
 		`on_crash = "preserve"`,
-		`on_reboot = "preserve"`,
+		"on_reboot = " + strconv.Quote(map[bool]string{true: "restart", false: "preserve"}[c.Restart]),
 		`on_poweroff = "preserve"`,
 	}
 	if c.Kind == PVH {
@@ -149,6 +159,26 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 	g, err := start(ctx, c.withDefaults())
 	if err != nil {
 		return nil, fmt.Errorf("start guest: %w", err)
+	}
+	return g, nil
+}
+
+// StartPaused starts a guest that has not run when it returns (xl create -p): see
+// [Guest.Booted].
+func StartPaused(ctx context.Context, c Config) (*Guest, error) {
+	g, err := startPaused(ctx, c.withDefaults())
+	if err != nil {
+		return nil, fmt.Errorf("start guest, paused: %w", err)
+	}
+	return g, nil
+}
+
+// Find returns a guest that runs and was started otherwise: one that was restored, or has
+// been started again ([Config.Restart]). It may have to boot yet: see [Guest.Booted].
+func Find(ctx context.Context, c Config) (*Guest, error) {
+	g, err := find(ctx, c.withDefaults())
+	if err != nil {
+		return nil, fmt.Errorf("find guest: %w", err)
 	}
 	return g, nil
 }

@@ -28,6 +28,7 @@ func TestConfigFile(t *testing.T) {
 func TestIs(t *testing.T) {
 	for host, want := range map[string][]string{
 		"": nil, "pv": {"pv"}, "pv-stock": {"pv-stock"}, "hvm": {"hvm"}, "hvm-amd": {"hvm", "hvm-amd"},
+		"pv-4.20": {"pv"}, "pv-stock-4.20": {"pv-stock"}, "hvm-4.20": {"hvm"}, "hvm-9.99": nil,
 	} {
 		t.Setenv("VMPROBES_LAB", host)
 		var got []string

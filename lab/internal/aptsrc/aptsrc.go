@@ -1,5 +1,6 @@
-// Package aptsrc derives the entries for source packages from a machine's apt
-// configuration for binary packages, which usually has none of them.
+// Package aptsrc derives package sources from a machine's apt configuration: those of
+// the source packages, which it usually has none of, and those of another version of
+// the distribution.
 package aptsrc
 
 import (
@@ -7,9 +8,38 @@ import (
 	"strings"
 )
 
-// FromList rewrites a one-line style file ("deb URI suite component…"): each
-// entry becomes the one for the same repository's source packages.
-func FromList(content string) string {
+// Edit is what becomes of the entries of a configuration.
+type Edit struct {
+	// Types are those of the new entries: "deb", "deb-src" or both.
+	Types []string
+	// Suite returns the suite that takes a suite's place, or "" for none. An entry
+	// that is left without a suite is left out. Without Suite all stay as they are.
+	Suite func(suite string) string
+}
+
+// SourcePackages makes each entry the one for the same repository's source packages.
+var SourcePackages = Edit{Types: []string{"deb-src"}}
+
+// Version makes the entries those of another version of Debian, with its source
+// packages: its release, the updates to it and the security updates. Entries of other
+// repositories are left out.
+func Version(from, to string) Edit {
+	suites := map[string]string{from: to}
+	for _, s := range []string{"-updates", "-security"} {
+		suites[from+s] = to + s
+	}
+	return Edit{Types: []string{"deb", "deb-src"}, Suite: func(s string) string { return suites[s] }}
+}
+
+func (e Edit) suite(s string) string {
+	if e.Suite == nil {
+		return s
+	}
+	return e.Suite(s)
+}
+
+// List rewrites a one-line style file ("deb URI suite component…").
+func (e Edit) List(content string) string {
 	var out []string
 	for line := range strings.Lines(content) {
 		line, _, _ = strings.Cut(line, "#")
@@ -17,16 +47,29 @@ func FromList(content string) string {
 		if len(fields) < 3 || (fields[0] != "deb" && fields[0] != "deb-src") {
 			continue
 		}
-		fields[0] = "deb-src"
-		if line := strings.Join(withoutArch(fields), " "); !slices.Contains(out, line) {
-			out = append(out, line)
+		fields = withoutArch(fields)
+		suite := 2
+		if strings.HasPrefix(fields[1], "[") {
+			suite++
+		}
+		if suite >= len(fields) {
+			continue
+		}
+		if fields[suite] = e.suite(fields[suite]); fields[suite] == "" {
+			continue
+		}
+		for _, t := range e.Types {
+			fields[0] = t
+			if line := strings.Join(fields, " "); !slices.Contains(out, line) {
+				out = append(out, line)
+			}
 		}
 	}
 	return joined(out, "\n")
 }
 
 // withoutArch takes the architectures out of an entry's options: sources have
-// none.
+// none. Its other options become one field.
 func withoutArch(fields []string) []string {
 	first := fields[1]
 	if !strings.HasPrefix(first, "[") {
@@ -45,11 +88,11 @@ func withoutArch(fields []string) []string {
 	return append(out, fields[end+1:]...)
 }
 
-// FromSources rewrites a deb822 style file in the same way.
-func FromSources(content string) string {
+// Sources rewrites a deb822 style file.
+func (e Edit) Sources(content string) string {
 	var out []string
 	for _, stanza := range stanzas(content) {
-		if s := rewriteStanza(stanza); s != "" && !slices.Contains(out, s) {
+		if s := e.stanza(stanza); s != "" && !slices.Contains(out, s) {
 			out = append(out, s)
 		}
 	}
@@ -87,23 +130,31 @@ func stanzas(content string) [][]string {
 	return all
 }
 
-func rewriteStanza(lines []string) string {
-	var out []string
-	usable, dropped := false, false
+// stanza rewrites one stanza. "" leaves it out.
+func (e Edit) stanza(lines []string) string {
+	var out, suites []string
+	usable, dropped, inSuites := false, false, false
 	for _, line := range lines {
 		if line[0] == ' ' || line[0] == '\t' { // the field goes on
-			if !dropped {
+			switch {
+			case inSuites:
+				suites = append(suites, strings.Fields(line)...)
+			case !dropped:
 				out = append(out, line)
 			}
 			continue
 		}
-		dropped = false
+		dropped, inSuites = false, false
 		field, value, _ := strings.Cut(line, ":")
 		value = strings.TrimSpace(value)
 		switch strings.ToLower(field) {
 		case "types":
 			usable = slices.ContainsFunc(strings.Fields(value), func(s string) bool { return s == "deb" || s == "deb-src" })
-			line = "Types: deb-src"
+			line = "Types: " + strings.Join(e.Types, " ")
+		case "suites":
+			inSuites = true
+			suites = append(suites, strings.Fields(value)...)
+			line = "Suites:" // the rest follows
 		case "enabled":
 			if v := strings.ToLower(value); v == "no" || v == "false" || v == "0" {
 				return ""
@@ -114,8 +165,15 @@ func rewriteStanza(lines []string) string {
 		}
 		out = append(out, line)
 	}
-	if !usable {
+	var left []string
+	for _, s := range suites {
+		if s = e.suite(s); s != "" {
+			left = append(left, s)
+		}
+	}
+	if !usable || len(left) == 0 {
 		return ""
 	}
+	out[slices.Index(out, "Suites:")] = "Suites: " + strings.Join(left, " ")
 	return strings.Join(out, "\n")
 }

@@ -6,7 +6,7 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-func TestFromList(t *testing.T) {
+func TestSourcePackagesList(t *testing.T) {
 	for name, tt := range map[string]struct{ in, want string }{
 		"empty":    {"", ""},
 		"comments": {"# deb http://a b c\n\n", ""},
@@ -18,11 +18,11 @@ func TestFromList(t *testing.T) {
 		"both kinds": {"deb http://m.example s main\ndeb-src http://m.example s main\n", "deb-src http://m.example s main\n"},
 		"others":     {"rpm http://m.example s main\n", ""},
 	} {
-		t.Run(name, func(t *testing.T) { assert.Equal(t, tt.want, FromList(tt.in)) })
+		t.Run(name, func(t *testing.T) { assert.Equal(t, tt.want, SourcePackages.List(tt.in)) })
 	}
 }
 
-func TestFromSources(t *testing.T) {
+func TestSourcePackagesSources(t *testing.T) {
 	in := `# the mirror
 Types: deb
 # an older one
@@ -60,6 +60,41 @@ Types: deb-src
 URIs: http://s.example/security
 Suites: stable-security
 Components: main
-`, FromSources(in))
-	assert.Empty(t, FromSources(""))
+`, SourcePackages.Sources(in))
+	assert.Empty(t, SourcePackages.Sources(""))
+}
+
+// TestVersion checks that another version's repositories are derived from those of one
+// version, and from no others.
+func TestVersion(t *testing.T) {
+	e := Version("bookworm", "trixie")
+	assert.Equal(t, `deb [signed-by=/k.gpg] http://m.example/debian trixie main
+deb-src [signed-by=/k.gpg] http://m.example/debian trixie main
+deb http://s.example/security trixie-security main
+deb-src http://s.example/security trixie-security main
+`, e.List(`deb [arch=amd64 signed-by=/k.gpg] http://m.example/debian bookworm main
+deb http://s.example/security bookworm-security main
+deb-src http://s.example/security bookworm-security main
+deb http://m.example/debian bookworm-backports main
+deb http://o.example/tool stable main
+deb [arch=amd64] http://cut.example
+`))
+	assert.Equal(t, `Types: deb deb-src
+URIs: http://m.example/debian
+Suites: trixie trixie-updates
+Components: main
+`, e.Sources(`Types: deb
+URIs: http://m.example/debian
+Suites: bookworm bookworm-backports
+ bookworm-updates
+Components: main
+
+Types: deb
+URIs: http://o.example/node
+Suites: nodistro
+Components: main
+
+Types: deb
+URIs: http://n.example/without-suites
+`))
 }

@@ -15,8 +15,6 @@ const (
 	GuestImage = "/lab/guest.cpio"
 	// WorkDir is where the job runs.
 	WorkDir = "/lab/work"
-	// XenBin has the Xen programs that are not on the usual path.
-	XenBin = "/usr/lib/xen-4.17/bin"
 	// GuestLogs matches the guests' console logs.
 	GuestLogs = "/var/log/xen/guest-*.log"
 )
@@ -29,7 +27,8 @@ const EnvHost = "VMPROBES_LAB"
 // their command lines under this emulator.
 const EnvCmdline = "VMPROBES_LAB_CMDLINE"
 
-// The hosts.
+// The hosts of Debian 12's Xen. Each is a kind of host, too: those of other releases are
+// of one of these kinds.
 const (
 	PV      = "pv"
 	PVStock = "pv-stock"
@@ -37,13 +36,51 @@ const (
 	HVMAMD  = "hvm-amd"
 )
 
-// Hosts returns the names of all hosts.
-func Hosts() []string { return []string{PV, PVStock, HVM, HVMAMD} }
+// Host is a kind of host with a release of Xen.
+type Host struct {
+	Name string
+	Kind string // PV, PVStock, HVM or HVMAMD
+	Xen  string // the release, such as "4.17"
+}
 
-// IsA tells whether a host can stand for another one: the AMD host has what the hvm
-// host has, on another processor.
+var hosts = []Host{
+	{PV, PV, "4.17"},
+	{PVStock, PVStock, "4.17"},
+	{HVM, HVM, "4.17"},
+	{HVMAMD, HVMAMD, "4.17"},
+	{"pv-stock-4.20", PVStock, "4.20"},
+	{"hvm-4.20", HVM, "4.20"},
+	{"pv-4.20", PV, "4.20"}, // last: its source is the hardest to come by
+}
+
+// Hosts returns the names of all hosts.
+func Hosts() []string {
+	var names []string
+	for _, h := range hosts {
+		names = append(names, h.Name)
+	}
+	return names
+}
+
+// Find returns the host of that name, or the zero Host if there is none.
+func Find(name string) Host {
+	for _, h := range hosts {
+		if h.Name == name {
+			return h
+		}
+	}
+	return Host{}
+}
+
+// XenBin returns where the programs of a release of Xen are that are not on the usual
+// path.
+func XenBin(release string) string { return "/usr/lib/xen-" + release + "/bin" }
+
+// IsA tells whether a host can stand for another one: each for one of its kind with an
+// earlier Xen, and the AMD host, which has what the hvm host has, on another processor.
 func IsA(host, other string) bool {
-	return host == other || host == HVMAMD && other == HVM
+	kind := Find(host).Kind
+	return host == other || kind != "" && kind == other || kind == HVMAMD && other == HVM
 }
 
 // Job is what dom0 runs once it is up.
