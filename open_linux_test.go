@@ -74,8 +74,8 @@ func TestOpenErrorText(t *testing.T) {
 		"file:" + file("empty", ""):         "malformed memory image: empty",
 		"file:" + text + "?bogus":           `option "bogus": want raw, hole=pc, hole=q35, hole=ADDRESS (of a page below 4 GiB, such as 0xc0000000) or skip=BYTES`,
 		"file:" + text: "no Linux kernel found: has the guest booted? (there are no vCPU registers); " +
-			"no crash dump information (vmcoreinfo) in memory; no version string of a kernel in memory; " +
-			"a flat file of 0x6 bytes, which is no multiple of a page: it is cut short, or something else is before or behind the memory",
+			"no crash dump information (vmcoreinfo) in memory; a flat file of 0x6 bytes, which is no multiple of a page: " +
+			"it is cut short, or something else is before or behind the memory",
 	} {
 		prefix := ": open: "
 		if name != "" {
