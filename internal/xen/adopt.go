@@ -115,8 +115,14 @@ func (a *takeover) run() error {
 		a.unknown-- // for that the domain was paused
 	}
 	for {
-		v, sure := a.taken()
-		if v < 0 || !sure && (a.asked == 0 || a.unknown+a.paid <= 0) {
+		v, score := a.taken()
+		if v < 0 || score < 3 && (a.asked == 0 || a.unknown+a.paid <= 0) {
+			break
+		}
+		if score < 2 && a.unknown <= 0 {
+			// All that speaks for it is that one process may have asked for the event, and
+			// another may have undone its pause. A vCPU that has come back from an int3 of the
+			// guest's own is more likely.
 			break
 		}
 		a.stop(v)
@@ -291,10 +297,9 @@ func (a *takeover) free(v int) error {
 }
 
 // taken returns a vCPU whose event the dead process had taken without writing that
-// down, or -1. Such a vCPU is one byte behind an int3. It is sure if it can be there only
-// because of it: that is not the beginning of an instruction.
-func (a *takeover) taken() (vcpu int, sure bool) {
-	best, score := -1, 0
+// down, or -1. Such a vCPU is one byte behind an int3; see behind for the score.
+func (a *takeover) taken() (vcpu, score int) {
+	vcpu = -1
 	for v := range a.vcpus {
 		s := &a.vcpus[v]
 		if s.stopped || s.ctx.Flags&vgcfInKernel == 0 {
@@ -305,14 +310,15 @@ func (a *takeover) taken() (vcpu int, sure bool) {
 			n = 0 // it hasn't moved since its last answer
 		}
 		if n > score {
-			best, score = v, n
+			vcpu, score = v, n
 		}
 	}
-	return best, score == 3
+	return vcpu, score
 }
 
 // behind says how sure it is that a vCPU one byte behind addr has executed an int3 there:
-// 0 (not at all) to 3.
+// 0 is not at all; 1 is an int3 of the guest's own; 2 is one of ours, with another
+// instruction behind it; and 3 is where no instruction begins.
 func (a *takeover) behind(cr3, addr uint64) int {
 	at := func(b breakpoint.LeftBreak) bool { return b.Addr == addr }
 	sure := func(b breakpoint.LeftBreak) int {
