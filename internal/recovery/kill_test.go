@@ -81,10 +81,12 @@ func TestKilled(t *testing.T) {
 		kills = n
 	}
 	// Seeds that found something: two deaths in the middle of calls, a breakpoint that was
-	// hit just before it was removed, a POPF that was stepped.
+	// hit just before it was removed, a POPF that was stepped, a vCPU that had come back from
+	// the guest's own int3.
 	found := map[string][]uint64{
 		"pv/1": {5669080580335978074, 16388405188449809901},
 		"pv/2": {12931728158109400755},
+		"pv/4": {12082286825210121787},
 	}
 	for i, cfg := range cfgs {
 		kind := []string{"pv", "hvm-tf", "hvm-mtf"}[i%3]

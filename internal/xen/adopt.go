@@ -119,12 +119,6 @@ func (a *takeover) run() error {
 		if v < 0 || score < 3 && (a.asked == 0 || a.unknown+a.paid <= 0) {
 			break
 		}
-		if score < 2 && a.unknown <= 0 {
-			// All that speaks for it is that one process may have asked for the event, and
-			// another may have undone its pause. A vCPU that has come back from an int3 of the
-			// guest's own is more likely.
-			break
-		}
 		a.stop(v)
 		a.latched++
 		a.unknown--
@@ -308,6 +302,12 @@ func (a *takeover) taken() (vcpu, score int) {
 		n := a.behind(s.ctx.CtrlReg[3], s.ctx.User.RIP-1)
 		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
 			n = 0 // it hasn't moved since its last answer
+		}
+		if n == 1 && s.setting == settingDone && a.unknown <= 0 {
+			// All that speaks for a stop is that one process may have asked for it, and
+			// another may have undone its pause. That the vCPU has come back from the int3
+			// that it was given is more likely.
+			n = 0
 		}
 		if n > score {
 			vcpu, score = v, n
