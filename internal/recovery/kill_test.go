@@ -73,7 +73,7 @@ func TestKilled(t *testing.T) {
 			xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: n},
 			xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true, VCPUs: n})
 	}
-	kills := 2_000
+	kills := 900
 	if testing.Short() {
 		kills = 180
 	}

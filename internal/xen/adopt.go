@@ -95,8 +95,8 @@ func (a *takeover) run() error {
 	if err := a.recount(); err != nil {
 		return err
 	}
-	a.unknown -= min(a.maybe, max(a.unknown, 0)) // calls that seem to have been made
 	if !a.attached {
+		a.unknown -= min(a.maybe, max(a.unknown, 0)) // calls that seem to have been made
 		// It had not begun, or had taken everything out and left.
 		a.shared.step.vcpu = 0
 		return a.commit()
@@ -124,6 +124,7 @@ func (a *takeover) run() error {
 		a.unknown--
 		a.asked = max(a.asked-1, 0)
 	}
+	a.unknown -= min(a.maybe, max(a.unknown, 0))
 	for v := range a.vcpus {
 		if s := &a.vcpus[v]; s.stopped && s.setting != settingNone {
 			if err := a.answer(v); err != nil {
@@ -303,10 +304,10 @@ func (a *takeover) taken() (vcpu, score int) {
 		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
 			n = 0 // it hasn't moved since its last answer
 		}
-		if n == 1 && s.setting == settingDone && a.unknown <= 0 {
-			// All that speaks for a stop is that one process may have asked for it, and
-			// another may have undone its pause. That the vCPU has come back from the int3
-			// that it was given is more likely.
+		if n == 1 && s.setting == settingDone && a.unknown <= a.maybe {
+			// All that speaks for a stop is that one process may have asked for it, while
+			// what others may have paused or undone explains the rest. That the vCPU has come
+			// back from the int3 that it was given is more likely.
 			n = 0
 		}
 		if n > score {
