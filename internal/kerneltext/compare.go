@@ -400,25 +400,29 @@ func (c *comparison) sameBehind(insn span) bool {
 }
 
 // relocated reports whether mem are the bytes of an instruction of the file's in a kernel
-// that has moved by slide: one address in them may be as much higher, or, if it is a
-// per-CPU variable's distance, lower (arch/x86/boot/compressed/misc.c, handle_relocations).
-func relocated(file, mem []byte, slide uint64) bool {
-	if bytes.Equal(file, mem) {
-		return true
-	}
+// that has moved by slide: addresses in them, of which an instruction has two at most (a
+// displacement and an immediate), may be as much higher, or, if one is a per-CPU variable's
+// distance, lower (arch/x86/boot/compressed/misc.c, handle_relocations).
+func relocated(file, mem []byte, slide uint64) bool { return moved(file, mem, slide, 2) }
+
+// moved is relocated for up to so many addresses.
+func moved(file, mem []byte, slide uint64, addresses int) bool {
 	le := binary.LittleEndian
-	for o := 0; o+4 <= len(file); o++ {
-		if !bytes.Equal(file[:o], mem[:o]) {
+	for ; !bytes.Equal(file, mem); file, mem = file[1:], mem[1:] {
+		if addresses == 0 || len(file) < 4 {
 			return false
 		}
-		if d := le.Uint32(mem[o:]) - le.Uint32(file[o:]); (d == uint32(slide) || d == -uint32(slide)) && bytes.Equal(file[o+4:], mem[o+4:]) {
+		if d := le.Uint32(mem) - le.Uint32(file); (d == uint32(slide) || d == -uint32(slide)) && moved(file[4:], mem[4:], slide, addresses-1) {
 			return true
 		}
-		if o+8 <= len(file) && le.Uint64(mem[o:])-le.Uint64(file[o:]) == slide && bytes.Equal(file[o+8:], mem[o+8:]) {
+		if len(file) >= 8 && le.Uint64(mem)-le.Uint64(file) == slide && moved(file[8:], mem[8:], slide, addresses-1) {
 			return true
+		}
+		if file[0] != mem[0] {
+			return false
 		}
 	}
-	return false
+	return true
 }
 
 // copies looks for code where the file has nothing but int3: tools execute copies of

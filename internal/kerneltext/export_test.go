@@ -26,3 +26,6 @@ func (f *File) Boundaries(do func(addr uint64, insn []byte, changes bool)) {
 		addr = c.fn.end
 	}
 }
+
+// Relocated reports whether an instruction is the file's, in a kernel that has moved.
+var Relocated = relocated
