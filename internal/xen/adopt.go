@@ -115,7 +115,10 @@ func (a *takeover) run() error {
 		a.unknown-- // for that the domain was paused
 	}
 	for {
-		v, score := a.taken()
+		// If no pause is without explanation all that speaks for a stop is that one process
+		// may have asked for it, while what others may have paused or undone explains the
+		// rest. That a vCPU has come back from the int3 that it was given is more likely.
+		v, score := a.taken(a.unknown <= a.maybe)
 		if v < 0 || score < 3 && (a.asked == 0 || a.unknown+a.paid <= 0) {
 			break
 		}
@@ -178,10 +181,10 @@ func (a *takeover) commit() error {
 // every vCPU is held by itself. What was latched is taken.
 func (a *takeover) recount() error {
 	if n := int(a.took.Load()); n != 0 {
-		a.takeStop(n)
 		if n > 0 {
-			a.fresh = append(a.fresh, n-1)
+			a.vcpus[n-1].fresh = true
 		}
+		a.takeStop(n)
 	}
 	switch a.intent {
 	case intentAsk:
@@ -250,8 +253,8 @@ func (a *takeover) recount() error {
 			a.latched++
 		case st.VCPU >= 0:
 			a.tookOwed, a.tookLatched = a.owed, a.latched+1
+			a.vcpus[st.VCPU].fresh = true
 			a.takeStop(st.VCPU + 1)
-			a.fresh = append(a.fresh, st.VCPU)
 		}
 		a.intent = intentNone
 		if st.VCPU < 0 {
@@ -269,8 +272,8 @@ func (a *takeover) recount() error {
 
 // stop says that a vCPU has stopped since its last answer.
 func (a *takeover) stop(v int) {
+	a.vcpus[v].fresh = true
 	a.vcpus[v].setting, a.vcpus[v].stopped = settingNone, true
-	a.fresh = append(a.fresh, v)
 }
 
 // free undoes every hold of a vCPU by itself.
@@ -292,8 +295,10 @@ func (a *takeover) free(v int) error {
 }
 
 // taken returns a vCPU whose event the dead process had taken without writing that
-// down, or -1. Such a vCPU is one byte behind an int3; see behind for the score.
-func (a *takeover) taken() (vcpu, score int) {
+// down, or -1. Such a vCPU is one byte behind an int3; see behind for the score. back says
+// that one which was answered before, and is behind an int3 of the guest's own, has come
+// back from it.
+func (a *takeover) taken(back bool) (vcpu, score int) {
 	vcpu = -1
 	for v := range a.vcpus {
 		s := &a.vcpus[v]
@@ -304,10 +309,7 @@ func (a *takeover) taken() (vcpu, score int) {
 		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
 			n = 0 // it hasn't moved since its last answer
 		}
-		if n == 1 && s.setting == settingDone && a.unknown <= a.maybe {
-			// All that speaks for a stop is that one process may have asked for it, while
-			// what others may have paused or undone explains the rest. That the vCPU has come
-			// back from the int3 that it was given is more likely.
+		if n == 1 && s.setting == settingDone && back {
 			n = 0
 		}
 		if n > score {
@@ -492,7 +494,7 @@ func (m *MonitorRoute) IPs() ([]uint64, error) {
 func (d *Debugger) Answered(vcpu int) (answered, known bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return !d.vcpus[vcpu].stopped || slices.Contains(d.fresh, vcpu), true
+	return !d.vcpus[vcpu].stopped || d.vcpus[vcpu].fresh, true
 }
 
 // AdoptMonitor takes the place of a process that died with its monitor attached to an HVM

@@ -31,7 +31,6 @@ type Debugger struct {
 	vcpus   []vcpu
 	queue   []int             // vCPUs whose stop waits to be returned by Wait
 	first   []breakpoint.Stop // that another process had left, to be returned first
-	fresh   []int             // vCPUs that have stopped since that process answered them
 	pending int
 	step    *step
 	closed  bool
@@ -264,6 +263,7 @@ func (d *Debugger) poll(s *breakpoint.Stop) (bool, error) {
 	defer d.mu.Unlock()
 	if len(d.first) > 0 {
 		*s, d.first = d.first[0], d.first[1:]
+		d.vcpus[s.VCPU].fresh = false
 		return true, nil
 	}
 	if d.stepping() {
@@ -297,6 +297,7 @@ func (d *Debugger) next(s *breakpoint.Stop, i int) (bool, error) {
 		return false, fmt.Errorf("vCPU %d: read registers: %w", v, err)
 	}
 	d.queue = slices.Delete(d.queue, i, i+1)
+	c.fresh = false
 	c.reason = breakpoint.Hit
 	c.at = c.ctx.User.RIP - 1 // int3 is a trap: RIP is behind it
 	c.dr6 = c.ctx.DebugReg[6]

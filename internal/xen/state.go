@@ -73,6 +73,7 @@ const (
 // sharedVCPU is what is known of a vCPU only by who debugs the guest.
 type sharedVCPU struct {
 	stopped  bool // its event was taken, and the stop isn't answered
+	fresh    bool // taken after the death of who answered it last, and not handed on yet
 	setting  setting
 	saved    bool // ext was saved, and Xen may have lost it
 	entering bool // an exception is being delivered; mask is the interrupt mask of before

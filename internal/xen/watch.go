@@ -81,7 +81,7 @@ func waitsForDebugger(hv Hypervisor, frames *paging.Cache, info xenctrl.DomainIn
 			return "", fmt.Errorf("vCPU %d: read registers: %w", v, mapErr(err))
 		}
 	}
-	if v, _ := a.taken(); v >= 0 {
+	if v, _ := a.taken(false); v >= 0 {
 		return fmt.Sprintf("vCPU %d has stopped at a breakpoint, which was not noticed", v), nil
 	}
 	for v := range a.vcpus {
