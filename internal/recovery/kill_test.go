@@ -73,7 +73,7 @@ func TestKilled(t *testing.T) {
 			xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: n},
 			xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true, VCPUs: n})
 	}
-	kills := 900
+	kills := 450
 	if testing.Short() {
 		kills = 180
 	}
