@@ -87,7 +87,7 @@ func TestUnpausedInStep(t *testing.T) {
 			stepped.Post = func(*breakpoint.Context) breakpoint.Verdict { stepping--; return breakpoint.Continue }
 			inHandler.Pre = func(*breakpoint.Context) breakpoint.Verdict {
 				if stepping > 0 && unpaused.Load() < 5 {
-					time.Sleep(40 * time.Millisecond)
+					time.Sleep(200 * time.Millisecond) // it is pinned after two ticks
 					if hv.Unpause() == nil {
 						unpaused.Add(1)
 					}
