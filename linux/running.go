@@ -6,8 +6,8 @@ import (
 	"github.com/vmprobes/vmprobes/paging"
 )
 
-// Running reports whether this kernel is still in the guest's memory, by its version
-// string: after a reboot, a reset or a kexec it isn't there, or elsewhere (KASLR). The same
+// Running reports whether the guest still runs this kernel, by its version string: after a
+// reboot, a reset or a kexec it isn't there, or not in the page tables of any vCPU. The same
 // build at the same place can't be told from this one. It fails if the memory can't be
 // read at all.
 func (k *Kernel) Running() (bool, error) {
@@ -20,8 +20,10 @@ func (k *Kernel) Running() (bool, error) {
 	b := make([]byte, len(k.banner))
 	err := k.Read(k.bannerAt, b)
 	switch {
+	case err == nil && string(b) != k.banner:
+		return false, nil
 	case err == nil:
-		return string(b) == k.banner, nil
+		return k.inUse(b), nil
 	case errors.Is(err, paging.ErrNotMapped), errors.Is(err, paging.ErrReserved):
 		return false, nil // there is something else at the root
 	case errors.Is(err, paging.ErrNoFrame):
@@ -31,4 +33,25 @@ func (k *Kernel) Running() (bool, error) {
 		}
 	}
 	return false, err
+}
+
+// inUse reports whether the page tables of a vCPU map the version string, as far as that can
+// be told: what a reset has left in memory may stay there for long. b is scratch.
+func (k *Kernel) inUse(b []byte) bool {
+	cpus, err := k.machine.CPUs()
+	if err != nil || len(cpus) == 0 {
+		return true
+	}
+	for _, c := range cpus {
+		// With page-table isolation the kernel's tables are in the page before those that a
+		// vCPU has in user mode (PTI_PGTABLE_SWITCH_BIT, arch/x86/entry/calling.h).
+		const pti = 1 << 12
+		root := c.CR3 &^ 0xfff
+		for _, root := range []uint64{root, root &^ pti} {
+			if _, err := k.mem.Read(paging.Root(root), paging.VAddr(k.bannerAt), b); err == nil && string(b) == k.banner {
+				return true
+			}
+		}
+	}
+	return false
 }

@@ -567,6 +567,7 @@ func TestRunning(t *testing.T) {
 	for name, change := range map[string]func(*kerneltest.Synthetic){
 		"another kernel": func(s *kerneltest.Synthetic) { copy(s.Bytes(s.Sym["linux_banner"]), "Linux version 7") },
 		"no page tables": func(s *kerneltest.Synthetic) { clear(s.RAM[s.CR3 : s.CR3+paging.PageSize]) },
+		"left in memory": func(s *kerneltest.Synthetic) { s.CR3 += 2 * paging.PageSize },
 		"other data": func(s *kerneltest.Synthetic) {
 			for i := range paging.PageSize {
 				s.RAM[s.CR3+uint64(i)] = 0xa5
