@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
 )
 
@@ -76,4 +77,11 @@ func Images(ctx context.Context, m Machine) (starts []uint64, err error) {
 		starts = append(starts, img.ranges[0].Addr)
 	}
 	return starts, err
+}
+
+// KernelAt returns a kernel of which only the version string is known, and where it is.
+func KernelAt(m Machine, mode paging.Mode, root paging.Root, at uint64, banner string) *Kernel {
+	k := &Kernel{machine: m, mem: paging.New(m, mode), banner: banner, bannerAt: at}
+	k.root.Store(uint64(root))
+	return k
 }

@@ -81,3 +81,28 @@ func TestImages32(t *testing.T) {
 		})
 	}
 }
+
+// TestRunning32: the four top entries of PAE tables may be anywhere in their page, of which
+// CR3 says where (Intel SDM vol. 3, 4.4.1).
+func TestRunning32(t *testing.T) {
+	const at, banner = 0xc1000010, "Linux version 6.1"
+	m := &machine32{}
+	tables := pagetest.New(pagetest.PAE, func() (uint64, []byte) {
+		m.pages = append(m.pages, make([]byte, paging.PageSize))
+		return uint64(len(m.pages) - 1), m.pages[len(m.pages)-1]
+	})
+	m.pages = append(m.pages, append(make([]byte, at%paging.PageSize), append([]byte(banner), make([]byte, paging.PageSize)...)...)[:paging.PageSize])
+	tables.Map(pagetest.Mapping{Virt: at &^ 0xfff, Phys: uint64(len(m.pages)-1) * paging.PageSize, Level: 1})
+	m.cpu = linux.CPU{CR0: 0x80050033, CR3: tables.CR3, CR4: 0x30}
+	require.NotZero(t, tables.CR3%paging.PageSize)
+	mode, err := paging.ModeOf(m.cpu.CR0, m.cpu.CR4, m.cpu.EFER)
+	require.NoError(t, err)
+	k := linux.KernelAt(m, mode, paging.Root(m.cpu.CR3), at, banner)
+	ok, err := k.Running()
+	require.NoError(t, err)
+	assert.True(t, ok)
+	m.cpu.CR3 &^= 0xfff
+	ok, err = k.Running()
+	require.NoError(t, err)
+	assert.False(t, ok, "no vCPU has these tables")
+}

@@ -43,12 +43,8 @@ func (k *Kernel) inUse(b []byte) bool {
 		return true
 	}
 	for _, c := range cpus {
-		// With page-table isolation the kernel's tables are in the page before those that a
-		// vCPU has in user mode (PTI_PGTABLE_SWITCH_BIT, arch/x86/entry/calling.h).
-		const pti = 1 << 12
-		root := c.CR3 &^ 0xfff
-		for _, root := range []uint64{root, root &^ pti} {
-			if _, err := k.mem.Read(paging.Root(root), paging.VAddr(k.bannerAt), b); err == nil && string(b) == k.banner {
+		for _, r := range roots(k.mem.Mode(), c) {
+			if _, err := k.mem.Read(r.root, paging.VAddr(k.bannerAt), b); err == nil && string(b) == k.banner {
 				return true
 			}
 		}

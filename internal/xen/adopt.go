@@ -104,11 +104,11 @@ func (a *takeover) run() error {
 	if err := attempts(func() error { return a.hv.SetDebugging(true) }); err != nil {
 		return fmt.Errorf("attach debugger: %w", err)
 	}
+	if err := a.contexts(); err != nil {
+		return err
+	}
 	for v := range a.vcpus {
 		s := &a.vcpus[v]
-		if err := attempts(func() error { return a.hv.VCPUContext(v, &s.ctx) }); err != nil && !neverUp(err) {
-			return fmt.Errorf("vCPU %d: read registers: %w", v, err)
-		}
 		s.ext = xenctrl.ExtState{Mask: s.extMask, Data: s.extData[:min(max(s.extLen, 0), maxExt)]}
 	}
 	if a.stepMade() {
@@ -148,6 +148,16 @@ func (a *takeover) run() error {
 		}
 	}
 	return a.commit()
+}
+
+// contexts reads the registers of all vCPUs that have some.
+func (a *takeover) contexts() error {
+	for v := range a.vcpus {
+		if err := attempts(func() error { return a.hv.VCPUContext(v, &a.vcpus[v].ctx) }); err != nil && !neverUp(err) {
+			return fmt.Errorf("vCPU %d: read registers: %w", v, mapErr(err))
+		}
+	}
+	return nil
 }
 
 // commit makes the account that of a driver that has attached just now: all pauses but
@@ -343,9 +353,7 @@ func (a *takeover) behind(cr3, addr uint64) int {
 			return sure(b)
 		}
 	}
-	// Not what is between functions, behind which one begins.
-	var b [2]byte
-	if a.read(cr3, addr-1, b[:]) == nil && b[1] == int3 && b[0] != int3 {
+	if behindInt3(func(addr uint64, b []byte) error { return a.read(cr3, addr, b) }, addr+1) {
 		return 1
 	}
 	return 0

@@ -145,6 +145,17 @@ func (s spare) HVMCPU(v int) (xenctrl.HVMCPU, error) {
 	return s.Hypervisor.HVMCPU(v)
 }
 
+// TestWaitsSpare: such a guest can be watched, too.
+func TestWaitsSpare(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, VCPUs: 2, Seed: 3})
+	hv := spare{m.Hypervisor(), 1}
+	require.NoError(t, hv.SetDebugging(true))
+	require.NoError(t, hv.Pause())
+	why, err := xen.Waits(hv, xentest.Frames(t, hv), xen.Left{State: make([]byte, xen.StateSize(2))})
+	require.NoError(t, err)
+	assert.Empty(t, why)
+}
+
 // TestAdoptSpare: a guest may be repaired though it has a vCPU without registers
 // (maxvcpus, or xl vcpu-set).
 func TestAdoptSpare(t *testing.T) {

@@ -76,10 +76,8 @@ func waitsForDebugger(hv Hypervisor, frames *paging.Cache, info xenctrl.DomainIn
 		return "", err
 	}
 	a := &takeover{Debugger: d, left: &left}
-	for v := range a.vcpus {
-		if err := hv.VCPUContext(v, &a.vcpus[v].ctx); err != nil {
-			return "", fmt.Errorf("vCPU %d: read registers: %w", v, mapErr(err))
-		}
+	if err := a.contexts(); err != nil {
+		return "", err
 	}
 	if v, _ := a.taken(false); v >= 0 {
 		return fmt.Sprintf("vCPU %d has stopped at a breakpoint, which was not noticed", v), nil
