@@ -66,6 +66,25 @@ func StartLinux(tb testing.TB, series string, c Config) *Linux {
 	if c.MB == 0 {
 		c.MB = 256
 	}
+	for boots := 1; ; boots++ {
+		g, err := boot(tb, c)
+		// A kernel rewrites its code when it boots, which QEMU 7.2's TCG isn't always up to
+		// while other vCPUs run. Nobody is attached yet.
+		if errors.Is(err, console.ErrDied) && boots < 3 {
+			tb.Logf("boots again: %v", err)
+			g.Kill()
+			continue
+		}
+		if err != nil {
+			tb.Fatalf("the guest isn't ready: %v: %s", err, g.out.String())
+		}
+		return g
+	}
+}
+
+// boot boots a guest. It is returned with an error, too.
+func boot(tb testing.TB, c Config) (*Linux, error) {
+	tb.Helper()
 	v := Start(tb, c)
 	conn, err := net.Dial("unix", v.serial)
 	if err != nil {
@@ -75,10 +94,8 @@ func StartLinux(tb testing.TB, series string, c Config) *Linux {
 	g := &Linux{VM: v, console: console.New(conn)}
 	ctx, cancel := context.WithTimeout(tb.Context(), readyTimeout)
 	defer cancel()
-	if g.Ready, err = g.console.Ready(ctx); err != nil {
-		tb.Fatalf("the guest isn't ready: %v: %s", err, v.out.String())
-	}
-	return g
+	g.Ready, err = g.console.Ready(ctx)
+	return g, err
 }
 
 // Do sends a command and returns the answer.
