@@ -177,7 +177,7 @@ demo-xen: deps-lab $(IN_DOM0)
 	@$(RUN_LAB) build $(HOST)
 	@$(RUN_LAB) run $(HOST) $(FILES) -- bin/demo
 
-.PHONY: test test-all test-emulators test-qemu lab-build lab-short lab-test lab-image lab-shell bench-lab
+.PHONY: test test-all test-emulators test-qemu test-qemu-guests test-qemu-driver lab-build lab-short lab-test lab-image lab-shell bench-lab
 # Emulators leave part of a second processor: fuzzing gets that.
 test: check
 	@$(MAKE) -j2 test-emulators fuzz-beside || { cat bin/fuzz.failed 2>/dev/null; exit 1; }
@@ -186,8 +186,7 @@ test-emulators: test-qemu
 
 test-all: HOSTS := $(HOSTS) $(LATER_HOSTS)
 test-all: vet-all headers-all lab-test lab-image
-	@$(MAKE) test-qemu QEMU_GUESTS=.
-	VMPROBES_REQUIRE_LAB= VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./internal/qemu
+	@$(MAKE) test-qemu test-qemu-driver QEMU_GUESTS=.
 
 # What xl dump-core writes, read by package image.
 lab-image: deps-lab bin/image.test
@@ -196,12 +195,22 @@ lab-image: deps-lab bin/image.test
 
 # Guests in QEMU, by default the oldest and the newest kernel.
 QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
-test-qemu: export VMPROBES_REQUIRE_LAB =
+QEMU_TESTS = TestQEMU
+test-qemu test-qemu-guests test-qemu-driver: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./internal/qemu
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image ./internal/kerneltext
-	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run 'TestQEMU/($(QEMU_GUESTS))' .
+	@$(MAKE) test-qemu-guests
+
+test-qemu-guests: deps-lab
+	@$(RUN_LAB) build guests
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 30m -run '$(QEMU_TESTS)/($(QEMU_GUESTS))' .
+
+# What the driver's tests leave out in short, too.
+test-qemu-driver: deps-lab
+	@$(RUN_LAB) build guests
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./internal/qemu
 
 lab-build: deps-lab $(IN_DOM0)
 	@for h in $(HOSTS); do $(RUN_LAB) build $$h || exit 1; done
