@@ -36,6 +36,10 @@ type victim struct {
 	died    chan struct{} // closed when it has
 	journal []byte        // as it was at that moment; nil if there was none
 	path    string
+
+	wrap   func(xen.Hypervisor) xen.Hypervisor // or nil
+	method breakpoint.Method                   // with many
+	many   bool                                // breakpoints, by that method
 }
 
 // records makes each record of the journal a call at which the tool may die.
@@ -140,7 +144,7 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 	var log strings.Builder
 	for deaths, then := r.IntN(3), v.journal; then != nil; deaths-- {
 		fmt.Fprintf(&log, "--- %s\n", m.State())
-		then = repairs(t, m, then, r, deaths > 0, &log)
+		then = repairs(t, m, nil, then, r, deaths > 0, &log)
 	}
 	m.Release()
 	xentest.Verify(t, m, before)
@@ -162,7 +166,7 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 // repairs repairs the guest from a journal, unless whoever does so dies, too: then it
 // returns the journal as it was at that moment. The journal is in a file of its own, as
 // goroutines of the dead may still write to theirs.
-func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool, log *strings.Builder) (then []byte) {
+func repairs(t *testing.T, m *xentest.Machine, ring xen.Ring, b []byte, r *rand.Rand, dies bool, log *strings.Builder) (then []byte) {
 	path := filepath.Join(t.TempDir(), "domain-1.journal")
 	require.NoError(t, os.WriteFile(path, b, 0o600))
 	f, err := journal.Open(path)
@@ -177,7 +181,7 @@ func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool
 		defer func() { done <- err }()
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
-		rep, rerr := recovery.Repair(ctx, mortal, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		rep, rerr := recovery.TakeOver(ctx, mortal, ring, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		err = errors.Join(rerr, rep.Changed)
 		if rep.Took > 5*time.Second { // of ten that a repair waits for a vCPU that doesn't come
 			err = errors.Join(err, fmt.Errorf("it took %v", rep.Took))
@@ -214,18 +218,25 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 		t.Error(err)
 		return
 	}
-	frames := xen.NewFrames(v.mortal)
+	hv := xen.Hypervisor(v.mortal)
+	if v.wrap != nil {
+		hv = v.wrap(hv)
+	}
+	frames := xen.NewFrames(hv)
 	var drv breakpoint.Driver
 	if info.Flags&xenctrl.DomainHVM == 0 {
-		drv, err = xen.OpenDebugger(v.mortal, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
+		drv, err = xen.OpenDebugger(hv, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
 	} else {
-		drv, err = xen.OpenMonitor(v.mortal, frames, xen.Config{State: v.log.DriverState()})
+		drv, err = xen.OpenMonitor(hv, frames, xen.Config{State: v.log.DriverState()})
 	}
 	if err != nil {
 		t.Error(err)
 		return
 	}
-	method := breakpoint.Method(r.IntN(3))
+	method, most := breakpoint.Method(r.IntN(3)), 6
+	if v.many {
+		method, most = v.method, 40
+	}
 	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal}})
 	wg.Go(func() {
 		for ctx.Err() == nil {
@@ -243,7 +254,7 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 		if e.Register(p) == nil {
 			probes = append(probes, p)
 		}
-		if len(probes) > 6 {
+		if len(probes) > most {
 			_ = e.Unregister(probes[0])
 			probes = probes[1:]
 		}
