@@ -542,14 +542,16 @@ func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute
 			return m, m.thawLeft()
 		}
 		if left.Logger != nil {
-			left.Logger.Warn("the ring of a dead process can't be gone on with, and is closed", "err", err)
+			left.Logger.Warn("the ring of a dead process can't be gone on with", "err", err)
+		}
+		if qerr := m.settleQueue(); qerr != nil {
+			return nil, errors.Join(qerr, err) // the ring may be of use yet
 		}
 		if err := left.Ring.Close(); err != nil {
 			return nil, err
 		}
 		m.mon, m.step, m.stepped, m.notify, m.trapMon = nil, nil, nil, false, false
-	}
-	if err := m.settleQueue(); err != nil {
+	} else if err := m.settleQueue(); err != nil {
 		return nil, err
 	}
 	return m, m.reopen()
@@ -648,7 +650,7 @@ func (m *MonitorRoute) takeRing(ring Ring) error {
 		if m.mon, st, err = m.hv.TakeMonitor(ring, m.port); err == nil {
 			break
 		}
-		if errors.Is(err, xenctrl.ErrRing) || errors.Is(err, xenctrl.ErrNoDomain) || time.Since(begin) > takeFor {
+		if errors.Is(err, xenctrl.ErrRing) || errors.Is(err, xenctrl.ErrClosed) || errors.Is(err, xenctrl.ErrNoDomain) || time.Since(begin) > takeFor {
 			return errors.Join(fmt.Errorf("go on with the monitor of a dead process: %w", mapErr(err)), m.Thaw())
 		}
 	}
