@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,13 +61,44 @@ func TestKilledInDoubt(t *testing.T) {
 		t.Run(map[bool]string{false: "tf", true: "mtf"}[mtf], func(t *testing.T) {
 			t.Parallel()
 			xentest.Seeds(t, rounds, 2, func(t *testing.T, seed uint64) {
-				killInDoubt(t, xentest.Config{Kind: xentest.HVM, MTF: mtf, AVX: true, VCPUs: 1, IRQEvery: 170, Seed: seed})
+				cfg := xentest.Config{Kind: xentest.HVM, MTF: mtf, AVX: true, VCPUs: 1, IRQEvery: 170, Seed: seed}
+				killInDoubt(t, cfg, func(m *breakpoint.Mark) bool { return m.Slot != 0 && m.Back == (seed%2 == 0) }, nil)
 			})
 		})
 	}
 }
 
-func killInDoubt(t *testing.T, cfg xentest.Config) {
+// TestKilledCounting kills a tool between the two stores that say that a vCPU is in a slot,
+// or isn't any more: the mark says what the counter is to be, and the counter is that, or
+// what it was. Nobody is taken for one who is in a slot afterwards, and waited for.
+func TestKilledCounting(t *testing.T) {
+	for _, back := range []bool{false, true} {
+		for _, counted := range []bool{false, true} {
+			t.Run(fmt.Sprintf("back=%v/counted=%v", back, counted), func(t *testing.T) {
+				t.Parallel()
+				xentest.Seeds(t, 6, 2, func(t *testing.T, seed uint64) {
+					cfg := xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: 1, Seed: seed}
+					killInDoubt(t, cfg, func(m *breakpoint.Mark) bool { return m.Slot != 0 && m.Back == back },
+						func(m *breakpoint.Mark, busy *atomic.Int32) {
+							// As it was a moment ago: the answer was not given.
+							m.Counting, m.Count = true, busy.Load()
+							switch {
+							case counted:
+							case back:
+								busy.Add(1)
+							default:
+								busy.Add(-1)
+							}
+						})
+				})
+			})
+		}
+	}
+}
+
+// killInDoubt kills a tool when it is about to notify Xen of an answer, and the mark of its
+// vCPU is what at wants. undo puts the mark and the slot's counter back to what they were.
+func killInDoubt(t *testing.T, cfg xentest.Config, at func(*breakpoint.Mark) bool, undo func(*breakpoint.Mark, *atomic.Int32)) {
 	r := rand.New(rand.NewPCG(cfg.Seed, 4))
 	m := xentest.New(cfg)
 	before := m.Text()
@@ -81,8 +113,13 @@ func killInDoubt(t *testing.T, cfg xentest.Config) {
 	v.mortal = mortal
 	v.wrap = func(hv xen.Hypervisor) xen.Hypervisor {
 		return doubtful{hv, func() {
-			if left--; left < 0 && v.log.Mark(0).Slot != 0 && !v.log.Mark(0).Back {
-				mortal.Die(0, left%2 == 0, func() {
+			if left--; left < 0 && at(v.log.Mark(0)) {
+				mortal.Die(0, undo == nil && left%2 == 0, func() {
+					if undo != nil {
+						mark := v.log.Mark(0)
+						busy, _ := v.busy.Load(mark.Slot)
+						undo(mark, busy.(*atomic.Int32))
+					}
 					v.journal, _ = os.ReadFile(v.path)
 					close(v.died)
 				})
@@ -102,6 +139,9 @@ func killInDoubt(t *testing.T, cfg xentest.Config) {
 	cancel()
 	wg.Wait()
 	require.NoError(t, v.log.Close())
+	if undo == nil {
+		m.Interrupt(0)
+	}
 	var log strings.Builder
 	for deaths, then := 1+r.IntN(3), v.journal; then != nil; deaths-- {
 		fmt.Fprintf(&log, "--- %s\n", m.State())

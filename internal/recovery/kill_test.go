@@ -40,16 +40,21 @@ type victim struct {
 	wrap   func(xen.Hypervisor) xen.Hypervisor // or nil
 	method breakpoint.Method                   // with many
 	many   bool                                // breakpoints, by that method
+	busy   sync.Map                            // records.busy
 }
 
 // records makes each record of the journal a call at which the tool may die.
 type records struct {
 	*recovery.Log
-	m *xentest.Mortal
+	m    *xentest.Mortal
+	busy *sync.Map // the counters of slots, by address
 }
 
 func (r records) Break(b breakpoint.LeftBreak, s *breakpoint.LeftSlot) (busy *atomic.Int32, err error) {
 	r.m.Call(func() { busy, err = r.Log.Break(b, s) })
+	if s != nil && err == nil {
+		r.busy.Store(s.Addr, busy)
+	}
 	return busy, err
 }
 
@@ -237,7 +242,7 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 	if v.many {
 		method, most = v.method, 40
 	}
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal}})
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal, &v.busy}})
 	wg.Go(func() {
 		for ctx.Err() == nil {
 			_, _ = e.Serve(ctx, true)

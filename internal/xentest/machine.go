@@ -1062,6 +1062,13 @@ func (m *Machine) Load(va uint64, code []byte) {
 	copy(m.clean[va-TextBase:], code)
 }
 
+// Interrupt has the vCPU take an interrupt before its next instruction, if it takes any.
+func (m *Machine) Interrupt(vcpu int) {
+	m.lock()
+	defer m.mu.Unlock()
+	m.v[vcpu].irq = 0
+}
+
 // Goto has the vCPU go on at va.
 func (m *Machine) Goto(vcpu int, va uint64) {
 	m.lock()
