@@ -126,7 +126,7 @@ INTERLEAVINGS = 1000000
 KILLS = 1000000
 .PHONY: kill
 kill: deps-go
-	VMPROBES_KILLS=$(KILLS) $(GO) test -count=1 -timeout 24h -run '^TestKilled$$' ./internal/recovery
+	VMPROBES_KILLS=$(KILLS) $(GO) test -count=1 -timeout 24h -run '^TestKilled(WithRing)?$$' ./internal/recovery
 
 .PHONY: interleave
 interleave: deps-go

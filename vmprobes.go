@@ -99,6 +99,7 @@ func open(ctx context.Context, name string, opts *Options) (_ *Session, err erro
 	setup.Logger = opts.Logger
 	if !opts.NoGuardian {
 		setup.Watchdog = opts.Watchdog
+		setup.Ring = guardian.Ring
 		setup.Guardian = func(journal string) error {
 			err := guardian.Start(opts.logger())
 			if err == nil && opts.Watchdog != 0 {

@@ -24,6 +24,7 @@ type fakeLib struct {
 	evVersion int
 
 	front  *front
+	mapped *front // the page in the guest's memory
 	events *fakeEvents
 	store  *fakeStore
 }
@@ -163,8 +164,19 @@ func (f *fakeLib) monitorEnable(DomID) (unsafe.Pointer, uint32, error) {
 	if err := f.call("monitorEnable"); err != nil {
 		return nil, 0, err
 	}
-	f.front = newFront()
+	if f.front = f.mapped; f.front == nil {
+		f.front = newFront()
+	}
+	f.mapped = nil
 	return unsafe.Pointer(f.front.mem), 44, nil
+}
+
+func (f *fakeLib) monitorMap(DomID) (unsafe.Pointer, error) {
+	if err := f.call("monitorMap"); err != nil {
+		return nil, err
+	}
+	f.mapped = newFront()
+	return unsafe.Pointer(f.mapped.mem), nil
 }
 
 func (f *fakeLib) monitorSet(_ DomID, what monitorEvent, on, sync bool) error {

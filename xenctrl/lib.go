@@ -51,6 +51,9 @@ type lib interface {
 	monitorCaps(id DomID) (uint32, error)
 	eventVersion() (int, error)
 	monitorEnable(id DomID) (ring unsafe.Pointer, port uint32, err error)
+	// monitorMap maps the page that the next monitorEnable makes the ring. It fails with
+	// EBUSY if a monitor is attached.
+	monitorMap(id DomID) (ring unsafe.Pointer, err error)
 	monitorUnmap(ring unsafe.Pointer) error
 	monitorDisable(id DomID) error
 	monitorSet(id DomID, what monitorEvent, on, sync bool) error

@@ -407,6 +407,40 @@ static int vmp_monitor_enable(struct vmp *v, uint32_t dom, uint32_t *port, void 
 	return *ring ? 0 : vmp_fail();
 }
 
+// vmp_monitor_map maps the page that xc_monitor_enable will make the ring
+// (HVM_PARAM_MONITOR_RING_PFN, xen/include/public/hvm/params.h), and puts one there if
+// there is none, as that does: no two pages are ever at that place.
+static int vmp_monitor_map(struct vmp *v, uint32_t dom, void **ring)
+{
+	// Xen does with this what a notification makes it do, and fails if no monitor is
+	// attached (vm_event_resume, xen/common/vm_event.c).
+	int rc = VMP_TRY(v->xc.xc_monitor_resume(v->xch, dom));
+	if (rc != -ENODEV)
+		return rc < 0 ? rc : -EBUSY;
+	uint64_t gfn = 0;
+	rc = VMP_TRY(v->xc.xc_hvm_param_get(v->xch, dom, 28, &gfn));
+	if (rc >= 0 && !gfn)
+		rc = -EOPNOTSUPP;
+	for (int again = 0; rc >= 0 && !*ring; again++) {
+		unsigned long pfn = gfn;
+		int err = 0;
+		errno = 0;
+		void *mem = v->fm.xenforeignmemory_map(v->fmem, dom, PROT_READ | PROT_WRITE, 1, &pfn, &err);
+		if (mem && !err) {
+			*ring = mem;
+			break;
+		}
+		rc = mem ? (err < 0 ? err : -err) : vmp_fail();
+		if (mem)
+			v->fm.xenforeignmemory_unmap(v->fmem, mem, 1);
+		if (again)
+			break;
+		rc = VMP_TRY(v->xc.xc_domain_populate_physmap_exact(v->xch, dom, 1, 0, 0, &pfn));
+		gfn = pfn;
+	}
+	return rc;
+}
+
 static int vmp_monitor_unmap(void *ring)
 {
 	return VMP_TRY(munmap(ring, 4096));
@@ -879,6 +913,12 @@ func (l *dlLib) monitorEnable(id DomID) (unsafe.Pointer, uint32, error) {
 	var ring unsafe.Pointer
 	rc := C.vmp_monitor_enable(l.v, C.uint32_t(id), &port, &ring)
 	return ring, uint32(port), errno(rc)
+}
+
+func (l *dlLib) monitorMap(id DomID) (unsafe.Pointer, error) {
+	var ring unsafe.Pointer
+	rc := C.vmp_monitor_map(l.v, C.uint32_t(id), &ring)
+	return ring, errno(rc)
 }
 
 func (l *dlLib) monitorUnmap(ring unsafe.Pointer) error { return errno(C.vmp_monitor_unmap(ring)) }

@@ -20,12 +20,14 @@ type Monitor struct {
 	h     *Handle
 	id    DomID
 	ev    *EventChannels
-	port  uint32
+	port  uint32 // dom0's
+	far   uint32 // the guest's
 	page  unsafe.Pointer
 	mu    sync.Mutex // ring, on, closed
 	ring  ring
 	on    [monitorEvents]bool
 	close bool
+	taken *Ring // that it was taken with, or nil
 
 	looking sync.Mutex // held during look
 
@@ -65,6 +67,7 @@ func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
 		}
 		var remote uint32
 		m.page, remote, err = l.monitorEnable(id)
+		m.far = remote
 		if err != nil {
 			_ = m.ev.Close()
 			return err
@@ -93,12 +96,20 @@ func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
 // The domain should be paused. No monitor is attached afterwards.
 //
 // It fails with ErrBusy while vCPUs wait for room on the dead owner's ring: Xen doesn't
-// detach it then.
+// detach it then, and without the ring there is no way to make room ([Handle.MapRing]).
+// Breakpoints are events still. vCPUs that have got room and haven't run since make
+// trouble: Xen may use the ring that it has freed. So a domain with more vCPUs than the
+// ring has places must have run before, for as long as they take to do that.
 func (h *Handle) ReleaseMonitor(id DomID, answers []Event) error {
 	err := h.do("detach a dead monitor", id, -1, func(l lib) error {
 		err := l.monitorDisable(id)
 		if errors.Is(err, syscall.EINVAL) {
 			return nil // there is none
+		}
+		if errors.Is(err, syscall.EBUSY) {
+			// Xen has turned the events off all the same (arch_monitor_cleanup_domain): the
+			// guest would get its breakpoints itself.
+			_ = l.monitorSet(id, monitorSoftwareBreakpoint, true, true)
 		}
 		return err
 	})
@@ -129,6 +140,127 @@ func (m *Monitor) unasked(e *Event) error {
 	m.ring.reqCons++ // as if there had been one
 	return opErr("respond", m.id, e.VCPU, m.ring.put(e))
 }
+
+// A Ring is the page of a monitor's ring, mapped by a process that isn't the one which
+// attaches the monitor, before it does: when a monitor is attached the page is taken out of
+// the guest's memory, and can't be mapped any more.
+type Ring struct {
+	h    *Handle
+	id   DomID
+	page unsafe.Pointer
+	last *Monitor
+}
+
+// MapRing maps the page that will be the ring of the domain's next monitor. It fails with
+// ErrBusy if one is attached, and with ErrNotSupported for a PV domain.
+func (h *Handle) MapRing(id DomID) (*Ring, error) {
+	r := &Ring{h: h, id: id}
+	h.ref()
+	err := h.do("map the monitor's ring", id, -1, func(l lib) (err error) {
+		if d, ok, err := l.firstDomain(id); err != nil {
+			return err
+		} else if !ok || d.ID != id {
+			return syscall.ESRCH
+		} else if d.Flags&DomainHVM == 0 {
+			return syscall.EOPNOTSUPP
+		}
+		r.page, err = l.monitorMap(id)
+		return err
+	})
+	if err != nil {
+		h.unref()
+		return nil, err
+	}
+	return r, nil
+}
+
+// Close unmaps the ring, and gives back the event channel of a Monitor that was taken and
+// isn't closed. Nothing of the domain's is changed.
+func (r *Ring) Close() error {
+	if r.page == nil {
+		return nil
+	}
+	err := r.drop()
+	err = errors.Join(err, opErr("unmap event ring", r.id, -1, r.h.l.unmapForeign(unsafe.Slice((*byte)(r.page), PageSize))))
+	r.page = nil
+	r.h.unref()
+	return err
+}
+
+// drop ends the use of the Monitor taken last.
+func (r *Ring) drop() (err error) {
+	if r.last == nil {
+		return nil
+	}
+	m := r.last
+	r.last = nil
+	m.mu.Lock()
+	done := m.close
+	m.close = true
+	m.mu.Unlock()
+	if done {
+		return nil
+	}
+	err = m.ev.Close()
+	m.looking.Lock()
+	defer m.looking.Unlock()
+	m.h.unref()
+	return err
+}
+
+// RingState is what a ring says of the process that had it before.
+type RingState struct {
+	Unanswered   int // requests that it had taken and not responded to
+	LastTaken    int // vCPU of the request that it had taken last; -1: of none
+	LastAnswered int // vCPU of the response that it had put last, or -1
+}
+
+// TakeMonitor goes on with a domain's monitor whose process has died: with all that it had
+// turned on, the responses that Xen hadn't been told of, which the next Notify tells it of,
+// and the requests that weren't taken. port is what its Port said. As long as the process
+// is there its event channel can't be bound a second time, and the error is EINVAL; that of
+// a ring that isn't the monitor's is ErrRing.
+//
+// TakeMonitor may be called again: the Monitor of before is closed then, as far as this
+// process is concerned. When the Monitor is closed by Close the Ring is, too.
+func (r *Ring) TakeMonitor(port uint32) (*Monitor, RingState, error) {
+	var st RingState
+	if r.page == nil {
+		return nil, st, opErr("take over monitor", r.id, -1, ErrClosed)
+	}
+	if err := r.drop(); err != nil {
+		return nil, st, err
+	}
+	m := &Monitor{h: r.h, id: r.id, page: r.page, far: port, taken: r}
+	r.h.ref()
+	err := r.h.do("take over monitor", r.id, -1, func(l lib) (err error) {
+		if st, err = m.ring.resume(r.page); err != nil {
+			return err
+		}
+		el, err := l.openEvents()
+		if err != nil {
+			return err
+		}
+		if m.ev, err = newEventChannels(el); err != nil {
+			return err
+		}
+		if m.port, err = el.bindInterdomain(r.id, port); err != nil {
+			return errors.Join(err, m.ev.Close())
+		}
+		return nil
+	})
+	if err != nil {
+		r.h.unref()
+		return nil, st, err
+	}
+	// What is on is not known. To turn off what is off already does no harm.
+	m.on[monitorSoftwareBreakpoint], m.on[monitorDebugExceptions] = true, true
+	r.last = m
+	return m, st, nil
+}
+
+// Port returns the guest's port of the monitor's event channel, for TakeMonitor.
+func (m *Monitor) Port() uint32 { return m.far }
 
 // Domain returns the id of the domain.
 func (m *Monitor) Domain() DomID { return m.id }
@@ -269,6 +401,10 @@ func (m *Monitor) Notify() error { return m.ev.Notify(m.port) }
 // and detaches. Requests that were taken must have been answered, or their
 // vCPUs stay paused; breakpoints must have been removed, or they reach the
 // guest. Calling it again does nothing.
+//
+// If it fails with ErrBusy vCPUs wait for room on the ring still, as they may in a domain
+// that is paused and has more vCPUs than the ring has places: the monitor is attached
+// still, what was on is on, and Close may be called again when the domain has run.
 func (m *Monitor) Close() error {
 	first, err := m.detach()
 	if first {
@@ -280,6 +416,10 @@ func (m *Monitor) Close() error {
 	return err
 }
 
+// roomFor is how often Close looks, a millisecond apart, whether the vCPUs that waited
+// for room have put their requests on the ring.
+const roomFor = 20
+
 // detach is Close but for what Wait may use.
 func (m *Monitor) detach() (first bool, err error) {
 	m.mu.Lock()
@@ -287,26 +427,51 @@ func (m *Monitor) detach() (first bool, err error) {
 	if m.close {
 		return false, nil
 	}
-	m.close = true
 	l := m.h.l
 	var errs []error
 	keep := func(op string, err error) {
 		// A domain that is gone has nothing left to turn off.
-		if err != nil && !errors.Is(err, syscall.ESRCH) {
+		if err != nil && !errors.Is(err, syscall.ESRCH) && (m.taken == nil || !errors.Is(err, syscall.EEXIST)) {
 			errs = append(errs, opErr(op, m.id, -1, err))
 		}
 	}
+	on := m.on
 	for what := range m.on {
 		if m.on[what] {
 			keep("disable monitor event", l.monitorSet(m.id, monitorEvent(what), false, true))
 		}
 	}
-	if m.drain() {
-		_ = m.ev.Notify(m.port)
+	// A response makes room for a request that isn't on the ring yet.
+	full := m.ring.full()
+	for range roomFor {
+		if m.drain() {
+			_ = m.ev.Notify(m.port)
+		}
+		if !full {
+			break
+		}
+		time.Sleep(time.Millisecond)
 	}
+	if err := l.monitorDisable(m.id); errors.Is(err, syscall.EBUSY) {
+		// Xen has turned all of them off.
+		for what := range on {
+			if on[what] {
+				_ = l.monitorSet(m.id, monitorEvent(what), true, true)
+			}
+		}
+		return false, opErr("disable monitor", m.id, -1, err)
+	} else {
+		keep("disable monitor", err)
+	}
+	m.close = true
 	_ = m.ev.Unbind(m.port)
-	keep("disable monitor", l.monitorDisable(m.id))
-	keep("unmap event ring", l.monitorUnmap(m.page))
+	if r := m.taken; r != nil {
+		keep("unmap event ring", l.unmapForeign(unsafe.Slice((*byte)(m.page), PageSize)))
+		r.page, r.last = nil, nil
+		defer r.h.unref()
+	} else {
+		keep("unmap event ring", l.monitorUnmap(m.page))
+	}
 	m.page, m.ring.page = nil, nil
 	keep("close event channels", m.ev.Close())
 	return true, errors.Join(errs...)

@@ -84,6 +84,35 @@ func (r *ring) init(page unsafe.Pointer) {
 	atomic.StoreUint32(r.counter(ringReqProdOff), 0)
 }
 
+// resume goes on with a ring where another process has left it. All that it knew is in the
+// page: how far it had come with the requests is in req_event, and its responses take the
+// places of requests that may not be answered yet.
+func (r *ring) resume(page unsafe.Pointer) (st RingState, err error) {
+	*r = ring{page: (*[PageSize]byte)(page)}
+	r.reqCons = atomic.LoadUint32(r.counter(ringReqEventOff)) - 1
+	r.rspProd = atomic.LoadUint32(r.counter(ringRspProdOff))
+	n, err := r.waiting()
+	if taken := r.reqCons - r.rspProd; err == nil && (taken > ringSlots || n+taken > ringSlots) {
+		err = fmt.Errorf("%w: %d requests taken and %d not, in %d slots", ErrRing, taken, n, ringSlots)
+	}
+	if err != nil {
+		return st, err
+	}
+	vcpu := func(n uint32) int {
+		v := le32(r.slot(n-1), evVCPUOff)
+		if n == 0 || v >= MaxVCPUs {
+			return -1
+		}
+		return int(v)
+	}
+	return RingState{int(r.reqCons - r.rspProd), vcpu(r.reqCons), vcpu(r.rspProd)}, nil
+}
+
+// full reports whether there is no room for another request, as far as this side knows.
+func (r *ring) full() bool {
+	return atomic.LoadUint32(r.counter(ringReqProdOff))-r.rspProd >= ringSlots
+}
+
 // counter returns one of the four counters. Loads and stores of Go's
 // sync/atomic are sequentially consistent, so a slot is read after req_prod
 // and written before rsp_prod.

@@ -470,3 +470,81 @@ func FuzzRing(f *testing.F) {
 		}
 	})
 }
+
+// TestRingResume: whoever goes on with a ring finds what was taken and what was answered,
+// and nothing that can't be.
+func TestRingResume(t *testing.T) {
+	request := func(f *front, vcpu int) {
+		e := sample(ReasonSoftwareBreakpoint, EventVCPUPaused)
+		e.VCPU = vcpu
+		f.request(fillRequest(&e))
+	}
+	for _, begin := range []uint32{0, 5, ^uint32(2)} {
+		f := newFront()
+		f.at(begin)
+		atomic.StoreUint32(f.back.counter(ringReqEventOff), begin+1)
+		for v := range 6 {
+			request(f, 10+v)
+		}
+		var e Event
+		for range 4 {
+			if ok, err := f.back.next(&e); !ok || err != nil {
+				t.Fatal(ok, err)
+			}
+		}
+		e.VCPU = 12 // the third one is answered first, in the place of the first one's request
+		if err := f.back.put(&e); err != nil {
+			t.Fatal(err)
+		}
+		var next ring
+		st, err := next.resume(unsafe.Pointer(f.mem))
+		if want := (RingState{Unanswered: 3, LastTaken: 13, LastAnswered: 12}); st != want || err != nil {
+			t.Errorf("from %d: %+v, %v, want %+v", begin, st, err, want)
+		}
+		if n, err := next.waiting(); n != 2 || err != nil {
+			t.Errorf("%d requests not taken, %v", n, err)
+		}
+		if ok, err := next.next(&e); !ok || err != nil || e.VCPU != 14 {
+			t.Errorf("next: %v, %v, vCPU %d", ok, err, e.VCPU)
+		}
+		for v := range 4 {
+			e.VCPU = 20 + v
+			if err := next.put(&e); err != nil {
+				t.Errorf("answer %d: %v", v, err)
+			}
+		}
+		for i, want := range []int{12, 20, 21, 22, 23} {
+			s, ok := f.response()
+			if !ok || int(le32(s, evVCPUOff)) != want {
+				t.Errorf("response %d: %v, want of vCPU %d", i, ok, want)
+			}
+		}
+		if full := next.full(); full {
+			t.Error("it is full with one request")
+		}
+	}
+	for _, c := range []struct {
+		name                       string
+		reqProd, reqEvent, rspProd uint32
+	}{
+		{"never initialised", 0, 0, 0},
+		{"more taken than there are", 3, 5, 0},
+		{"more than it has places", 9, 1, 0},
+		{"more answered than taken", 4, 3, 3},
+		{"too many not answered", 12, 10, 0},
+	} {
+		f := newFront()
+		atomic.StoreUint32(f.back.counter(ringReqProdOff), c.reqProd)
+		atomic.StoreUint32(f.back.counter(ringReqEventOff), c.reqEvent)
+		atomic.StoreUint32(f.back.counter(ringRspProdOff), c.rspProd)
+		var r ring
+		if _, err := r.resume(unsafe.Pointer(f.mem)); !errors.Is(err, ErrRing) {
+			t.Errorf("%s: %v, want ErrRing", c.name, err)
+		}
+	}
+	f := newFront() // nothing has happened yet
+	var r ring
+	if st, err := r.resume(unsafe.Pointer(f.mem)); err != nil || st != (RingState{0, -1, -1}) {
+		t.Errorf("a new ring: %+v, %v", st, err)
+	}
+}

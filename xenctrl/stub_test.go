@@ -180,6 +180,13 @@ func stubLibrary(t *testing.T) {
 	if _, err := h.OpenMonitor(0); !errors.Is(err, ErrBusy) {
 		t.Errorf("OpenMonitor: %v, want ErrBusy", err)
 	}
+	r, err := h.MapRing(7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
 	mon, err := h.OpenMonitor(7)
 	if err != nil {
 		t.Fatal(err)

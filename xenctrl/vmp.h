@@ -59,11 +59,14 @@ struct vmp_logger {
 	X(int, xc_vcpu_getinfo, (VMP_XC *, uint32_t, uint32_t, VMP_VCPUINFO *)) \
 	X(int, xc_vcpu_getcontext, (VMP_XC *, uint32_t, uint32_t, VMP_CONTEXT *)) \
 	X(int, xc_vcpu_setcontext, (VMP_XC *, uint32_t, uint32_t, VMP_CONTEXT *)) \
+	X(int, xc_hvm_param_get, (VMP_XC *, uint32_t, uint32_t, uint64_t *)) \
+	X(int, xc_domain_populate_physmap_exact, (VMP_XC *, uint32_t, unsigned long, unsigned, unsigned, unsigned long *)) \
 	X(unsigned long, xc_translate_foreign_address, (VMP_XC *, uint32_t, int, unsigned long long)) \
 	X(int, xc_vm_event_get_version, (VMP_XC *)) \
 	X(int, xc_monitor_get_capabilities, (VMP_XC *, uint32_t, uint32_t *)) \
 	X(void *, xc_monitor_enable, (VMP_XC *, uint32_t, uint32_t *)) \
 	X(int, xc_monitor_disable, (VMP_XC *, uint32_t)) \
+	X(int, xc_monitor_resume, (VMP_XC *, uint32_t)) \
 	X(int, xc_monitor_software_breakpoint, (VMP_XC *, uint32_t, bool)) \
 	X(int, xc_monitor_singlestep, (VMP_XC *, uint32_t, bool)) \
 	X(int, xc_monitor_debug_exceptions, (VMP_XC *, uint32_t, bool, bool))

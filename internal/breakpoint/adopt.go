@@ -30,9 +30,48 @@ type Journal interface {
 // A Mark says that a vCPU is counted as in a slot though the answer that sends it there
 // may not have been given yet, or no longer though it may be at the slot's end still.
 type Mark struct {
-	Slot uint64 // its address, or 0
-	SP   uint64 // the vCPU's stack pointer when it stopped
-	Back bool   // it has come back
+	Slot     uint64 // its address, or 0
+	SP       uint64 // the vCPU's stack pointer when it stopped
+	Back     bool   // it has come back
+	Counting bool   // the slot's counter is being made Count, and may be so or not
+	Count    int32
+}
+
+// count makes the slot's counter n, and m say what that means for a vCPU. The two are in
+// different places: whoever takes over finds either what was before, or what is to be.
+func (m *Mark) count(sl *slot, sp uint64, back bool, n int32) {
+	atomic.StoreUint64(&m.Slot, 0)
+	m.SP, m.Back, m.Count, m.Counting = sp, back, n, true
+	atomic.StoreUint64(&m.Slot, sl.addr) // last: whoever finds it finds the rest
+	sl.busy.Store(n)
+	m.Counting = false
+}
+
+// finishCounting completes what a process that died was counting. Only one at a time counts in
+// the slots of a guest, so that the counter is as it left it.
+func (e *Engine) finishCounting(slots []LeftSlot, marks []Mark) {
+	for v, m := range marks {
+		if m.Slot == 0 || !m.Counting {
+			continue
+		}
+		for i := range slots {
+			if slots[i].Addr == m.Slot {
+				slots[i].Busy.Store(m.Count)
+			}
+		}
+		if v < len(e.marks) {
+			e.marks[v].Counting = false
+		}
+	}
+}
+
+// inDoubt reports whether nobody knows yet whether a process that died has sent a vCPU to
+// a slot, or away from one. What the mark says of it is needed by the next one who takes
+// over, whatever else the vCPU is answered until it has come: it may have taken an
+// interrupt before it got there.
+func (e *Engine) inDoubt(vcpu int) bool {
+	return slices.ContainsFunc(e.back, func(c came) bool { return c.vcpu == vcpu }) ||
+		slices.ContainsFunc(e.active, func(f *inflight) bool { return f.lost && f.slot != nil && f.vcpu == vcpu })
 }
 
 // A LeftBreak is a breakpoint that an engine had in its guest when its process died, or
@@ -90,6 +129,7 @@ func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) (told
 	if err := e.retry(e.drv.Freeze); err != nil {
 		return nil, fmt.Errorf("pause the guest: %w", err)
 	}
+	e.finishCounting(slots, marks)
 	a := adoption{e: e, drv: drv, sites: make(map[uint64]*site)}
 	tell := func(why error, format string, args ...any) {
 		why = fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), why)

@@ -41,22 +41,35 @@ func (e *Engine) Close() error {
 	}
 	e.drain()
 	told = errors.Join(told, e.endSlots())
-	err = e.standStill()
-	for begin := time.Now(); errors.Is(err, errInside) && time.Since(begin) < closeWait; {
+	err = e.leaveGuest()
+	for begin := time.Now(); (errors.Is(err, errInside) || errors.Is(err, ErrQueued)) && time.Since(begin) < closeWait; {
 		e.serveFor(time.Millisecond)
-		err = e.standStill()
+		err = e.leaveGuest()
 	}
-	if errors.Is(err, ErrGone) {
+	switch {
+	case errors.Is(err, ErrGone):
 		return e.left(told)
-	} else if err != nil {
-		return errors.Join(told, fmt.Errorf("%w, or a byte not restored; still attached, close again: %w", ErrUnanswered, err))
-	}
-	if err := e.retry(e.drv.Close); err != nil && !errors.Is(err, ErrGone) {
-		return errors.Join(told, fmt.Errorf("%w: %w", ErrUnanswered, err), e.thaw())
+	case err != nil:
+		return errors.Join(told, err)
 	}
 	e.closed = true
 	e.thaws = 0
 	return told
+}
+
+// leaveGuest has the driver leave the guest, if nothing of ours is in it. Otherwise it
+// fails, and the guest isn't frozen.
+func (e *Engine) leaveGuest() error {
+	switch err := e.standStill(); {
+	case errors.Is(err, ErrGone):
+		return err
+	case err != nil:
+		return fmt.Errorf("%w, or a byte not restored; still attached, close again: %w", ErrUnanswered, err)
+	}
+	if err := e.retry(e.drv.Close); err != nil && !errors.Is(err, ErrGone) {
+		return errors.Join(fmt.Errorf("%w: %w", ErrUnanswered, err), e.thaw())
+	}
+	return nil
 }
 
 // Left reports whether Close has left the guest: nothing of ours is in it.

@@ -150,6 +150,9 @@ var (
 	ErrOverlap     = errors.New("inside the instruction of another probe")
 	ErrNoWayPast   = errors.New("the instruction can be neither emulated nor stepped safely")
 	ErrBadRegs     = errors.New("no vCPU can have these registers")
-	ErrUnanswered  = errors.New("a vCPU is still stopped")
-	ErrClosed      = errors.New("engine is closed")
+	// ErrQueued is an error of Close: a vCPU has stopped, or may have, and found no room to
+	// announce that. It does so when the guest runs.
+	ErrQueued     = errors.New("a vCPU waits for room to announce its stop")
+	ErrUnanswered = errors.New("a vCPU is still stopped")
+	ErrClosed     = errors.New("engine is closed")
 )

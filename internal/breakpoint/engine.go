@@ -541,7 +541,7 @@ func (e *Engine) retry(f func() error) (err error) {
 // final reports whether an error stays the same however often it is tried.
 func final(err error) bool {
 	return errors.Is(err, ErrGone) || errors.Is(err, ErrTextChanged) || errors.Is(err, x86.ErrStepLost) ||
-		errors.Is(err, ErrNoWayPast) || errors.Is(err, ErrBadRegs)
+		errors.Is(err, ErrNoWayPast) || errors.Is(err, ErrBadRegs) || errors.Is(err, ErrQueued)
 }
 
 // newSite reads and judges the instruction at addr.

@@ -170,7 +170,11 @@ func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
 func (e *Engine) depart(f *inflight, sl *slot) {
 	f.slot = sl
 	if sl != nil {
-		sl.busy.Add(1)
+		n := sl.busy.Load() + 1
+		if e.marks != nil { // the answer may not be given any more
+			e.marks[f.vcpu].count(sl, f.before.SP, false, n)
+		}
+		sl.busy.Store(n)
 	}
 	e.active = append(e.active, f)
 }
@@ -180,6 +184,21 @@ func (e *Engine) arrive(f *inflight) {
 	if f.slot != nil {
 		f.slot.busy.Add(-1)
 	}
+	e.forget(f)
+}
+
+// arriveAt is arrive for a vCPU that has stopped at the end of its slot.
+func (e *Engine) arriveAt(f *inflight, s *Stop) {
+	if e.marks == nil {
+		e.arrive(f)
+		return
+	}
+	// The answer may not be given any more: then it stops there again.
+	e.marks[s.VCPU].count(f.slot, s.Regs.SP, true, f.slot.busy.Load()-1)
+	e.forget(f)
+}
+
+func (e *Engine) forget(f *inflight) {
 	if i := slices.Index(e.active, f); i >= 0 {
 		e.active = slices.Delete(e.active, i, i+1)
 	}
@@ -379,9 +398,6 @@ func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 	f.before = s.Regs
 	if sl := st.slot; sl != nil {
 		e.depart(f, sl)
-		if e.marks != nil { // the answer may not be given any more
-			*e.marks[s.VCPU] = Mark{Slot: sl.addr, SP: s.Regs.SP}
-		}
 		s.Regs.IP = sl.addr
 		e.stats.OutOfLine++
 		return Continue, e.resume(s)
@@ -508,10 +524,7 @@ func (e *Engine) leaveSlot(sl *slot, s *Stop, m mode) (Verdict, error) {
 		s.Regs.IP = sl.site.addr + uint64(sl.site.insn.Len)
 		return Continue, e.resume(s)
 	}
-	if e.marks != nil { // before it is counted: the answer may not be given any more
-		*e.marks[s.VCPU] = Mark{Slot: sl.addr, SP: s.Regs.SP, Back: true}
-	}
-	e.arrive(f)
+	e.arriveAt(f, s)
 	if f.lost {
 		f.before = s.Regs // a copy in a slot has no step's flags
 	}

@@ -49,7 +49,7 @@ func (e *Engine) owe(d debt, why error) error {
 // resume answers s. A vCPU is not left behind because a call failed.
 func (e *Engine) resume(s *Stop) error {
 	err := e.retry(func() error { return e.drv.Resume(s) })
-	if err == nil && e.marks != nil {
+	if err == nil && e.marks != nil && !e.inDoubt(s.VCPU) {
 		e.marks[s.VCPU].Slot = 0
 	}
 	if err == nil || errors.Is(err, ErrGone) {

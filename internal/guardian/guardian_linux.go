@@ -103,22 +103,27 @@ func Watch(path string, limit time.Duration) error {
 
 // watch asks the guardian; mu is held.
 func watch(r request) error {
-	if conn == nil {
-		return ErrNoGuardian
-	}
-	// The program may not ignore SIGPIPE.
-	if _, err := unix.SendmsgN(int(conn.Fd()), []byte(r.String()), nil, nil, unix.MSG_NOSIGNAL); err != nil {
-		return fmt.Errorf("ask the guardian, process %d, to watch a guest: %w", pid, err)
-	}
-	answer, err := hear(conn)
-	if err == nil && answer != watching {
-		err = errors.New(answer)
-	}
-	if err != nil {
+	if err := ask(r.String(), watching); err != nil {
 		return fmt.Errorf("the guardian, process %d, doesn't watch the guest: %w", pid, err)
 	}
 	watched = append(slices.DeleteFunc(watched, func(o request) bool { return o.path == r.path }), r)
 	return nil
+}
+
+// ask sends the guardian a line, and fails if it doesn't answer with want; mu is held.
+func ask(line, want string) error {
+	if conn == nil {
+		return ErrNoGuardian
+	}
+	// The program may not ignore SIGPIPE.
+	if _, err := unix.SendmsgN(int(conn.Fd()), []byte(line), nil, nil, unix.MSG_NOSIGNAL); err != nil {
+		return fmt.Errorf("ask it: %w", err)
+	}
+	answer, err := hear(conn)
+	if err == nil && answer != want {
+		err = errors.New(answer)
+	}
+	return err
 }
 
 // startApart starts a guardian in a unit of its own, where systemd runs: what kills this
@@ -256,17 +261,18 @@ func guard(of string) error {
 	_ = os.WriteFile("/proc/self/comm", []byte("vmprobes-guard"), 0)
 	// If that fails the other end is dead already: it may have had another guardian before,
 	// and guests.
+	var maps rings
 	if _, err := fmt.Fprintf(conn, "%s%d\n", readyWord, os.Getpid()); err == nil {
-		serve(conn, &warden{owner: owner, began: began, look: look, log: guardianLog})
+		serve(conn, &warden{owner: owner, began: began, look: look, log: guardianLog}, &maps)
 	} else if !errors.Is(err, syscall.EPIPE) {
 		return err
 	}
 	debug.SetGCPercent(100)
-	return takeOver(target.JournalDirs(), owner, began)
+	return takeOver(target.JournalDirs(), owner, began, &maps)
 }
 
 // serve does what the other end asks for until that is closed, which is its death.
-func serve(conn *os.File, w *warden) {
+func serve(conn *os.File, w *warden, maps *rings) {
 	requests := make(chan string)
 	go func() {
 		defer close(requests)
@@ -280,13 +286,18 @@ func serve(conn *os.File, w *warden) {
 			if !ok {
 				return
 			}
-			answer := watching
-			if err := w.add(line); err != nil {
+			answer, add := watching, w.add
+			if path, ok := parseRing(line); ok {
+				answer, add, line = mapped, maps.add, path
+			}
+			if err := add(line); err != nil {
 				answer = strings.ReplaceAll(err.Error(), "\n", "; ")
 			}
 			_, _ = conn.WriteString(answer + "\n")
 		case <-w.ticks():
 			w.tick()
+		case <-maps.ticks():
+			maps.sweep()
 		}
 	}
 }
@@ -319,7 +330,7 @@ func leaveFiles() {
 const takeOverFor = 10 * time.Minute
 
 // takeOver repairs the guests of a process that has died.
-func takeOver(dirs []string, owner int, began uint64) error {
+func takeOver(dirs []string, owner int, began uint64, maps *rings) error {
 	log, done := guardianLog()
 	defer done()
 	ctx, cancel := context.WithTimeout(context.Background(), takeOverFor)
@@ -342,7 +353,7 @@ func takeOver(dirs []string, owner int, began uint64) error {
 			left++
 			if e.Hot { // its lock goes a moment after its end of the connection
 				wg.Go(func() {
-					if _, err := target.Recover(ctx, e.Path, log); err != nil && !errors.Is(err, os.ErrNotExist) {
+					if _, err := target.TakeOver(ctx, e.Path, maps.of(e.Path), log); err != nil && !errors.Is(err, os.ErrNotExist) {
 						log.Error("repair a guest", "journal", e.Path, "err", err)
 					}
 				})

@@ -12,3 +12,6 @@ func Start(*slog.Logger) error { return nil }
 
 // Watch fails there.
 func Watch(string, time.Duration) error { return ErrNoGuardian }
+
+// Ring fails there.
+func Ring(string) error { return ErrNoGuardian }

@@ -36,16 +36,25 @@ type victim struct {
 	died    chan struct{} // closed when it has
 	journal []byte        // as it was at that moment; nil if there was none
 	path    string
+
+	wrap   func(xen.Hypervisor) xen.Hypervisor // or nil
+	method breakpoint.Method                   // with many
+	many   bool                                // breakpoints, by that method
+	busy   sync.Map                            // records.busy
 }
 
 // records makes each record of the journal a call at which the tool may die.
 type records struct {
 	*recovery.Log
-	m *xentest.Mortal
+	m    *xentest.Mortal
+	busy *sync.Map // the counters of slots, by address
 }
 
 func (r records) Break(b breakpoint.LeftBreak, s *breakpoint.LeftSlot) (busy *atomic.Int32, err error) {
 	r.m.Call(func() { busy, err = r.Log.Break(b, s) })
+	if s != nil && err == nil {
+		r.busy.Store(s.Addr, busy)
+	}
 	return busy, err
 }
 
@@ -140,7 +149,7 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 	var log strings.Builder
 	for deaths, then := r.IntN(3), v.journal; then != nil; deaths-- {
 		fmt.Fprintf(&log, "--- %s\n", m.State())
-		then = repairs(t, m, then, r, deaths > 0, &log)
+		then = repairs(t, m, nil, then, r, deaths > 0, &log)
 	}
 	m.Release()
 	xentest.Verify(t, m, before)
@@ -162,7 +171,7 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 // repairs repairs the guest from a journal, unless whoever does so dies, too: then it
 // returns the journal as it was at that moment. The journal is in a file of its own, as
 // goroutines of the dead may still write to theirs.
-func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool, log *strings.Builder) (then []byte) {
+func repairs(t *testing.T, m *xentest.Machine, ring xen.Ring, b []byte, r *rand.Rand, dies bool, log *strings.Builder) (then []byte) {
 	path := filepath.Join(t.TempDir(), "domain-1.journal")
 	require.NoError(t, os.WriteFile(path, b, 0o600))
 	f, err := journal.Open(path)
@@ -177,7 +186,7 @@ func repairs(t *testing.T, m *xentest.Machine, b []byte, r *rand.Rand, dies bool
 		defer func() { done <- err }()
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
-		rep, rerr := recovery.Repair(ctx, mortal, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		rep, rerr := recovery.TakeOver(ctx, mortal, ring, f, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 		err = errors.Join(rerr, rep.Changed)
 		if rep.Took > 5*time.Second { // of ten that a repair waits for a vCPU that doesn't come
 			err = errors.Join(err, fmt.Errorf("it took %v", rep.Took))
@@ -214,19 +223,26 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 		t.Error(err)
 		return
 	}
-	frames := xen.NewFrames(v.mortal)
+	hv := xen.Hypervisor(v.mortal)
+	if v.wrap != nil {
+		hv = v.wrap(hv)
+	}
+	frames := xen.NewFrames(hv)
 	var drv breakpoint.Driver
 	if info.Flags&xenctrl.DomainHVM == 0 {
-		drv, err = xen.OpenDebugger(v.mortal, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
+		drv, err = xen.OpenDebugger(hv, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
 	} else {
-		drv, err = xen.OpenMonitor(v.mortal, frames, xen.Config{State: v.log.DriverState()})
+		drv, err = xen.OpenMonitor(hv, frames, xen.Config{State: v.log.DriverState()})
 	}
 	if err != nil {
 		t.Error(err)
 		return
 	}
-	method := breakpoint.Method(r.IntN(3))
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal}})
+	method, most := breakpoint.Method(r.IntN(3)), 6
+	if v.many {
+		method, most = v.method, 40
+	}
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: v.m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: records{v.log, v.mortal, &v.busy}})
 	wg.Go(func() {
 		for ctx.Err() == nil {
 			_, _ = e.Serve(ctx, true)
@@ -243,7 +259,7 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 		if e.Register(p) == nil {
 			probes = append(probes, p)
 		}
-		if len(probes) > 6 {
+		if len(probes) > most {
 			_ = e.Unregister(probes[0])
 			probes = probes[1:]
 		}

@@ -31,7 +31,14 @@ type Report struct {
 // journal stays.
 //
 // It never writes where something else is than the journal says.
-func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.Logger) (r Report, err error) {
+func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.Logger) (Report, error) {
+	return TakeOver(ctx, hv, nil, f, log)
+}
+
+// TakeOver is Repair by who has mapped the ring of the owner's monitor before it was
+// attached ([xen.AdoptMonitor]), or has none. The ring is closed when that succeeds; it
+// may be used again if not.
+func TakeOver(ctx context.Context, hv xen.Hypervisor, ring xen.Ring, f *journal.File, log *slog.Logger) (r Report, err error) {
 	begin := time.Now()
 	r.Guest, r.Owner = f.Guest(), f.Owner()
 	info, err := hv.Info()
@@ -67,7 +74,7 @@ func Repair(ctx context.Context, hv xen.Hypervisor, f *journal.File, log *slog.L
 	if err := l.load(f); err != nil {
 		return r, err
 	}
-	err = l.repair(ctx, hv, info, &r, log)
+	err = l.repair(ctx, hv, ring, info, &r, log)
 	r.Took = time.Since(begin)
 	return r, err
 }
@@ -88,13 +95,13 @@ func Found(ctx context.Context, hv xen.Hypervisor, l *Log, breaks []breakpoint.L
 		}
 	}
 	l.begin()
-	err = l.repair(ctx, hv, info, &r, log)
+	err = l.repair(ctx, hv, nil, info, &r, log)
 	r.Took = time.Since(begin)
 	return r, err
 }
 
 // repair undoes what the journal says, and ends it.
-func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, info xenctrl.DomainInfo, r *Report, log *slog.Logger) (err error) {
+func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, ring xen.Ring, info xenctrl.DomainInfo, r *Report, log *slog.Logger) (err error) {
 	left := l.left(l.DriverState())
 	breaks := left.Breaks
 	var slots []breakpoint.LeftSlot
@@ -119,6 +126,7 @@ func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, info xenctrl.Domain
 		}
 	}
 
+	left.Ring, left.Logger = ring, log
 	frames := xen.NewFrames(hv)
 	drv, others, err := adopt(hv, frames, info, left)
 	if err != nil {

@@ -72,6 +72,7 @@ func (quiet) Wait(ctx context.Context) error     { <-ctx.Done(); return ctx.Err(
 func (quiet) Next(*xenctrl.Event) (bool, error)  { return false, nil }
 func (quiet) Respond(*xenctrl.Event) error       { return errors.New("nobody asked") }
 func (quiet) Notify() error                      { return nil }
+func (quiet) Port() uint32                       { return 1 }
 func (q quiet) Close() error                     { q.s.monitor = false; return nil }
 func (s *standing) frame(f uint64) ([]byte, error) {
 	if f >= uint64(len(s.g.RAM)/4096) {

@@ -107,10 +107,8 @@ func owned(busy *journal.BusyError) error {
 	return sentinel.As(fmt.Errorf("%v is attached to the guest: end it first", busy.Owner), ErrBusy)
 }
 
-// Recover repairs the guest of the journal at path, whose owner died: each byte is given
-// back, each vCPU that waited goes on. It fails with a *journal.BusyError if the owner
-// lives, and with fs.ErrNotExist if there is no such journal.
-func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Report, err error) {
+// TakeOver is Recover by who has mapped the ring of the guest's monitor, or nil.
+func TakeOver(ctx context.Context, path string, ring *Ring, log *slog.Logger) (r recovery.Report, err error) {
 	f, err := journal.Open(path)
 	if err != nil {
 		return r, err
@@ -126,7 +124,11 @@ func Recover(ctx context.Context, path string, log *slog.Logger) (r recovery.Rep
 		return r, explain(err)
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
-	r, err = recovery.Repair(ctx, xen.Live(h, xenctrl.DomID(r.Guest.Domain)), f, log)
+	var page xen.Ring
+	if ring != nil {
+		page = ring.ring
+	}
+	r, err = recovery.TakeOver(ctx, xen.Live(h, xenctrl.DomID(r.Guest.Domain)), page, f, log)
 	switch {
 	case err != nil:
 	case r.NothingThere:

@@ -107,6 +107,10 @@ type Setup struct {
 	// journal, if it has one by which somebody else can repair it: it sees to it that
 	// somebody does should this process die.
 	Guardian func(journal string) error
+	// Ring is called after that for a guest of the monitor route, and has the same one map
+	// the guest's ring ([MapRing]). Without it a guest of which more vCPUs wait than the ring
+	// has places can't be repaired; every other one can.
+	Ring func(journal string) error
 	// Watchdog: Guardian has to see to it, too, should this process not answer for so
 	// long. Attach fails with ErrNoWatchdog if Guardian isn't to be called.
 	Watchdog time.Duration

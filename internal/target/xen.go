@@ -187,6 +187,12 @@ func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 			return nil, err
 		}
 	}
+	if s.Ring != nil && g.info.Kind != PV {
+		if err := s.Ring(journal.Path(journalDir, domainJournal(g.dom.ID))); err != nil {
+			s.log().Warn("nobody else has mapped the ring of the guest's monitor: should this process be killed while more of its vCPUs "+
+				"wait than the ring takes, the guest can't be released", "domain", g.info.Name, "vcpus", g.info.VCPUs, "err", err)
+		}
+	}
 	cfg.State = l.DriverState()
 	drv, err := g.open(cfg)
 	if err != nil {

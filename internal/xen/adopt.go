@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
@@ -19,6 +22,8 @@ type Left struct {
 	Breaks []breakpoint.LeftBreak
 	Gone   []breakpoint.LeftBreak // that were removed not long ago: a vCPU may have hit one just before
 	Ends   []uint64               // addresses of the int3s that end slots
+	Ring   Ring                   // that the dead process' monitor has, or nil: MonitorRoute's
+	Logger *slog.Logger           // or nil
 }
 
 // AdoptBreak implements breakpoint.Adopter.
@@ -38,7 +43,7 @@ func (g *guest) AdoptBreak(addr uint64, in *x86.Insn) (there bool, err error) {
 	}
 	switch {
 	case p.lifted || cur[0] == int3 && orig[0] != int3 && bytes.Equal(cur[1:], orig[1:]):
-		g.breaks[addr] = p
+		g.breaks[addr], g.been[addr] = p, true
 		return true, nil
 	case bytes.Equal(cur, orig):
 		return false, nil
@@ -506,21 +511,56 @@ func (d *Debugger) Answered(vcpu int) (answered, known bool) {
 }
 
 // AdoptMonitor takes the place of a process that died with its monitor attached to an HVM
-// or PVH guest. Every vCPU that waited for an answer of that process goes on where it
-// was: at a breakpoint, which it then meets again. So nothing is lost with the ring that
-// the dead process alone could read. The guest is frozen afterwards, and to be thawed once.
+// or PVH guest. The guest is frozen afterwards, and to be thawed once.
+//
+// With the ring it goes on with the monitor as it is. Without, which nobody can have who
+// hasn't mapped it before, the monitor is closed and opened again. Either way every vCPU
+// whose request the dead process had taken and not answered goes on where it was: at a
+// breakpoint, which it then meets again.
+//
+// Without the ring a guest of which more vCPUs wait than the ring has places can't be
+// helped: AdoptMonitor fails with ErrQueued then, having changed nothing.
 func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute, error) {
 	m, err := newMonitor(hv, frames, left.State)
 	if err != nil {
 		return nil, err
+	}
+	m.crowded = true // who knows
+	for _, bs := range [][]breakpoint.LeftBreak{left.Breaks, left.Gone} {
+		for _, b := range bs {
+			m.been[b.Addr] = true
+		}
 	}
 	if m.intent == intentPause { // thaw takes one too many for none
 		m.frozen++
 	}
 	m.unsure = m.unsure || m.intent == intentNotify
 	m.intent = intentNone
+	if left.Ring != nil && m.port != 0 {
+		err := m.takeRing(left.Ring)
+		if err == nil {
+			return m, m.thawLeft()
+		}
+		if left.Logger != nil {
+			left.Logger.Warn("the ring of a dead process can't be gone on with", "err", err)
+		}
+		if qerr := m.settleQueue(); qerr != nil {
+			return nil, errors.Join(qerr, err) // the ring may be of use yet
+		}
+		if err := left.Ring.Close(); err != nil {
+			return nil, err
+		}
+		m.mon, m.step, m.stepped, m.notify, m.trapMon = nil, nil, nil, false, false
+	} else if err := m.settleQueue(); err != nil {
+		return nil, err
+	}
+	return m, m.reopen()
+}
+
+// reopen closes the dead process' monitor and opens it again.
+func (m *MonitorRoute) reopen() error {
 	if err := attempts(m.Freeze); err != nil {
-		return nil, fmt.Errorf("pause the guest: %w", err)
+		return fmt.Errorf("pause the guest: %w", err)
 	}
 	mtf := m.caps&xenctrl.MonitorSingleStep != 0
 	answers := make([]xenctrl.Event, 0, m.nvcpu)
@@ -529,11 +569,11 @@ func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute
 		switch {
 		case mtf:
 			if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
-				return nil, fmt.Errorf("vCPU %d: end single steps: %w", v, err)
+				return fmt.Errorf("vCPU %d: end single steps: %w", v, err)
 			}
 		case m.shared.step.vcpu == v+1:
 			if err := m.resumeStep(&e); err != nil {
-				return nil, err
+				return err
 			}
 		}
 		answers = append(answers, e)
@@ -541,22 +581,165 @@ func AdoptMonitor(hv Hypervisor, frames *paging.Cache, left Left) (*MonitorRoute
 	if mtf {
 		m.shared.step.vcpu = 0 // the instruction is executed where it stands
 	}
-	if err := attempts(func() error { return hv.ReleaseMonitor(answers) }); err != nil {
-		return nil, fmt.Errorf("release the guest from the monitor of a dead process: %w", err)
+	m.port = 0 // who has mapped the ring has mapped another one from now on
+	if err := attempts(func() error { return m.hv.ReleaseMonitor(answers) }); err != nil {
+		return fmt.Errorf("release the guest from the monitor of a dead process: %w", err)
 	}
 	if m.step == nil {
 		m.shared.step.vcpu = 0
 	}
 	if err := m.attach(); err != nil {
-		return nil, err
+		return err
+	}
+	if err := m.listen(); err != nil {
+		return err
 	}
 	if m.step != nil {
 		if err := attempts(func() error { return already(m.mon.SetDebugExceptions(true, true)) }); err != nil {
-			return nil, fmt.Errorf("monitor single steps: %w", err)
+			return fmt.Errorf("monitor single steps: %w", err)
 		}
 		m.trapMon = true
 	}
-	return m, m.thawLeft()
+	return m.thawLeft()
+}
+
+// settled is how long a guest runs until vCPUs that were told of room on the ring have
+// taken it.
+const settled = 20 * time.Millisecond
+
+// settleQueue fails if more vCPUs wait than the ring has places. Those that have been told
+// of room have taken it when it returns, as the dead process may have paused the guest.
+func (m *MonitorRoute) settleQueue() error {
+	if m.nvcpu <= ringSlots {
+		return nil
+	}
+	for m.frozen > 0 {
+		if err := attempts(m.Thaw); err != nil {
+			return fmt.Errorf("resume the guest: %w", err)
+		}
+	}
+	time.Sleep(settled)
+	if err := attempts(m.Freeze); err != nil {
+		return fmt.Errorf("pause the guest: %w", err)
+	}
+	at, err := m.atInt3()
+	if err == nil && len(at) > ringSlots {
+		var who []string
+		for _, p := range at {
+			who = append(who, fmt.Sprintf("%d at %#x", p.vcpu, p.cpu.RIP))
+		}
+		err = fmt.Errorf("%w: of the guest %d vCPUs wait at breakpoints (%s), more than the %d that the ring of the dead process takes, "+
+			"and only a process that had mapped the ring before could answer them: the guest stands still and has lost nothing, "+
+			"but can't be released: save what is needed of it (xl dump-core), and destroy it (xl destroy)",
+			breakpoint.ErrQueued, len(at), strings.Join(who, ", "), ringSlots)
+	}
+	return errors.Join(err, attempts(m.Thaw))
+}
+
+// takeFor bounds how long the event channel of a dead process may take to be closed.
+const takeFor = time.Second
+
+// takeRing goes on with the dead process' monitor.
+func (m *MonitorRoute) takeRing(ring Ring) error {
+	if err := attempts(m.Freeze); err != nil {
+		return fmt.Errorf("pause the guest: %w", err)
+	}
+	var st xenctrl.RingState
+	var err error
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if m.mon, st, err = m.hv.TakeMonitor(ring, m.port); err == nil {
+			break
+		}
+		if errors.Is(err, xenctrl.ErrRing) || errors.Is(err, xenctrl.ErrClosed) || errors.Is(err, xenctrl.ErrNoDomain) || time.Since(begin) > takeFor {
+			return errors.Join(fmt.Errorf("go on with the monitor of a dead process: %w", mapErr(err)), m.Thaw())
+		}
+	}
+	waiting, err := m.unanswered(st)
+	if err != nil {
+		return errors.Join(err, m.Thaw())
+	}
+	// First of all Xen is told of the answers there are: they may begin a step.
+	m.notify = true
+	if err := m.flush(); err != nil {
+		return errors.Join(err, m.Thaw())
+	}
+	m.unsure = false // there is no answer that Xen was not told of
+	mtf := m.caps&xenctrl.MonitorSingleStep != 0
+	if mtf {
+		for v := range m.nvcpu {
+			if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
+				return errors.Join(fmt.Errorf("vCPU %d: end single steps: %w", v, err), m.Thaw())
+			}
+		}
+		m.trapMon = m.shared.step.vcpu != 0
+		m.shared.step.vcpu = 0 // the instruction is executed where it stands
+	}
+	for _, v := range waiting {
+		e := xenctrl.Event{Flags: xenctrl.EventVCPUPaused, Reason: xenctrl.ReasonSoftwareBreakpoint, VCPU: v}
+		if m.shared.step.vcpu == v+1 {
+			if err := m.resumeStep(&e); err != nil {
+				return errors.Join(err, m.Thaw())
+			}
+		}
+		if v < m.nvcpu {
+			m.known[v].again = true
+		}
+		if err := attempts(func() error { return m.mon.Respond(&e) }); err != nil {
+			return errors.Join(fmt.Errorf("vCPU %d: respond: %w", v, err), m.Thaw())
+		}
+		if v < m.nvcpu {
+			m.known[v].stopped = false
+		}
+		m.notify = true
+	}
+	if err := m.flush(); err != nil {
+		return errors.Join(err, m.Thaw())
+	}
+	if sh := &m.shared.step; sh.vcpu > 0 && !slices.Contains(waiting, sh.vcpu-1) {
+		// It hasn't stopped behind the instruction yet, or nobody has taken that stop.
+		p, err := sh.patch()
+		if err != nil {
+			return errors.Join(err, m.Thaw())
+		}
+		m.step = &step{vcpu: sh.vcpu - 1, patch: p, maybe: true}
+		m.stepped, sh.phase = p, stepRuns
+	}
+	switch {
+	case m.step == nil:
+		m.shared.step.vcpu = 0
+	case !mtf:
+		if err := attempts(func() error { return already(m.mon.SetDebugExceptions(true, true)) }); err != nil {
+			return errors.Join(fmt.Errorf("monitor single steps: %w", err), m.Thaw())
+		}
+		m.trapMon = true
+	}
+	if err := m.listen(); err != nil { // the process may have died before
+		return errors.Join(err, m.Thaw())
+	}
+	return nil
+}
+
+// unanswered returns the vCPUs whose requests the dead process had taken, and not answered.
+// It has written down who they are, but for the one that it was taking, or answering: of
+// those the ring tells.
+func (m *MonitorRoute) unanswered(st xenctrl.RingState) (vcpus []int, err error) {
+	for v := range m.known {
+		if m.known[v].stopped {
+			vcpus = append(vcpus, v)
+		}
+	}
+	last := slices.Index(vcpus, st.LastAnswered)
+	switch n := len(vcpus); {
+	case n == st.Unanswered:
+	case n == st.Unanswered+1 && last >= 0:
+		m.known[st.LastAnswered].stopped = false // answered, and not written down
+		vcpus = slices.Delete(vcpus, last, last+1)
+	case n == st.Unanswered-1 && st.LastTaken >= 0 && !slices.Contains(vcpus, st.LastTaken):
+		vcpus = append(vcpus, st.LastTaken)
+	default:
+		return nil, fmt.Errorf("%w: %d requests of the dead process are not answered, and it has written down %d", xenctrl.ErrRing, st.Unanswered, n)
+	}
+	return vcpus, nil
 }
 
 // thawLeft undoes what the dead process has paused.
@@ -615,8 +798,11 @@ func (m virtual) ReadVirt(addr uint64, b []byte) error  { return m.g.read(m.cr3,
 func (m virtual) WriteVirt(addr uint64, b []byte) error { return m.g.Store(m.cr3, addr, b) }
 
 // Answered implements breakpoint.Adopter. An answer that Xen hadn't been told of is gone
-// with the ring.
-func (m *MonitorRoute) Answered(int) (answered, known bool) { return false, !m.unsure }
+// with the ring, if that isn't gone on with.
+func (m *MonitorRoute) Answered(vcpu int) (answered, known bool) {
+	k := &m.known[vcpu]
+	return !m.unsure && k.told && !k.stopped && !k.again, !m.unsure
+}
 
 var (
 	_ breakpoint.Adopter = (*Debugger)(nil)

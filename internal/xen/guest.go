@@ -65,7 +65,8 @@ type guest struct {
 
 	breaksMu sync.Mutex
 	breaks   map[uint64]*patch
-	stepped  *patch // that is lifted for a step
+	been     map[uint64]bool // where breakpoints are, and were
+	stepped  *patch          // that is lifted for a step
 
 	mu sync.Mutex // the route's own
 	*shared
@@ -80,7 +81,7 @@ type patch struct {
 }
 
 func newGuest(hv Hypervisor, frames *paging.Cache, s *shared) *guest {
-	g := &guest{hv: hv, frames: frames, breaks: make(map[uint64]*patch), shared: s, root: s.kernel}
+	g := &guest{hv: hv, frames: frames, breaks: make(map[uint64]*patch), been: make(map[uint64]bool), shared: s, root: s.kernel}
 	g.mem = paging.New(g.frames, paging.Mode{Kind: paging.FourLevel, NXE: true}) // a 64-bit PV guest's
 	return g
 }
@@ -228,7 +229,7 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 	} else if err := g.drop(p); err != nil {
 		return err
 	}
-	g.breaks[addr] = p
+	g.breaks[addr], g.been[addr] = p, true
 	return nil
 }
 

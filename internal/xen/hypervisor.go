@@ -39,6 +39,11 @@ type Hypervisor interface {
 	// ReleaseMonitor detaches the monitor of a process that died, if there is one, and
 	// gives answers to vCPUs that wait for its. A vCPU that waits for none isn't touched.
 	ReleaseMonitor(answers []xenctrl.Event) error
+	// MapRing maps the page that will be the ring of the next OpenMonitor, and TakeMonitor
+	// goes on with that monitor when its process has died; port is what its Port said. A
+	// mapping made later doesn't show the ring.
+	MapRing() (Ring, error)
+	TakeMonitor(r Ring, port uint32) (Monitor, xenctrl.RingState, error)
 	InjectEvent(vcpu int, vector, eventType uint8, errorCode, insnLen uint32, cr2 uint64) error
 	DebugControl(vcpu int, singleStep bool) error
 }
@@ -61,5 +66,12 @@ type Monitor interface {
 	// Respond puts a response on the ring; Notify makes Xen read them.
 	Respond(e *xenctrl.Event) error
 	Notify() error
+	// Port is the guest's port of the ring's event channel.
+	Port() uint32
 	Close() error
 }
+
+// A Ring is the page of a vm_event ring, mapped by a process that didn't attach.
+// TakeMonitor may be called again with it: the Monitor of before is of no use then. When a
+// Monitor that was taken with it is closed there is nothing left to be unmapped.
+type Ring interface{ Close() error }

@@ -68,6 +68,22 @@ func (l *live) ReleaseMonitor(answers []xenctrl.Event) error {
 	return l.h.ReleaseMonitor(l.id, answers)
 }
 
+func (l *live) MapRing() (Ring, error) {
+	r, err := l.h.MapRing(l.id)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+func (l *live) TakeMonitor(r Ring, port uint32) (Monitor, xenctrl.RingState, error) {
+	m, st, err := r.(*xenctrl.Ring).TakeMonitor(port)
+	if err != nil {
+		return nil, st, err
+	}
+	return m, st, nil
+}
+
 func (l *live) InjectEvent(vcpu int, vector, eventType uint8, errorCode, insnLen uint32, cr2 uint64) error {
 	return l.h.InjectEvent(l.id, vcpu, vector, eventType, errorCode, insnLen, cr2)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 	"time"
 
@@ -22,19 +23,25 @@ type MonitorRoute struct {
 	caps xenctrl.MonitorCaps
 
 	// guest.mu guards the ring and what follows it.
-	mon     Monitor
-	nvcpu   int
-	vcpus   []monitored
-	other   monitored // a vCPU that has come up since: nothing is known of it
-	notify  bool      // responses are on the ring that Xen hasn't been told of
-	step    *step
-	trapMon bool // debug-exception events are on
-	left    bool // the ring is closed: no more stops
-	closed  bool
-	checked time.Time
-	online  int
-	in, out xenctrl.Event // the request and the response in hand
-	redo    bool          // in has been taken off the ring and isn't dealt with
+	mon   Monitor
+	nvcpu int
+	vcpus []monitored
+	known []sharedVCPU
+	// Of a guest with more vCPUs than the ring has places: whether it may have been full,
+	// how many requests have come since it was empty, and who may have waited for room.
+	crowded  bool
+	burst    int
+	suspects []place
+	other    monitored // a vCPU that has come up since: nothing is known of it
+	notify   bool      // responses are on the ring that Xen hasn't been told of
+	step     *step
+	trapMon  bool // debug-exception events are on
+	left     bool // the ring is closed: no more stops
+	closed   bool
+	checked  time.Time
+	online   int
+	in, out  xenctrl.Event // the request and the response in hand
+	redo     bool          // in has been taken off the ring and isn't dealt with
 
 	// Of the goroutine in Wait: when it looked last whether the domain is alive
 	// (spin.Clock), a context that ends when it is time to look again, and the one
@@ -52,6 +59,10 @@ type monitored struct {
 	injected  bool
 }
 
+// ringSlots is how many requests are in the ring at a time: 8 of 400 bytes in a page
+// (xen/include/public/vm_event.h and io/ring.h).
+const ringSlots = 8
+
 // OpenMonitor attaches to an HVM or PVH guest.
 func OpenMonitor(hv Hypervisor, frames *paging.Cache, cfg Config) (*MonitorRoute, error) {
 	m, err := newMonitor(hv, frames, cfg.State)
@@ -60,7 +71,11 @@ func OpenMonitor(hv Hypervisor, frames *paging.Cache, cfg Config) (*MonitorRoute
 	}
 	m.SetKernelRoot(cfg.Root)
 	m.settle = cfg.Roots
-	return m, m.attach()
+	if err := m.attach(); err != nil {
+		return m, err
+	}
+	m.port = m.mon.Port() // no event is on yet
+	return m, m.listen()
 }
 
 func newMonitor(hv Hypervisor, frames *paging.Cache, state []byte) (*MonitorRoute, error) {
@@ -82,11 +97,11 @@ func newMonitor(hv Hypervisor, frames *paging.Cache, state []byte) (*MonitorRout
 	if n < 1 || n > xenctrl.MaxVCPUs {
 		return nil, fmt.Errorf("domain %d has vCPU numbers up to %d", info.ID, info.MaxVCPUID)
 	}
-	s, _, err := stateIn(state, n)
+	s, vs, err := stateIn(state, n)
 	if err != nil {
 		return nil, err
 	}
-	m := &MonitorRoute{guest: newGuest(hv, frames, s), caps: caps, nvcpu: n, vcpus: make([]monitored, n)}
+	m := &MonitorRoute{guest: newGuest(hv, frames, s), caps: caps, nvcpu: n, vcpus: make([]monitored, n), known: vs}
 	m.roots = m.currentRoots
 	return m, m.findMode()
 }
@@ -99,6 +114,11 @@ func (m *MonitorRoute) attach() (err error) {
 		}
 		return fmt.Errorf("attach monitor: %w", mapErr(err))
 	}
+	return nil
+}
+
+// listen turns the events of breakpoints on.
+func (m *MonitorRoute) listen() error {
 	if err := attempts(func() error { return already(m.mon.SetSoftwareBreakpoint(true)) }); err != nil {
 		return errors.Join(fmt.Errorf("monitor software breakpoints: %w", err), m.mon.Close())
 	}
@@ -160,7 +180,6 @@ func (m *MonitorRoute) Caps() breakpoint.Caps {
 		}
 	}
 	canTrap := m.caps&(xenctrl.MonitorSingleStep|xenctrl.MonitorDebugException) != 0
-	const ringSlots = 8 // of 400 bytes in a page (xen/include/public/vm_event.h)
 	return breakpoint.Caps{
 		VCPUs: m.nvcpu, Step: m.online == 1 && canTrap, Queue: ringSlots,
 		LA57: m.mem.Mode().Kind == paging.FiveLevel,
@@ -235,6 +254,7 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 		fresh := !m.redo
 		if fresh {
 			ok, err := m.mon.Next(ev)
+			m.crowd(ok)
 			if err != nil || !ok {
 				return false, mapErr(err)
 			}
@@ -248,6 +268,12 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 		}
 		if fresh {
 			v.ev, v.stopped, v.responded, v.injected = *ev, true, false, false
+			if known { // in this order: who finds it told finds it stopped
+				k := &m.known[ev.VCPU]
+				k.told = false
+				k.stopped = true
+				k.again = false
+			}
 		}
 		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3}
 		switch {
@@ -308,6 +334,9 @@ func (m *MonitorRoute) answer(v *monitored, ev *xenctrl.Event, flags xenctrl.Eve
 			return fmt.Errorf("vCPU %d: respond: %w", ev.VCPU, err)
 		}
 		v.responded, m.notify = true, true
+		if ev.VCPU < m.nvcpu {
+			m.known[ev.VCPU].stopped = false
+		}
 	}
 	v.stopped = false
 	return m.flush()
@@ -320,6 +349,11 @@ func (m *MonitorRoute) flush() error {
 	}
 	m.intent = intentNotify
 	err := attempts(m.mon.Notify)
+	if err == nil { // before the intent is forgotten: in between it isn't known
+		for v := range m.known {
+			m.known[v].told = !m.known[v].stopped
+		}
+	}
 	m.intent = intentNone
 	if err != nil {
 		return fmt.Errorf("notify Xen: %w", err)
@@ -477,12 +511,92 @@ func (m *MonitorRoute) leave() error {
 		return fmt.Errorf("vCPU %d has not made its step yet", st.vcpu)
 	}
 	if !m.left {
+		if err := m.queued(); err != nil {
+			return err
+		}
 		if err := m.detach(); err != nil {
 			return err
 		}
 		m.left = true
 	}
 	return m.thawAll()
+}
+
+// queued fails if a vCPU may wait for room on the ring, or has been told that there is some
+// and has not run since, as the guest is frozen: Xen refuses to end the monitor in the first
+// case, and in the second doesn't, and lets the vCPU look at what it has freed
+// (vm_event_disable and wake_up_nr, xen/common/vm_event.c and wait.c). Such a vCPU is at the
+// int3 that it has executed, which may have been removed, and its registers stay as they
+// are until it has put its request on the ring. No breakpoint of ours is in the guest.
+func (m *MonitorRoute) queued() error {
+	if m.nvcpu <= ringSlots || m.dead() {
+		return nil
+	}
+	if m.crowded {
+		m.crowded, m.burst = false, 0
+		at, err := m.atInt3()
+		if err != nil {
+			m.crowded = true
+			return err
+		}
+		m.suspects = at
+	} else if len(m.suspects) > 0 {
+		left := m.suspects[:0]
+		for _, p := range m.suspects {
+			c, err := m.hv.HVMCPU(p.vcpu)
+			if err != nil && !neverUp(err) {
+				return mapErr(err)
+			}
+			if err == nil && c == p.cpu {
+				left = append(left, p)
+			}
+		}
+		m.suspects = left
+	}
+	if len(m.suspects) > 0 {
+		p := &m.suspects[0]
+		return fmt.Errorf("%w: vCPU %d at %#x", breakpoint.ErrQueued, p.vcpu, p.cpu.RIP)
+	}
+	return nil
+}
+
+// crowd notes that the ring may be full: so many requests have come since it was empty,
+// and all of them answered, as it has places.
+func (m *MonitorRoute) crowd(taken bool) {
+	switch {
+	case m.nvcpu <= ringSlots:
+	case taken:
+		m.burst++
+		m.crowded = m.crowded || m.burst >= ringSlots
+	case !slices.ContainsFunc(m.vcpus, func(v monitored) bool { return v.stopped }):
+		m.burst = 0
+	}
+}
+
+// place is where a vCPU is.
+type place struct {
+	vcpu int
+	cpu  xenctrl.HVMCPU
+}
+
+// atInt3 returns the vCPUs that are at an int3, whoever's it is, or at one that was there.
+func (m *MonitorRoute) atInt3() (at []place, err error) {
+	for v := range m.nvcpu {
+		var c xenctrl.HVMCPU
+		if err := attempts(func() (err error) { c, err = m.hv.HVMCPU(v); return err }); neverUp(err) {
+			continue
+		} else if err != nil {
+			return nil, mapErr(err)
+		}
+		m.breaksMu.Lock()
+		was := m.been[c.RIP]
+		m.breaksMu.Unlock()
+		var b [1]byte
+		if was || m.read(c.CR3, c.RIP, b[:]) == nil && b[0] == int3 {
+			at = append(at, place{v, c})
+		}
+	}
+	return at, nil
 }
 
 // trapped reports whether a vCPU has TF. What it has been given shows only when it has run.

@@ -31,9 +31,10 @@ type shared struct {
 	// calls of an earlier process of which nobody knows whether they were made: those
 	// that ask for an event, those that pause, and those that unpause.
 	undone, latched, asked, maybe, paid int
-	tries                               int  // takeovers begun
-	counted                             bool // undone is all of them
-	unsure                              bool // MonitorRoute's: a process died while it told Xen of answers
+	tries                               int    // takeovers begun
+	counted                             bool   // undone is all of them
+	unsure                              bool   // MonitorRoute's: a process died while it told Xen of answers
+	port                                uint32 // MonitorRoute's: of the ring that a guardian may have mapped, or 0
 
 	step sharedStep
 }
@@ -78,6 +79,8 @@ type sharedVCPU struct {
 	saved    bool // ext was saved, and Xen may have lost it
 	entering bool // an exception is being delivered; mask is the interrupt mask of before
 	mask     upcallMask
+	told     bool             // MonitorRoute's: Xen was told of the answer, or there is none
+	again    bool             // MonitorRoute's: the answer was to go on where it was
 	dr6      uint64           // as last seen; 0 after a debug exception was given to the guest
 	want     xenctrl.UserRegs // of the last change of context
 	extMask  uint64

@@ -399,8 +399,16 @@ func (h hypervisor) OpenMonitor() (mon xen.Monitor, err error) {
 		if m.mon != nil {
 			return syscall.EBUSY
 		}
-		m.mon = &monitor{m: m, ready: make(chan struct{}, 1)}
-		mon = m.mon
+		page := m.ringPage
+		if page == nil {
+			page = new(ringPage)
+		}
+		m.ringPage = nil // out of the guest's memory
+		*page = ringPage{}
+		m.port++
+		d := &vmEvent{page: page, port: m.port}
+		d.bound = &monitor{m: m, vmEvent: d, ready: make(chan struct{}, 1)}
+		m.mon, mon = d, d.bound
 		return nil
 	})
 	return mon, err
@@ -414,14 +422,11 @@ func (h hypervisor) ReleaseMonitor(answers []xenctrl.Event) error {
 		if m.pv() {
 			return syscall.EOPNOTSUPP
 		}
-		for _, v := range m.v {
-			if v.ringWait != nil {
-				return syscall.EBUSY
-			}
-		}
 		if m.mon != nil {
-			m.mon.closed = true
-			m.mon = nil
+			if err := m.disableEvents(); err != nil {
+				m.mon.breakpoint = true // xenctrl turns it on again
+				return err
+			}
 		}
 		for i := range answers {
 			m.respond(&answers[i])

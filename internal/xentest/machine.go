@@ -123,10 +123,11 @@ type vcpu struct {
 	half    bool // has flagged its int3 but not paused the domain yet
 	irq     int  // instructions to the next interrupt
 
-	paused   int // vm_event_pause_count
-	ringWait *xenctrl.Event
-	single   bool // MTF
-	resume   bool // one of the next three is pending
+	paused   int            // vm_event_pause_count
+	ringWait *xenctrl.Event // to be put on the ring when there is room
+	woken    bool           // there was
+	single   bool           // MTF
+	resume   bool           // one of the next three is pending
 	setRegs  *xenctrl.EventRegs
 	emulate  []byte
 	inject   *injection
@@ -186,7 +187,9 @@ type Machine struct {
 	dying    bool
 	gone     bool
 	dead     chan struct{}
-	mon      *monitor
+	mon      *vmEvent
+	port     uint32    // of the last event channel
+	ringPage *ringPage // in the guest's memory, for the next monitor; or nil
 	park     bool
 	mappings int
 
@@ -442,7 +445,7 @@ func (m *Machine) runnable(v *vcpu) bool {
 	if v.half {
 		return true
 	}
-	if v.halted || v.offline || v.held > 0 || v.paused > 0 || v.ringWait != nil || m.gone || m.dying || m.shutdown {
+	if v.halted || v.offline || v.held > 0 || v.paused > 0 || v.ringWait != nil && !v.woken || m.gone || m.dying || m.shutdown {
 		return false
 	}
 	if m.pauses > 0 && v.late == 0 {
@@ -455,7 +458,7 @@ func (m *Machine) runnable(v *vcpu) bool {
 // that a tool has begun.
 func (m *Machine) parked(v *vcpu) bool {
 	return m.park && v.rip == m.main && v.r[rsp] == m.top(v) && !v.resume && !v.half && !v.halted &&
-		v.paused == 0 && !v.single && v.flags&flTF == 0
+		v.paused == 0 && v.ringWait == nil && !v.single && v.flags&flTF == 0
 }
 
 // top is the stack pointer in the main loop.
@@ -512,6 +515,10 @@ func (m *Machine) step(v *vcpu) {
 	m.steps++
 	if v.half {
 		m.finishTrap(v)
+		return
+	}
+	if v.ringWait != nil {
+		m.claim(v)
 		return
 	}
 	if v.resume {
@@ -1054,6 +1061,13 @@ func (m *Machine) Load(va uint64, code []byte) {
 		panic("xentest: Load outside of the text")
 	}
 	copy(m.clean[va-TextBase:], code)
+}
+
+// Interrupt has the vCPU take an interrupt before its next instruction, if it takes any.
+func (m *Machine) Interrupt(vcpu int) {
+	m.lock()
+	defer m.mu.Unlock()
+	m.v[vcpu].irq = 0
 }
 
 // Goto has the vCPU go on at va.

@@ -68,6 +68,9 @@ func (m *Mortal) Call(f func()) {
 		f() // with m.mu held: nobody else does anything meanwhile
 	}
 	m.dead = true
+	if p, ok := m.Hypervisor.(interface{ Died() }); ok {
+		p.Died()
+	}
 	m.died()
 	m.mu.Unlock()
 	runtime.Goexit()
@@ -161,6 +164,19 @@ func (m *Mortal) InjectEvent(v int, vector, eventType uint8, errorCode, insnLen 
 func (m *Mortal) DebugControl(v int, on bool) (err error) {
 	m.Call(func() { err = m.Hypervisor.DebugControl(v, on) })
 	return err
+}
+
+func (m *Mortal) MapRing() (r xen.Ring, err error) {
+	m.Call(func() { r, err = m.Hypervisor.MapRing() })
+	return r, err
+}
+
+func (m *Mortal) TakeMonitor(r xen.Ring, port uint32) (mon xen.Monitor, st xenctrl.RingState, err error) {
+	m.Call(func() { mon, st, err = m.Hypervisor.TakeMonitor(r, port) })
+	if err != nil {
+		return nil, st, err
+	}
+	return mortalMonitor{mon, m}, st, nil
 }
 
 func (m *Mortal) OpenMonitor() (mon xen.Monitor, err error) {

@@ -1,0 +1,156 @@
+//go:build linux
+
+package recovery_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
+)
+
+// doubtful is a Xen whose tool dies when it is about to tell Xen of an answer that sends a
+// vCPU to a slot: whoever takes over can't know whether Xen was told.
+type doubtful struct {
+	xen.Hypervisor
+	die func() // if it is time
+}
+
+type doubtfulRing struct {
+	xen.Monitor
+	die func()
+}
+
+func (d doubtful) OpenMonitor() (xen.Monitor, error) {
+	mon, err := d.Hypervisor.OpenMonitor()
+	if err != nil {
+		return nil, err
+	}
+	return doubtfulRing{mon, d.die}, nil
+}
+
+func (r doubtfulRing) Notify() error {
+	r.die()
+	return r.Monitor.Notify()
+}
+
+// TestKilledInDoubt: the vCPU whose answer is in doubt takes an interrupt at its breakpoint,
+// hits another one in the handler, and who repairs dies when he has answered that. The next
+// one knows all the same that the vCPU may be at its breakpoint: no slot stays behind as if
+// somebody was in it.
+func TestKilledInDoubt(t *testing.T) {
+	rounds := 60
+	if testing.Short() {
+		rounds = 20
+	}
+	for _, mtf := range []bool{false, true} {
+		t.Run(map[bool]string{false: "tf", true: "mtf"}[mtf], func(t *testing.T) {
+			t.Parallel()
+			xentest.Seeds(t, rounds, 2, func(t *testing.T, seed uint64) {
+				cfg := xentest.Config{Kind: xentest.HVM, MTF: mtf, AVX: true, VCPUs: 1, IRQEvery: 170, Seed: seed}
+				killInDoubt(t, cfg, func(m *breakpoint.Mark) bool { return m.Slot != 0 && m.Back == (seed%2 == 0) }, nil)
+			})
+		})
+	}
+}
+
+// TestKilledCounting kills a tool between the two stores that say that a vCPU is in a slot,
+// or isn't any more: the mark says what the counter is to be, and the counter is that, or
+// what it was. Nobody is taken for one who is in a slot afterwards, and waited for.
+func TestKilledCounting(t *testing.T) {
+	for _, back := range []bool{false, true} {
+		for _, counted := range []bool{false, true} {
+			t.Run(fmt.Sprintf("back=%v/counted=%v", back, counted), func(t *testing.T) {
+				t.Parallel()
+				xentest.Seeds(t, 6, 2, func(t *testing.T, seed uint64) {
+					cfg := xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: 1, Seed: seed}
+					killInDoubt(t, cfg, func(m *breakpoint.Mark) bool { return m.Slot != 0 && m.Back == back },
+						func(m *breakpoint.Mark, busy *atomic.Int32) {
+							// As it was a moment ago: the answer was not given.
+							m.Counting, m.Count = true, busy.Load()
+							switch {
+							case counted:
+							case back:
+								busy.Add(1)
+							default:
+								busy.Add(-1)
+							}
+						})
+				})
+			})
+		}
+	}
+}
+
+// killInDoubt kills a tool when it is about to notify Xen of an answer, and the mark of its
+// vCPU is what at wants. undo puts the mark and the slot's counter back to what they were.
+func killInDoubt(t *testing.T, cfg xentest.Config, at func(*breakpoint.Mark) bool, undo func(*breakpoint.Mark, *atomic.Int32)) {
+	r := rand.New(rand.NewPCG(cfg.Seed, 4))
+	m := xentest.New(cfg)
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	require.NoError(t, m.Quiesce(t.Context()))
+	dir := filepath.Join(t.TempDir(), "vmprobes")
+	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1"), method: breakpoint.OutOfLine, many: true}
+	mortal := xentest.NewMortal(nil)
+	left := 20 + r.IntN(200)
+	mortal.Hypervisor = m.Hypervisor()
+	v.mortal = mortal
+	v.wrap = func(hv xen.Hypervisor) xen.Hypervisor {
+		return doubtful{hv, func() {
+			if left--; left < 0 && at(v.log.Mark(0)) {
+				mortal.Die(0, undo == nil && left%2 == 0, func() {
+					if undo != nil {
+						mark := v.log.Mark(0)
+						busy, _ := v.busy.Load(mark.Slot)
+						undo(mark, busy.(*atomic.Int32))
+					}
+					v.journal, _ = os.ReadFile(v.path)
+					close(v.died)
+				})
+			}
+		}}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { v.run(t, ctx, &wg, r) })
+	m.Release()
+	select {
+	case <-v.died:
+	case <-time.After(time.Minute):
+		t.Fatalf("the tool doesn't die: %s", m.State())
+	}
+	cancel()
+	wg.Wait()
+	require.NoError(t, v.log.Close())
+	if undo == nil {
+		m.Interrupt(0)
+	}
+	var log strings.Builder
+	for deaths, then := 1+r.IntN(3), v.journal; then != nil; deaths-- {
+		fmt.Fprintf(&log, "--- %s\n", m.State())
+		then = repairs(t, m, nil, then, r, deaths > 0, &log)
+	}
+	m.Release()
+	xentest.Verify(t, m, before)
+	assert.Zero(t, m.Pauses())
+	if t.Failed() {
+		t.Log(log.String())
+	}
+}

@@ -1,0 +1,230 @@
+//go:build linux
+
+package recovery_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
+	"github.com/vmprobes/vmprobes/internal/journal"
+	"github.com/vmprobes/vmprobes/internal/recovery"
+	"github.com/vmprobes/vmprobes/internal/xen"
+	"github.com/vmprobes/vmprobes/internal/xentest"
+)
+
+// TestKilledWithRing kills a tool as TestKilled does. Who repairs has mapped the ring of its
+// monitor, and the one after him, should he die, has not.
+func TestKilledWithRing(t *testing.T) {
+	var cfgs []xentest.Config
+	for _, n := range []int{1, 2, 4, 12} {
+		cfgs = append(cfgs, xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: n},
+			xentest.Config{Kind: xentest.HVM, MTF: true, AVX: true, VCPUs: n})
+	}
+	kills := 320
+	if testing.Short() {
+		kills = 120
+	}
+	if n, err := strconv.Atoi(os.Getenv("VMPROBES_KILLS")); err == nil {
+		kills = n
+	}
+	for i, cfg := range cfgs {
+		t.Run(fmt.Sprintf("%s/%d", []string{"tf", "mtf"}[i%2], cfg.VCPUs), func(t *testing.T) {
+			t.Parallel()
+			xentest.Seeds(t, max(1, kills/len(cfgs)), 2, func(t *testing.T, seed uint64) { killWithRing(t, cfg, seed) })
+		})
+	}
+}
+
+func killWithRing(t *testing.T, cfg xentest.Config, seed uint64) {
+	cfg.Seed = seed
+	r := rand.New(rand.NewPCG(seed, 5))
+	m := xentest.New(cfg)
+	before := m.Text()
+	m.Start()
+	defer m.Stop()
+	require.NoError(t, m.Quiesce(t.Context()))
+	ring, err := m.Hypervisor().MapRing()
+	require.NoError(t, err)
+	dir := filepath.Join(t.TempDir(), "vmprobes")
+	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1"), method: breakpoint.Method(r.IntN(3)), many: r.IntN(2) == 0}
+	v.mortal = xentest.NewMortal(m.Hypervisor())
+	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() {
+		if b, err := os.ReadFile(v.path); err == nil {
+			v.journal = b
+		}
+		close(v.died)
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { v.run(t, ctx, &wg, r) })
+	m.Release()
+	select {
+	case <-v.died:
+	case <-time.After(time.Minute):
+		t.Errorf("the tool doesn't die: %s", m.State())
+		return
+	}
+	cancel()
+	wg.Wait()
+	if v.log != nil {
+		require.NoError(t, v.log.Close())
+	}
+	deaths := r.IntN(3)
+	if cfg.VCPUs > 8 {
+		deaths = 0 // without the ring nobody could help such a guest
+	}
+	var log strings.Builder
+	for then := v.journal; then != nil; deaths-- {
+		fmt.Fprintf(&log, "--- %s\n", m.State())
+		then = repairs(t, m, ring, then, r, deaths > 0, &log)
+		ring = nil
+	}
+	m.Release()
+	xentest.Verify(t, m, before)
+	assert.Zero(t, m.Pauses())
+	assert.False(t, m.MonitorOpen(), "the monitor is attached still")
+	if t.Failed() {
+		t.Logf("state: %s", m.State())
+		t.Log(log.String())
+		for _, c := range m.CallLog() {
+			t.Log(c)
+		}
+	}
+}
+
+// waiting is a guest with twelve vCPUs, all of which have come to a breakpoint when its
+// tool is killed: eight requests are on the ring, of which the tool has taken some, and
+// four vCPUs wait for room.
+func waiting(t *testing.T, mtf bool, taken int) (m *xentest.Machine, ring xen.Ring, b []byte, before []byte) {
+	const vcpus = 12
+	m = xentest.New(xentest.Config{Kind: xentest.HVM, MTF: mtf, AVX: true, VCPUs: vcpus, Seed: uint64(taken)})
+	before = m.Text()
+	m.Start()
+	t.Cleanup(m.Stop)
+	require.NoError(t, m.Quiesce(t.Context()))
+	hv := m.Hypervisor()
+	ring, err := hv.MapRing()
+	require.NoError(t, err)
+	mortal := xentest.NewMortal(hv)
+	info, err := mortal.Info()
+	require.NoError(t, err)
+	dir := filepath.Join(t.TempDir(), "vmprobes")
+	l, err := recovery.Create(dir, "domain-1", recovery.Identity("a3guest", "", info), vcpus, xen.StateSize(vcpus))
+	require.NoError(t, err)
+	drv, err := xen.OpenMonitor(mortal, xen.NewFrames(mortal), xen.Config{State: l.DriverState()})
+	require.NoError(t, err)
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: breakpoint.OutOfLine, Journal: l})
+	for _, in := range m.Insns() { // every vCPU comes to each of them
+		if in.Func != "int3_entry" {
+			_ = e.Register(&breakpoint.Probe{Addr: in.VA})
+		}
+	}
+	require.Greater(t, len(e.Sites()), 20)
+	m.Release()
+	require.Eventually(t, func() bool { return len(m.Stuck()) == vcpus }, time.Minute, time.Millisecond, "%s", m.State())
+	// The tool takes requests, and dies before it answers the last of them.
+	var s breakpoint.Stop
+	for range taken {
+		require.NoError(t, drv.Wait(t.Context(), &s))
+	}
+	mortal.Die(0, false, func() { b, _ = os.ReadFile(journal.Path(dir, "domain-1")) })
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = mortal.Pause()
+	}()
+	<-done
+	require.NoError(t, l.Close())
+	return m, ring, b, before
+}
+
+// TestTwelveWaitWithRing: who has the ring lets all of them go on.
+func TestTwelveWaitWithRing(t *testing.T) {
+	for _, mtf := range []bool{false, true} {
+		for _, taken := range []int{0, 1, 3, 8} {
+			t.Run(fmt.Sprintf("mtf=%v/%d", mtf, taken), func(t *testing.T) {
+				t.Parallel()
+				m, ring, b, before := waiting(t, mtf, taken)
+				var log strings.Builder
+				require.Nil(t, repairs(t, m, ring, b, rand.New(rand.NewPCG(1, 1)), false, &log))
+				m.Release()
+				xentest.Verify(t, m, before)
+				assert.Zero(t, m.Pauses())
+				assert.False(t, m.MonitorOpen())
+				for _, c := range m.CallLog() {
+					assert.NotContains(t, c.Op, "release monitor")
+				}
+				if t.Failed() {
+					t.Log(m.State(), log.String())
+				}
+			})
+		}
+	}
+}
+
+// TestTwelveWaitWithoutRing: Xen doesn't let go of the ring, and nobody else can have it.
+// The guest stands as it did, and the error says so.
+func TestTwelveWaitWithoutRing(t *testing.T) {
+	m, _, b, _ := waiting(t, false, 3)
+	path := filepath.Join(t.TempDir(), "domain-1.journal")
+	require.NoError(t, os.WriteFile(path, b, 0o600))
+	for range 3 { // it may be tried again, and is the same
+		f, err := journal.Open(path)
+		require.NoError(t, err)
+		_, err = recovery.Repair(t.Context(), m.Hypervisor(), f, slog.New(slog.DiscardHandler))
+		require.ErrorIs(t, err, breakpoint.ErrQueued)
+		for v := range 12 {
+			assert.Contains(t, err.Error(), fmt.Sprintf("%d at 0x", v))
+		}
+		assert.Contains(t, err.Error(), "xl destroy")
+		require.NoError(t, f.Close())
+		assert.Zero(t, m.Pauses())
+		assert.True(t, m.MonitorOpen())
+		assert.Len(t, m.Stuck(), 12)
+		assert.Empty(t, m.Oops())
+	}
+}
+
+// TestTwelveLeave: a tool leaves a guest of which more vCPUs have stopped than the ring takes.
+func TestTwelveLeave(t *testing.T) {
+	rounds := 20
+	if testing.Short() {
+		rounds = 6
+	}
+	xentest.Seeds(t, rounds, 2, func(t *testing.T, seed uint64) {
+		m := xentest.New(xentest.Config{Kind: xentest.HVM, MTF: seed%2 == 0, AVX: true, VCPUs: 12, Seed: seed})
+		before := m.Text()
+		m.Start()
+		defer m.Stop()
+		require.NoError(t, m.Quiesce(t.Context()))
+		hv := m.Hypervisor()
+		drv, err := xen.OpenMonitor(hv, xentest.Frames(t, hv), xen.Config{})
+		require.NoError(t, err)
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: breakpoint.Method(seed % 2)})
+		for _, in := range m.Insns() {
+			if in.Func != "int3_entry" {
+				_ = e.Register(&breakpoint.Probe{Addr: in.VA})
+			}
+		}
+		m.Release()
+		require.Eventually(t, func() bool { return len(m.Stuck()) == 12 }, time.Minute, time.Millisecond)
+		require.NoError(t, e.Close(), "%s", m.State())
+		xentest.Verify(t, m, before)
+		assert.Zero(t, m.Pauses())
+		assert.False(t, m.MonitorOpen())
+	})
+}
