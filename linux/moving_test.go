@@ -126,8 +126,6 @@ func TestBadPointers(t *testing.T) {
 	}{
 		"next": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 2"]+kerneltest.TaskTasks, 8) }, all, "list at"},
 		"prev": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 3"]+kerneltest.TaskTasks+8, 8) }, all, "broken list"},
-		"cred": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 40"]+kerneltest.TaskCred, 8) },
-			[]string{"init/0", "kthreadd/0", "kworker/0:0/0", "daemon/0", "zombie\x1b[31m/1000"}, "cred"},
 	} {
 		s := kerneltest.NewSynthetic(kerneltest.Layout{})
 		c.harm(s)
@@ -135,6 +133,41 @@ func TestBadPointers(t *testing.T) {
 		require.Error(t, err, name)
 		assert.ErrorContains(t, err, c.why, name)
 		assert.Equal(t, c.want, names(tasks), name)
+	}
+
+	// A bad pointer in a task is marked there, and fails nothing.
+	for name, c := range map[string]struct {
+		pid     int
+		off     uint64
+		value   uint64
+		unknown linux.Fields
+	}{
+		"cred":                 {40, kerneltest.TaskCred, 8, linux.FieldUID | linux.FieldGID},
+		"cred, not canonical":  {40, kerneltest.TaskCred, 0x4141414141414141, linux.FieldUID | linux.FieldGID},
+		"cred of the idle one": {0, kerneltest.TaskCred, 8, linux.FieldUID | linux.FieldGID},
+		"real_parent":          {3, kerneltest.TaskParent, 0, linux.FieldPPID},
+		"real_parent, no task": {1, kerneltest.TaskParent, kerneltest.SyntheticText, linux.FieldPPID},
+	} {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		want, err := discover(t, s).Processes(true)
+		require.NoError(t, err)
+		s.Put64(s.Sym[fmt.Sprintf("task %d", c.pid)]+c.off, c.value)
+		k := discover(t, s)
+		tasks, err := k.Processes(true)
+		require.NoError(t, err, name)
+		require.Len(t, tasks, len(want), name)
+		for i, got := range tasks {
+			if got.PID != c.pid {
+				assert.Equal(t, want[i], got, name)
+				continue
+			}
+			require.Error(t, got.Err, name)
+			assert.Equal(t, c.unknown, got.Unknown, name)
+			assert.Equal(t, want[i].Comm, got.Comm, name)
+			one, err := k.Task(got.Addr)
+			require.NoError(t, err, name)
+			assert.Equal(t, c.unknown, one.Unknown, name)
+		}
 	}
 
 	// A module of a terabyte, and one that leads nowhere.
