@@ -273,6 +273,20 @@ func (g *Guest) Warnings() []string {
 	return all
 }
 
+// Notes returns what is known of the guest not from itself: what was inferred from how
+// things in its memory look, and what comes from a file, and what it rests on. Programs
+// should show them beside what they print. Types are looked for when they are first
+// needed, so it is called after that. The notes are printable ASCII.
+func (g *Guest) Notes() []string {
+	var all []string
+	for _, r := range g.kernel.Explain() {
+		if r.Note() {
+			all = append(all, strings.TrimSpace(r.String()))
+		}
+	}
+	return all
+}
+
 // Err returns why no kernel was found, or nil.
 func (g *Guest) Err() error { return g.err }
 
