@@ -103,7 +103,10 @@ var (
 	ErrNoPrototype = linux.ErrNoPrototype
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
-	// ErrTextChanged: the guest changed its code at the probe while it was armed.
+	// ErrTextChanged: the guest changed its code at the probe while it was armed, as its
+	// own ftrace does. The probe is out: a warning is logged within seconds, its Flags lack
+	// FlagArmed, and Unregister and Close return this. Other probes go on; a Loop without any
+	// returns it.
 	ErrTextChanged = breakpoint.ErrTextChanged
 	// ErrOverlap: the address is inside the instruction of another probe.
 	ErrOverlap = breakpoint.ErrOverlap
