@@ -40,6 +40,9 @@ var (
 	ErrPermission = target.ErrPermission
 	// ErrImage: the guest is a saved image. Nothing runs in it, so it has no probes.
 	ErrImage = target.ErrImage
+	// Err32Bit: the guest's kernel is a 32-bit one, which has no probes. It is also an
+	// errors.ErrUnsupported.
+	Err32Bit = target.Err32Bit
 	// ErrDomainGone: the domain was destroyed or has shut down, or its kernel isn't there any
 	// more, as after a reset.
 	ErrDomainGone = breakpoint.ErrGone

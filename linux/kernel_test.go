@@ -101,7 +101,7 @@ func TestCurrentByCode(t *testing.T) {
 			require.NoError(t, err)
 			want = sym.Addr + f.Offset
 		}
-		got, err := k.CurrentByCode()
+		got, err := linux.CurrentByCode(k)
 		require.NoError(t, err, series)
 		assert.Equal(t, want, got, series)
 	}

@@ -320,7 +320,7 @@ func (k *Kernel) symbol(name string) (uint64, error) {
 // has only functions.
 func (k *Kernel) lacks(err error) error {
 	if k.onlyFunctions() && errors.Is(err, sysmap.ErrNotFound) {
-		return fmt.Errorf("%w: this kernel tells only where its functions are (CONFIG_KALLSYMS_ALL=n): name its vmlinux or System.map for the rest", err)
+		return fmt.Errorf("%w (CONFIG_KALLSYMS_ALL=n: name the kernel's vmlinux or System.map)", err)
 	}
 	return err
 }

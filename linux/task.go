@@ -309,6 +309,9 @@ func (k *Kernel) Current(base uint64) (Task, error) {
 // symbols are only functions shows in its code where it is.
 func (k *Kernel) currentTask(base uint64) (uint64, error) {
 	at, err := k.symbol("current_task")
+	if k == nil {
+		return 0, err
+	}
 	if err != nil {
 		hot, herr := k.symbol("pcpu_hot")
 		if herr != nil {

@@ -81,6 +81,9 @@ func (v *VM) Attach(context.Context) (*Driver, error) {
 	if v.err != nil {
 		return nil, v.err
 	}
+	if v.layout.bits != 64 {
+		return nil, fmt.Errorf("breakpoints in a VM of qemu-system-i386: %w", errors.ErrUnsupported)
+	}
 	if err := v.serve(); err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/vmprobes/vmprobes/examples/internal/cli"
 	"github.com/vmprobes/vmprobes/linux"
@@ -46,8 +47,8 @@ func Main(c Command) {
 	types := flag.String("types", "", "file with the kernel's types, if not those in its memory")
 	cli.Main(first+c.Params, about+c.About, func(ctx context.Context, out io.Writer, args []string) error {
 		// Nothing is changed in a guest that is looked into, but a QEMU guest stands
-		// still at times.
-		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		// still at times, and any with Frozen.
+		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 		defer stop()
 		name := args[0]
 		if *file {
@@ -74,6 +75,29 @@ func run(ctx context.Context, out io.Writer, name string, opts *xenaccess.Option
 		}
 	}
 	return err
+}
+
+// Frozen has the guest stand still while f runs, and returns for how long. Whatever ends f,
+// a panic too, the guest runs again; so does it after each signal that Main catches, if f
+// obeys its context, and Ctrl+Z is ignored meanwhile.
+func Frozen(g *xenaccess.Guest, f func() error) (took time.Duration, err error) {
+	defer ignoreStop()()
+	if err := g.Freeze(); err != nil {
+		return 0, err
+	}
+	begin := time.Now()
+	defer func() {
+		terr := g.Thaw()
+		for range 10 {
+			if terr == nil {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+			terr = g.Thaw()
+		}
+		took, err = time.Since(begin), errors.Join(err, terr)
+	}()
+	return 0, f()
 }
 
 // Dump prints b as XenAccess' print_hex did: 16 bytes a line, the offset before
