@@ -451,6 +451,7 @@ func (k *Kernel) completeSymbols(ctx context.Context, opts *Options) error {
 		k.syms = m.Slide(slide)
 		k.explainFrom(FromFile, "data", nil, fmt.Sprintf("of the kernel's own table, which has only functions, %d of %d that were compared are where it says", same, same),
 			"%d symbols, of %s", k.syms.Len(), path)
+		k.findBuildID()
 		return nil
 	}
 	return nil
@@ -571,6 +572,12 @@ func (k *Kernel) identify(ctx context.Context) error {
 	}
 	k.explain("banner", nil, why, "%s", printable(k.banner))
 
+	k.findBuildID()
+	return nil
+}
+
+// findBuildID reads the build id, if the symbols say where the kernel's notes are.
+func (k *Kernel) findBuildID() {
 	o := k.begin("build id")
 	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
 		if notes, err := o.table("notes", addr, n, maxNotes); err == nil {
@@ -582,7 +589,6 @@ func (k *Kernel) identify(ctx context.Context) error {
 	} else {
 		k.explain("build id", errors.New("no note of it"), "", "")
 	}
-	return nil
 }
 
 // errUnconfirmed: nothing shows that symbols are those of this build of the kernel.

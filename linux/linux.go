@@ -187,7 +187,7 @@ func (k *Kernel) explainFrom(source Source, name string, err error, why, format 
 		r.Found = fmt.Sprintf(format, args...)
 	}
 	k.rungMu.Lock()
-	if i := slices.IndexFunc(k.rungs, func(r Rung) bool { return r.Name == name }); i >= 0 && name == "probeable" {
+	if i := slices.IndexFunc(k.rungs, func(r Rung) bool { return r.Name == name }); i >= 0 && (name == "probeable" || k.rungs[i].Err != nil) {
 		k.rungs[i] = r // it was read again
 	} else {
 		k.rungs = append(k.rungs, r)

@@ -400,7 +400,7 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 	}
 	head, err := k.symbol("btf_modules")
 	if err != nil {
-		return nil, fmt.Errorf("types of modules: %w", err)
+		return nil, fmt.Errorf("types of modules: %w: modules carry them since 5.11, with CONFIG_DEBUG_INFO_BTF_MODULES (%w)", ErrNoTypes, err)
 	}
 	o := k.begin("types of modules")
 	type btf struct {
