@@ -183,3 +183,39 @@ func TestBadPointers(t *testing.T) {
 	require.Error(t, err)
 	require.Len(t, mods, 2, "from both ends")
 }
+
+// TestFullName: a kernel thread may have a longer name than there is room for in its task.
+func TestFullName(t *testing.T) {
+	const long, cut = "rcu_tasks_trace_kthread", "rcu_tasks_trace"
+	make := func(flags uint32, comm, name string) *kerneltest.Synthetic {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		task, free := s.Sym["task 3"], s.Sym["task 50"]+0x190
+		copy(s.Bytes(task + kerneltest.TaskComm)[:16], comm+"\x00")
+		s.Put32(task+kerneltest.TaskFlags, flags)
+		s.Put64(task+kerneltest.TaskWorker, free)
+		s.Put64(free+kerneltest.KthreadName, free+0x20)
+		copy(s.Bytes(free+0x20), name+"\x00")
+		return s
+	}
+	const kernelThread = 0x00200000
+	for what, c := range map[string]struct {
+		s    *kerneltest.Synthetic
+		want string
+	}{
+		"longer":       {make(kernelThread, cut, long), long},
+		"of a process": {make(0, cut, long), cut},
+		"not its name": {make(kernelThread, cut, "kthreadd"), cut},
+		"short":        {make(kernelThread, "rcu_gp", "rcu_gp_and_more"), "rcu_gp"},
+		"nowhere": {func() *kerneltest.Synthetic {
+			s := make(kernelThread, cut, long)
+			s.Put64(s.Sym["task 3"]+kerneltest.TaskWorker, 8)
+			return s
+		}(), cut},
+	} {
+		task, err := discover(t, c.s).Process(3)
+		require.NoError(t, err, what)
+		assert.Equal(t, c.want, task.Name(), what)
+		assert.Equal(t, c.want+"[3]", task.String(), what)
+		assert.NoError(t, task.Err, what)
+	}
+}

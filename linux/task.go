@@ -23,6 +23,10 @@ type Task struct {
 	MM     uint64 // address of its struct mm_struct, 0 for kernel threads
 	Exited bool   // a zombie: its parent hasn't waited for it yet
 
+	// FullName is the name of a kernel thread that is longer than Comm has room for, as
+	// /proc shows it since Linux 5.17, else "".
+	FullName string
+
 	// Unknown says which of PPID, UID, GID, MM and Exited are not known. They are zero
 	// then, which says nothing.
 	Unknown Fields
@@ -31,12 +35,20 @@ type Task struct {
 	Err error
 }
 
-// String returns the task as "comm[tgid/pid]", in printable ASCII.
+// Name returns the task's full name: FullName, or Comm.
+func (t Task) Name() string {
+	if t.FullName != "" {
+		return t.FullName
+	}
+	return t.Comm
+}
+
+// String returns the task as "name[tgid/pid]", in printable ASCII.
 func (t Task) String() string {
 	if t.PID == t.TGID {
-		return fmt.Sprintf("%s[%d]", printable(t.Comm), t.TGID)
+		return fmt.Sprintf("%s[%d]", printable(t.Name()), t.TGID)
 	}
-	return fmt.Sprintf("%s[%d/%d]", printable(t.Comm), t.TGID, t.PID)
+	return fmt.Sprintf("%s[%d/%d]", printable(t.Name()), t.TGID, t.PID)
 }
 
 // Bounds of what a guest can have: pid_max can't be more than 4 Mi on 64 bits
@@ -87,7 +99,9 @@ func (o *op) partOfTask(addr uint64) (Task, error) {
 		task.TGID = int(tgid)
 	}
 	task.Comm, err = v.Field("comm").CString()
-	keep(err)
+	if keep(err) && len(task.Comm) == commLen-1 {
+		task.FullName = o.fullName(t, v, task.Comm)
+	}
 	for _, f := range []struct {
 		field Fields
 		path  string
@@ -118,6 +132,36 @@ func (o *op) partOfTask(addr uint64) (Task, error) {
 		}
 	}
 	return task, first
+}
+
+// maxThreadName bounds the name of a kernel thread.
+const maxThreadName = 256
+
+// fullName returns the name of a kernel thread whose first 15 bytes are comm, or "" if it
+// is no more: struct kthread has it (kernel/kthread.c), to which worker_private points
+// since 5.17.
+func (o *op) fullName(t *ktype.Types, task ktype.Value, comm string) string {
+	const kernelThread = 0x00200000 // PF_KTHREAD
+	f, err := t.Offset("kthread.full_name")
+	if err != nil {
+		return ""
+	}
+	if flags, err := task.Field("flags").Uint(); err != nil || flags&kernelThread == 0 {
+		return ""
+	}
+	thread, err := task.Field("worker_private").Pointer()
+	if err != nil || thread == 0 {
+		return ""
+	}
+	at, err := o.pointer(thread + f.Offset)
+	if err != nil || at == 0 {
+		return ""
+	}
+	name, err := o.str(at, maxThreadName)
+	if err != nil || !strings.HasPrefix(name, comm) {
+		return ""
+	}
+	return name
 }
 
 // optional returns zero if the types don't have a field.

@@ -162,7 +162,7 @@ func ListProcesses(long *bool) func(context.Context, io.Writer, *xenaccess.Guest
 			if *long {
 				fmt.Fprintf(w, "[%5d] %s\n", t.PID, describe(t))
 			} else {
-				fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Comm))
+				fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Name()))
 			}
 		}
 		return err
@@ -180,7 +180,7 @@ func describe(t linux.Task) string {
 	if t.Exited {
 		state = "Z"
 	}
-	s := fmt.Sprintf("%5s %5s %s %s", known(linux.FieldPPID, t.PPID), known(linux.FieldUID, t.UID), known(linux.FieldExited, state), cli.Escape(t.Comm))
+	s := fmt.Sprintf("%5s %5s %s %s", known(linux.FieldPPID, t.PPID), known(linux.FieldUID, t.UID), known(linux.FieldExited, state), cli.Escape(t.Name()))
 	if t.Err != nil {
 		s += fmt.Sprintf(" (%s)", cli.Escape(t.Err.Error()))
 	}
