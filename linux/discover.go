@@ -411,6 +411,7 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 			err = k.adopt(ctx, m, "of "+path)
 		}
 		if err == nil {
+			k.log.Warn("symbols are those of a file, as the guest has none", "file", path)
 			return nil
 		}
 		k.syms, k.rungs = nil, before
@@ -451,6 +452,7 @@ func (k *Kernel) completeSymbols(ctx context.Context, opts *Options) error {
 		k.syms = m.Slide(slide)
 		k.explainFrom(FromFile, "data", nil, fmt.Sprintf("of the kernel's own table, which has only functions, %d of %d that were compared are where it says", same, same),
 			"%d symbols, of %s", k.syms.Len(), path)
+		k.log.Warn("symbols of data are those of a file, as the guest tells only its functions", "file", path)
 		k.findBuildID()
 		return nil
 	}

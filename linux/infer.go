@@ -45,12 +45,17 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	o := k.begin("inferring types")
 	var idle *idleTask
 	init, err := k.initTask()
-	if err == nil {
-		idle, err = o.inferTask(init)
-	} else {
+	find := func() (*idleTask, error) { return o.inferTask(init) }
+	if err != nil {
 		// A kernel built without CONFIG_KALLSYMS_ALL has only functions among its
 		// symbols: any "swapper" in its data may be the idle task's name.
-		idle, err = o.searchTask()
+		find = o.searchTask
+	}
+	// The list of tasks may change while it is followed.
+	for range listTries {
+		if idle, err = find(); err == nil || o.spent != nil {
+			break
+		}
 	}
 	if o.spent != nil { // then what was found isn't all
 		return nil, o.spent
@@ -151,7 +156,7 @@ func (k *Kernel) searchIdle(t *ktype.Types) (uint64, error) {
 		return 0, err
 	}
 	o := k.begin("idle task")
-	addr, err := search(o, func(name uint64) (*uint64, error) {
+	try := func(name uint64) (*uint64, error) {
 		addr := name - comm.Offset
 		for _, id := range []string{"pid", "tgid"} {
 			if n, err := optional(t.At(o, "task_struct", addr).Field(id).Int()); err != nil || n != 0 {
@@ -164,7 +169,13 @@ func (k *Kernel) searchIdle(t *ktype.Types) (uint64, error) {
 			}
 		}
 		return &addr, nil
-	})
+	}
+	var addr *uint64
+	for range listTries { // the list may change meanwhile
+		if addr, err = search(o, try); err == nil || o.spent != nil {
+			break
+		}
+	}
 	if o.spent != nil {
 		return 0, o.spent
 	}

@@ -193,11 +193,12 @@ func (k *Kernel) explainFrom(source Source, name string, err error, why, format 
 		k.rungs = append(k.rungs, r)
 	}
 	k.rungMu.Unlock()
-	level := slog.LevelDebug
 	if r.Source == Inferred && r.Err == nil {
-		level = slog.LevelWarn // whatever rests on it does so unseen
+		// Whatever rests on it does so unseen.
+		k.log.Warn("inferred, as the guest doesn't tell", "what", name, "found", r.Found, "why", why)
+		return
 	}
-	k.log.Log(context.Background(), level, "discover", "rung", name, "found", r.Found, "why", why, "err", err)
+	k.log.Debug("discover", "rung", name, "found", r.Found, "why", why, "err", err)
 }
 
 // Symbols returns the kernel's symbols, at the addresses where they are now.
