@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -57,9 +58,11 @@ func interleaving(t *testing.T, cfg xentest.Config, seed uint64) {
 	m.Release()
 	xentest.Verify(t, m, before)
 	if t.Failed() {
-		for i, c := range m.CallLog() {
-			if c.Err != nil {
-				t.Logf("call %d: %v: %v", i, c, c.Err)
+		// Those that failed, with what came before and after.
+		log := m.CallLog()
+		for i, c := range log {
+			if slices.ContainsFunc(log[max(0, i-10):min(len(log), i+60)], func(c xentest.Call) bool { return c.Err != nil }) {
+				t.Logf("call %d: %v", i, c)
 			}
 		}
 	}

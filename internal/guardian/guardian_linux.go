@@ -50,8 +50,9 @@ var (
 	watched []request // what it was asked to watch
 )
 
-// answerFor bounds how long a guardian may take to get ready, and to answer.
-const answerFor = 10 * time.Second
+// answerFor bounds how long a guardian may take to get ready, and to answer. On a host
+// where a dozen programs wait for each processor it has taken more than ten seconds.
+const answerFor = 30 * time.Second
 
 // Start sees to it that this process has a guardian, and returns when it is ready.
 func Start(log *slog.Logger) error {

@@ -2,6 +2,7 @@ package xen
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -58,7 +59,8 @@ type guest struct {
 	root   paging.Root // 0: ask settle, or roots, each time
 	settle func() (root paging.Root, stays bool)
 
-	// roots returns page-table roots that may map the kernel, best first.
+	// roots returns page-table roots that may map the kernel, best first. With an error
+	// there are others, which couldn't be asked for.
 	roots func() ([]paging.Root, error)
 
 	breaksMu sync.Mutex
@@ -144,16 +146,23 @@ func (g *guest) withRoot(cr3 uint64, f func(paging.Root) error) error {
 	if root := g.kernelRoot(); root != 0 {
 		return mapErr(f(root))
 	}
-	roots, err := g.roots()
-	if err != nil {
-		return mapErr(err)
-	}
+	// That something isn't there is believed if all roots say so: a vCPU in user mode has
+	// tables without the kernel, and one whose memory can't be read now says nothing.
+	roots, failed := g.roots()
+	failed = mapErr(failed)
+	var absent error
 	for _, r := range roots {
-		if err = f(r); err == nil {
+		err := mapErr(f(r))
+		switch {
+		case err == nil:
 			return nil
+		case errors.Is(err, breakpoint.ErrNotMapped), errors.Is(err, breakpoint.ErrFault):
+			absent = err
+		case failed == nil:
+			failed = err
 		}
 	}
-	return mapErr(err)
+	return cmp.Or(failed, absent)
 }
 
 func (g *guest) Read(cr3, addr uint64, b []byte) (n int, err error) {

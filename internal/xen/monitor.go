@@ -128,10 +128,7 @@ func (m *MonitorRoute) currentRoots() ([]paging.Root, error) {
 		}
 		roots = append(roots, paging.Root(c.CR3), paging.Root(c.CR3&^0x1000))
 	}
-	if len(roots) == 0 {
-		return nil, errs
-	}
-	return roots, nil
+	return roots, errs
 }
 
 // findMode finds out how the guest's page tables are to be walked. A guest that

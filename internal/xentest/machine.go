@@ -796,14 +796,15 @@ func (m *Machine) pauseNosync(v *vcpu) {
 	if m.pauses == maxPauses {
 		return // ignored: the vCPU is not paused
 	}
-	m.pauses++
-	if m.pauses == 1 && m.cfg.Late > 0 {
+	if m.pauses == 0 && m.cfg.Late > 0 {
 		for _, o := range m.v {
-			if o != v {
+			// One that is held isn't in the guest, and gets there no more when it is let go.
+			if o != v && m.runnable(o) {
 				o.late = m.rng.IntN(m.cfg.Late + 1)
 			}
 		}
 	}
+	m.pauses++
 	v.late = 0
 }
 

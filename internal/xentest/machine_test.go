@@ -242,6 +242,36 @@ func TestPVTool(t *testing.T) {
 	}
 }
 
+// TestHeldStays: a vCPU that was held when another one stopped the domain doesn't run on
+// when it is let go: it was out of the guest already (vcpu_wake, xen/common/sched/core.c).
+func TestHeldStays(t *testing.T) {
+	for seed := range uint64(20) {
+		m := New(Config{VCPUs: 2, GDBSX: true, AVX: true, Seed: seed + 1})
+		d := newTool(t, m)
+		d.ok(d.h.Pause())
+		d.ok(d.h.SetDebugging(true))
+		d.ok(d.h.GdbsxPauseVCPU(1))
+		d.arm(m.Symbol("nop5"), 0xcc)
+		d.ok(d.h.Unpause())
+		stopped := -1
+		for i := 0; i < 10000 && stopped < 0; i++ {
+			m.Run(100)
+			s, err := d.h.GdbsxDomStatus()
+			d.ok(err)
+			stopped = s.VCPU
+		}
+		if stopped != 0 {
+			t.Fatalf("vCPU %d stopped", stopped)
+		}
+		at := m.v[1].rip
+		d.ok(d.h.GdbsxUnpauseVCPU(1))
+		m.Run(100)
+		if m.v[1].rip != at {
+			t.Errorf("seed %d: vCPU 1 ran from %#x to %#x in a paused domain", seed, at, m.v[1].rip)
+		}
+	}
+}
+
 func TestPVStep(t *testing.T) {
 	m := New(Config{VCPUs: 2, GDBSX: true, Seed: 3, IRQEvery: -1})
 	before := m.Text()

@@ -40,3 +40,7 @@ func callLoop(times, calls uint64)
 
 // callAddress is where that function begins.
 func callAddress() uintptr
+
+// forkExit starts a process that ends at once, and returns its pid, or an error number
+// below zero. What is Go's never runs in the new process.
+func forkExit() (pid int)

@@ -59,6 +59,10 @@
 //	event NAME on|off       a trace event as xdp/xdp_exception, or a subsystem's all
 //	reload N                unload the modules and load them again, N times:
 //	                        DONE reload modules=M times=N
+//	storm forks|modules|off start processes that end at once, on as many threads as
+//	                        there are CPUs, or unload and load all modules but one, in
+//	                        the background; end both. DONE storm forks=N loads=M, of
+//	                        those since the last such answer
 //	kallsyms NAME           DONE kallsyms NAME 0x… (all matches), of the table as
 //	                        it was when first asked for
 //	kallsymshash            SHA-256 of /proc/kallsyms: of the kernel's lines, and

@@ -36,6 +36,8 @@ type guest struct {
 	memBad    atomic.Uint64
 	openBad   atomic.Uint64 // found by the openers
 	openFails atomic.Uint64
+
+	storm storm
 }
 
 // worker is a thread bound to one CPU.

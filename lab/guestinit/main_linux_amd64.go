@@ -195,7 +195,9 @@ func (g *guest) command(words []string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return reloadModules(n)
+		return reloadModules(n, 0)
+	case "storm":
+		return g.storm.command(words[1:], len(g.cpus))
 	case "online":
 		n, err := number(1)
 		if err != nil {
