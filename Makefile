@@ -200,7 +200,7 @@ test-qemu test-qemu-guests test-qemu-driver: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests
 	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -race -short -timeout 20m ./internal/qemu
-	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image ./internal/kerneltext
+	VMPROBES_REQUIRE_QEMU=1 $(GO) test -count=1 -timeout 20m ./linux ./xenaccess ./image ./internal/kerneltext ./examples
 	@$(MAKE) test-qemu-guests
 
 test-qemu-guests: deps-lab

@@ -40,6 +40,9 @@ var (
 	ErrPermission = target.ErrPermission
 	// ErrImage: the guest is a saved image. Nothing runs in it, so it has no probes.
 	ErrImage = target.ErrImage
+	// Err32Bit: the guest's kernel is a 32-bit one, which has no probes. It is also an
+	// errors.ErrUnsupported.
+	Err32Bit = target.Err32Bit
 	// ErrDomainGone: the domain was destroyed or has shut down, or its kernel isn't there any
 	// more, as after a reset.
 	ErrDomainGone = breakpoint.ErrGone
@@ -103,7 +106,10 @@ var (
 	ErrNoPrototype = linux.ErrNoPrototype
 	// ErrForeign: a breakpoint that isn't ours is at the address.
 	ErrForeign = breakpoint.ErrForeign
-	// ErrTextChanged: the guest changed its code at the probe while it was armed.
+	// ErrTextChanged: the guest changed its code at the probe while it was armed, as its
+	// own ftrace does. The probe is out: a warning is logged within seconds, its Flags lack
+	// FlagArmed, and Unregister and Close return this. Other probes go on; a Loop without any
+	// returns it.
 	ErrTextChanged = breakpoint.ErrTextChanged
 	// ErrOverlap: the address is inside the instruction of another probe.
 	ErrOverlap = breakpoint.ErrOverlap

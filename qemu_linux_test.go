@@ -267,3 +267,34 @@ func TestQEMUReset(t *testing.T) {
 	require.NoError(t, s.Close())
 	require.Equal(t, "running", g.Status())
 }
+
+// TestQEMUFtrace has the guest trace a function at whose first instruction a probe is: that
+// probe ends, and says so, and another one sees every call to the last.
+func TestQEMUFtrace(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots a guest")
+	}
+	// QEMU 7.2's TCG isn't up to code that is rewritten while another vCPU runs.
+	g := qemutest.StartLinux(t, "6.1", qemutest.Config{VCPUs: 1})
+	s, err := vmprobes.Open(t.Context(), "qemu:"+g.GDB, nil)
+	require.NoError(t, err)
+	traced := &vmprobes.Probe{Symbol: "do_sys_openat2"}
+	other := &vmprobes.Probe{Symbol: "do_filp_open"}
+	require.NoError(t, s.Register(traced, other))
+	serve(t, s, func() {
+		g.Must("open 20 all")
+		assert.NotZero(t, traced.Flags()&vmprobes.FlagArmed)
+		g.Must("ftrace do_sys_openat2")
+		before := other.Stats()
+		g.Must("open 20 all")
+		assert.GreaterOrEqual(t, other.Stats().Hits, before.Hits+20)
+		assert.Zero(t, traced.Flags()&vmprobes.FlagArmed)
+		assert.NotZero(t, other.Flags()&vmprobes.FlagArmed)
+	})
+	require.Zero(t, other.Stats().Missed)
+	require.ErrorIs(t, s.Unregister(traced), vmprobes.ErrTextChanged)
+	require.NoError(t, s.Unregister(other))
+	require.NoError(t, s.Close())
+	assert.Contains(t, g.Must("ftrace off"), "alive=yes")
+	require.Equal(t, "running", g.Status())
+}

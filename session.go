@@ -492,7 +492,8 @@ func (s *Session) endIdle() {
 // of them returns something else than Continue (then Loop returns nil, or the error
 // of [Probe.Fail]), ctx is
 // done (then an error that wraps both ctx.Err and its cause), the domain is gone
-// or runs another kernel (ErrDomainGone), or something fails.
+// or runs another kernel (ErrDomainGone), or something fails. Where the guest changes its
+// code at a probe, only that one ends (ErrTextChanged), unless it was the last.
 // The probes stay registered: Loop may be called again.
 //
 // If a handler panics, the Session is closed, and so the guest restored, before
@@ -583,6 +584,12 @@ func (s *Session) watchKernel(ctx context.Context, end context.CancelCauseFunc) 
 			s.log.Debug("look for the guest's kernel", "err", err)
 		case ok:
 			missed, wait = 0, kernelEvery
+			if err := s.eng.Check(); errors.Is(err, ErrTextChanged) {
+				end(err)
+				return
+			} else if err != nil {
+				s.log.Debug("look at the code at breakpoints", "err", err)
+			}
 		case missed < 2:
 			missed, wait = missed+1, time.Second
 		default:

@@ -23,7 +23,7 @@
 // PV guests need a hypervisor built with CONFIG_GDBSX; HVM and PVH guests work with
 // every Xen that has vm_event; a QEMU guest needs its gdbstub on a socket. Open says
 // what is missing before it changes anything in a guest. It lets a paused QEMU VM
-// run.
+// run. A 32-bit kernel has no probes ([Err32Bit]), but package xenaccess can look into it.
 package vmprobes
 
 import (
@@ -126,7 +126,7 @@ func known(k *linux.Kernel) (known target.Setup) {
 	if k == nil {
 		return known
 	}
-	known.BuildID = k.BuildID()
+	known.BuildID, known.Bits = k.BuildID(), k.Bits()
 	if root, own := k.Settled(); own {
 		known.Root = root
 	} else {

@@ -120,6 +120,9 @@ func discover(ctx context.Context, m Machine, opts *Options, img image, cpus []C
 	if err := k.findSymbols(ctx, opts); err != nil {
 		return nil, err
 	}
+	if err := k.completeSymbols(ctx, opts); err != nil {
+		return nil, err
+	}
 	k.explainPlace(cpus)
 	switch own := k.useOwnRoot(); {
 	case own || !k.unstarted(): // a guest that was restored and has not run since has booted
@@ -408,6 +411,7 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 			err = k.adopt(ctx, m, "of "+path)
 		}
 		if err == nil {
+			k.log.Warn("symbols are those of a file, as the guest has none", "file", path)
 			return nil
 		}
 		k.syms, k.rungs = nil, before
@@ -416,6 +420,79 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 		errs = append(errs, fmt.Errorf("%s: %v", path, err))
 	}
 	return errors.Join(errs...)
+}
+
+// completeSymbols takes the symbols of a kernel whose own table has only functions
+// (CONFIG_KALLSYMS_ALL=n, as Debian's i386 ones) from the first file that has the same
+// functions at the same places, and more. If there is none that is no error.
+func (k *Kernel) completeSymbols(ctx context.Context, opts *Options) error {
+	if opts.Symbols != nil || opts.SymbolFiles == nil || !k.onlyFunctions() {
+		return nil
+	}
+	for i, path := range opts.SymbolFiles(safeRelease(k.Release())) {
+		if err := done(ctx); err != nil {
+			return err
+		}
+		if i == maxSymbolFiles {
+			break
+		}
+		m, err := sysmap.ParseFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		var slide uint64
+		var same int
+		if err == nil {
+			slide, same, err = k.sameFunctions(m)
+		}
+		if err != nil {
+			k.log.Debug("symbols not completed", "file", path, "err", err)
+			continue
+		}
+		k.syms = m.Slide(slide)
+		k.explainFrom(FromFile, "data", nil, fmt.Sprintf("of the kernel's own table, which has only functions, %d of %d that were compared are where it says", same, same),
+			"%d symbols, of %s", k.syms.Len(), path)
+		k.log.Warn("symbols of data are those of a file, as the guest tells only its functions", "file", path)
+		k.findBuildID()
+		return nil
+	}
+	return nil
+}
+
+// sameFunctions compares a file's symbols with the kernel's own, of which all that are
+// compared must be the file's, as many bytes from where the file has them.
+func (k *Kernel) sameFunctions(m *sysmap.Map) (slide uint64, same int, err error) {
+	if b := strings.TrimRight(m.Banner(), "\n\x00"); b != "" && b != k.banner {
+		return 0, 0, fmt.Errorf("%w: they are of %q", ErrWrongSymbols, b)
+	}
+	if _, err := m.Lookup("init_task"); err != nil {
+		return 0, 0, err
+	}
+	const every, least = 37, 16
+	n := 0
+	for s := range k.syms.All() {
+		if n++; n%every != 0 {
+			continue
+		}
+		if all := k.syms.LookupAll(s.Name); len(all) != 1 {
+			continue
+		}
+		f, err := m.Lookup(s.Name)
+		if err != nil {
+			return 0, 0, fmt.Errorf("%w: %w", ErrWrongSymbols, err)
+		}
+		if same == 0 {
+			slide = s.Addr - f.Addr
+		}
+		if f.Addr+slide != s.Addr {
+			return 0, 0, fmt.Errorf("%w: %q is at %#x in the guest, and would be at %#x", ErrWrongSymbols, s.Name, s.Addr, f.Addr+slide)
+		}
+		same++
+	}
+	if same < least {
+		return 0, 0, fmt.Errorf("%w: only %d functions can be compared", ErrWrongSymbols, same)
+	}
+	return slide, same, nil
 }
 
 // safeRelease returns a release if it is safe as a part of a path, else "".
@@ -469,7 +546,7 @@ func (k *Kernel) fit(m *sysmap.Map, whose string) error {
 		k.syms = m.Slide(slide)
 		why = fmt.Sprintf("moved by %#x to where the image is", slide)
 	}
-	k.explain("symbols", nil, why, "%d, %s", m.Len(), whose)
+	k.explainFrom(FromFile, "symbols", nil, why, "%d, %s", m.Len(), whose)
 	return nil
 }
 
@@ -497,6 +574,12 @@ func (k *Kernel) identify(ctx context.Context) error {
 	}
 	k.explain("banner", nil, why, "%s", printable(k.banner))
 
+	k.findBuildID()
+	return nil
+}
+
+// findBuildID reads the build id, if the symbols say where the kernel's notes are.
+func (k *Kernel) findBuildID() {
 	o := k.begin("build id")
 	if addr, n, err := k.section("__start_notes", "__stop_notes", maxNotes); err == nil {
 		if notes, err := o.table("notes", addr, n, maxNotes); err == nil {
@@ -508,7 +591,6 @@ func (k *Kernel) identify(ctx context.Context) error {
 	} else {
 		k.explain("build id", errors.New("no note of it"), "", "")
 	}
-	return nil
 }
 
 // errUnconfirmed: nothing shows that symbols are those of this build of the kernel.
@@ -688,7 +770,7 @@ func (k *Kernel) findTypes() (*ktype.Types, error) {
 		if err != nil {
 			return nil, err
 		}
-		k.explain("types", nil, why, "%s, as given", k.givenTypes.Source())
+		k.explainFrom(FromFile, "types", nil, why, "%s, as given", k.givenTypes.Source())
 		return k.givenTypes, nil
 	}
 	t, err := k.ownTypes()
@@ -741,7 +823,7 @@ func (k *Kernel) configuredTypes() (*ktype.Types, error) {
 	if err != nil {
 		return nil, err
 	}
-	k.explain("types", nil, why, "%d configured offsets", len(k.offsets))
+	k.explainFrom(FromFile, "types", nil, why, "%d configured offsets; what they don't tell is not known", len(k.offsets))
 	return t, nil
 }
 

@@ -85,3 +85,6 @@ func KernelAt(m Machine, mode paging.Mode, root paging.Root, at uint64, banner s
 	k.root.Store(uint64(root))
 	return k
 }
+
+// CurrentByCode returns where the code of a kernel says that current_task is.
+var CurrentByCode = (*Kernel).currentByCode

@@ -45,12 +45,17 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	o := k.begin("inferring types")
 	var idle *idleTask
 	init, err := k.initTask()
-	if err == nil {
-		idle, err = o.inferTask(init)
-	} else {
+	find := func() (*idleTask, error) { return o.inferTask(init) }
+	if err != nil {
 		// A kernel built without CONFIG_KALLSYMS_ALL has only functions among its
 		// symbols: any "swapper" in its data may be the idle task's name.
-		idle, err = o.searchTask()
+		find = o.searchTask
+	}
+	// The list of tasks may change while it is followed.
+	for range listTries {
+		if idle, err = find(); err == nil || o.spent != nil {
+			break
+		}
 	}
 	if o.spent != nil { // then what was found isn't all
 		return nil, o.spent
@@ -69,7 +74,12 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	start := idle.addr + uint64(idle.start)
 	k.idleAddr.Store(start)
 	off := func(i int) int { return i - idle.start }
-	k.explain("types", nil, fmt.Sprintf("the list at +%d closes, and its first tasks have names; ids at +%d count 0, 1, 2", off(idle.list), off(idle.pid)),
+	lacking := "users, states and threads"
+	if idle.parent == 0 {
+		lacking = "parents, " + lacking
+	}
+	k.explainFrom(Inferred, "types", nil, fmt.Sprintf("the list at +%d closes, and its first tasks have names; ids at +%d count 0, 1, 2; not known: %s of tasks, and all other types",
+		off(idle.list), off(idle.pid), lacking),
 		"inferred from the idle task at %#x: comm +%d, tasks +%d, pid +%d, mm +%d", start, off(idle.comm), off(idle.list), off(idle.pid), off(idle.mm))
 	return t, nil
 }
@@ -90,8 +100,11 @@ func (o *op) inferTask(addr uint64) (*idleTask, error) {
 }
 
 // searchTask tries every "swapper" in the image's data as the name of a task.
-func (o *op) searchTask() (*idleTask, error) {
-	var found *idleTask
+func (o *op) searchTask() (*idleTask, error) { return search(o, o.taskAround) }
+
+// search tries every "swapper" in the image's data, until exactly one is what try looks
+// for.
+func search[T any](o *op, try func(name uint64) (*T, error)) (found *T, err error) {
 	tried := 0
 	page := make([]byte, 4096+commLen)
 	for _, r := range o.ranges {
@@ -113,7 +126,7 @@ func (o *op) searchTask() (*idleTask, error) {
 				if tried++; tried > maxCandidate {
 					return nil, fmt.Errorf("%w: too many tasks called swapper", ErrNotInferred)
 				}
-				t, err := o.taskAround(name)
+				t, err := try(name)
 				if err != nil {
 					continue
 				}
@@ -128,6 +141,48 @@ func (o *op) searchTask() (*idleTask, error) {
 		return nil, fmt.Errorf("%w: none of %d tasks called swapper leads to others", ErrNotInferred, tried)
 	}
 	return found, nil
+}
+
+// searchIdle finds the idle task of a kernel without symbols of data, by types: its id
+// is 0, and by them it leads to all other tasks and back. The types are another kernel's
+// if none does.
+func (k *Kernel) searchIdle(t *ktype.Types) (uint64, error) {
+	comm, err := t.Offset("task_struct.comm")
+	if err != nil {
+		return 0, err
+	}
+	tasks, err := t.Offset("task_struct.tasks")
+	if err != nil {
+		return 0, err
+	}
+	o := k.begin("idle task")
+	try := func(name uint64) (*uint64, error) {
+		addr := name - comm.Offset
+		for _, id := range []string{"pid", "tgid"} {
+			if n, err := optional(t.At(o, "task_struct", addr).Field(id).Int()); err != nil || n != 0 {
+				return nil, errors.Join(ErrNotInferred, err)
+			}
+		}
+		for _, err := range t.List(o, addr+tasks.Offset, "task_struct", "tasks", maxTasks) {
+			if err != nil {
+				return nil, err
+			}
+		}
+		return &addr, nil
+	}
+	var addr *uint64
+	for range listTries { // the list may change meanwhile
+		if addr, err = search(o, try); err == nil || o.spent != nil {
+			break
+		}
+	}
+	if o.spent != nil {
+		return 0, o.spent
+	}
+	if err != nil {
+		return 0, err
+	}
+	return *addr, nil
 }
 
 // taskAround takes what is at name for the name of a task whose beginning isn't known.

@@ -83,6 +83,30 @@ func TestDiscover(t *testing.T) {
 	}
 }
 
+// TestCurrentByCode compares where the code of getpid and others says that current is
+// with what the symbols say.
+func TestCurrentByCode(t *testing.T) {
+	for _, series := range serieses {
+		k, err := linux.Discover(t.Context(), load(t, series).Machine(), nil)
+		require.NoError(t, err)
+		var want uint64
+		if sym, err := k.Symbols().Lookup("current_task"); err == nil {
+			want = sym.Addr
+		} else {
+			sym, err := k.Symbols().Lookup("pcpu_hot")
+			require.NoError(t, err)
+			types, err := k.Types()
+			require.NoError(t, err)
+			f, err := types.Offset("pcpu_hot.current_task")
+			require.NoError(t, err)
+			want = sym.Addr + f.Offset
+		}
+		got, err := linux.CurrentByCode(k)
+		require.NoError(t, err, series)
+		assert.Equal(t, want, got, series)
+	}
+}
+
 // TestCache finds the same symbols in the cache as in memory, and none of another
 // kernel's.
 func TestCache(t *testing.T) {

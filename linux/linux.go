@@ -121,7 +121,8 @@ type Kernel struct {
 	borrowed atomic.Bool // root isn't the kernel's own; it gets one when it boots
 	builder  uint64      // the page tables that it begins with
 
-	idleAddr atomic.Uint64 // of the idle task, if no symbol says
+	idleAddr    atomic.Uint64          // of the idle task, if no symbol says
+	currentAddr atomic.Pointer[uint64] // of current_task, likewise
 
 	safeMu  sync.Mutex
 	safe    *places     // of the kernel's text; nil until it has been read
@@ -136,7 +137,23 @@ type Rung struct {
 	Found string // what was found, or ""
 	Why   string // why it is believed
 	Err   error  // why nothing was found
+	// Source is what it comes from, if that isn't the guest itself.
+	Source Source
 }
+
+// A Source is what a finding comes from.
+type Source uint8
+
+// Sources.
+const (
+	FromGuest Source = iota // the guest says so itself
+	Inferred                // from how things in the guest look
+	FromFile                // a file, of symbols, types or configuration
+)
+
+// Note reports whether a rung says that something was inferred or comes from a file.
+// Programs should tell that beside what they show.
+func (r Rung) Note() bool { return r.Err == nil && r.Source != FromGuest }
 
 // String returns the rung as one line, of printable ASCII.
 func (r Rung) String() string {
@@ -161,17 +178,26 @@ func (k *Kernel) Explain() []Rung {
 }
 
 func (k *Kernel) explain(name string, err error, why, format string, args ...any) {
-	r := Rung{Name: name, Why: why, Err: err}
+	k.explainFrom(FromGuest, name, err, why, format, args...)
+}
+
+func (k *Kernel) explainFrom(source Source, name string, err error, why, format string, args ...any) {
+	r := Rung{Name: name, Why: why, Err: err, Source: source}
 	if err == nil {
 		r.Found = fmt.Sprintf(format, args...)
 	}
 	k.rungMu.Lock()
-	if i := slices.IndexFunc(k.rungs, func(r Rung) bool { return r.Name == name }); i >= 0 && name == "probeable" {
+	if i := slices.IndexFunc(k.rungs, func(r Rung) bool { return r.Name == name }); i >= 0 && (name == "probeable" || k.rungs[i].Err != nil) {
 		k.rungs[i] = r // it was read again
 	} else {
 		k.rungs = append(k.rungs, r)
 	}
 	k.rungMu.Unlock()
+	if r.Source == Inferred && r.Err == nil {
+		// Whatever rests on it does so unseen.
+		k.log.Warn("inferred, as the guest doesn't tell", "what", name, "found", r.Found, "why", why)
+		return
+	}
 	k.log.Debug("discover", "rung", name, "found", r.Found, "why", why, "err", err)
 }
 
@@ -286,14 +312,31 @@ func (k *Kernel) symbol(name string) (uint64, error) {
 	}
 	s, err := k.syms.Lookup(name)
 	if err != nil {
-		return 0, err
+		return 0, k.lacks(err)
 	}
 	return s.Addr, nil
 }
 
+// lacks adds to the error that a symbol wasn't found why that is, if the kernel's table
+// has only functions.
+func (k *Kernel) lacks(err error) error {
+	if k.onlyFunctions() && errors.Is(err, sysmap.ErrNotFound) {
+		return fmt.Errorf("%w (CONFIG_KALLSYMS_ALL=n: name the kernel's vmlinux or System.map)", err)
+	}
+	return err
+}
+
+// onlyFunctions reports whether the symbols have no data among them. Every kernel has an
+// init_task.
+func (k *Kernel) onlyFunctions() bool {
+	_, err := k.syms.Lookup("init_task")
+	return errors.Is(err, sysmap.ErrNotFound)
+}
+
 // section returns the range between two symbols, of at most limit bytes.
 func (k *Kernel) section(start, stop string, limit uint64) (addr, size uint64, err error) {
-	return section(k.syms, start, stop, limit)
+	addr, size, err = section(k.syms, start, stop, limit)
+	return addr, size, k.lacks(err)
 }
 
 func section(syms *sysmap.Map, start, stop string, limit uint64) (addr, size uint64, err error) {

@@ -18,6 +18,10 @@ type Module struct {
 	Size  uint64 // in bytes, of all its parts, as /proc/modules shows it
 	State ModuleState
 
+	// Unknown says which of Base, Size and State are not known, as the types lack them.
+	// They are zero then, which says nothing.
+	Unknown Fields
+
 	text uint64 // size of the text, from Base on; 0 if it isn't known
 }
 
@@ -56,7 +60,8 @@ const (
 )
 
 // Modules returns the loaded modules, in the order of /proc/modules, the latest first.
-// Without types, only their names and the addresses of their struct module are known.
+// Without types, only their names and the addresses of their struct module are known:
+// see [Module.Unknown].
 // With an error it returns all that can be read.
 func (k *Kernel) Modules() ([]Module, error) {
 	head, err := k.symbol("modules")
@@ -129,10 +134,13 @@ func (o *op) module(types *ktype.Types, at uint64) (m Module, err error) {
 	if m.Name, err = v.Field("name").CString(); err != nil {
 		return m, err
 	}
-	if state, err := optional(v.Field("state").Int()); err != nil {
-		return m, err
-	} else {
+	switch state, err := v.Field("state").Int(); {
+	case err == nil:
 		m.State = ModuleState(state)
+	case lacking(err) != nil:
+		return m, err
+	default:
+		m.Unknown |= FieldState
 	}
 	// module.mem[] since 6.4 (ac3b43283923), core_layout since 4.5, and
 	// module_core before.
@@ -179,6 +187,8 @@ func (o *op) module(types *ktype.Types, at uint64) (m Module, err error) {
 		if m.text, err = v.Field("core_text_size").Uint(); err != nil {
 			return m, err
 		}
+	default:
+		m.Unknown |= FieldBase | FieldSize
 	}
 	if m.Size > maxModuleSize {
 		return m, fmt.Errorf("module %q of %d bytes: %w", m.Name, m.Size, ErrBadKernel)
@@ -390,7 +400,7 @@ func (k *Kernel) ModuleTypes(names ...string) (*ktype.Types, error) {
 	}
 	head, err := k.symbol("btf_modules")
 	if err != nil {
-		return nil, fmt.Errorf("types of modules: %w", err)
+		return nil, fmt.Errorf("types of modules: %w: modules carry them since 5.11, with CONFIG_DEBUG_INFO_BTF_MODULES (%w)", ErrNoTypes, err)
 	}
 	o := k.begin("types of modules")
 	type btf struct {

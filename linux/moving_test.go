@@ -126,8 +126,6 @@ func TestBadPointers(t *testing.T) {
 	}{
 		"next": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 2"]+kerneltest.TaskTasks, 8) }, all, "list at"},
 		"prev": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 3"]+kerneltest.TaskTasks+8, 8) }, all, "broken list"},
-		"cred": {func(s *kerneltest.Synthetic) { s.Put64(s.Sym["task 40"]+kerneltest.TaskCred, 8) },
-			[]string{"init/0", "kthreadd/0", "kworker/0:0/0", "daemon/0", "zombie\x1b[31m/1000"}, "cred"},
 	} {
 		s := kerneltest.NewSynthetic(kerneltest.Layout{})
 		c.harm(s)
@@ -135,6 +133,41 @@ func TestBadPointers(t *testing.T) {
 		require.Error(t, err, name)
 		assert.ErrorContains(t, err, c.why, name)
 		assert.Equal(t, c.want, names(tasks), name)
+	}
+
+	// A bad pointer in a task is marked there, and fails nothing.
+	for name, c := range map[string]struct {
+		pid     int
+		off     uint64
+		value   uint64
+		unknown linux.Fields
+	}{
+		"cred":                 {40, kerneltest.TaskCred, 8, linux.FieldUID | linux.FieldGID},
+		"cred, not canonical":  {40, kerneltest.TaskCred, 0x4141414141414141, linux.FieldUID | linux.FieldGID},
+		"cred of the idle one": {0, kerneltest.TaskCred, 8, linux.FieldUID | linux.FieldGID},
+		"real_parent":          {3, kerneltest.TaskParent, 0, linux.FieldPPID},
+		"real_parent, no task": {1, kerneltest.TaskParent, kerneltest.SyntheticText, linux.FieldPPID},
+	} {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		want, err := discover(t, s).Processes(true)
+		require.NoError(t, err)
+		s.Put64(s.Sym[fmt.Sprintf("task %d", c.pid)]+c.off, c.value)
+		k := discover(t, s)
+		tasks, err := k.Processes(true)
+		require.NoError(t, err, name)
+		require.Len(t, tasks, len(want), name)
+		for i, got := range tasks {
+			if got.PID != c.pid {
+				assert.Equal(t, want[i], got, name)
+				continue
+			}
+			require.Error(t, got.Err, name)
+			assert.Equal(t, c.unknown, got.Unknown, name)
+			assert.Equal(t, want[i].Comm, got.Comm, name)
+			one, err := k.Task(got.Addr)
+			require.NoError(t, err, name)
+			assert.Equal(t, c.unknown, one.Unknown, name)
+		}
 	}
 
 	// A module of a terabyte, and one that leads nowhere.
@@ -149,4 +182,40 @@ func TestBadPointers(t *testing.T) {
 	mods, err = discover(t, s).Modules()
 	require.Error(t, err)
 	require.Len(t, mods, 2, "from both ends")
+}
+
+// TestFullName: a kernel thread may have a longer name than there is room for in its task.
+func TestFullName(t *testing.T) {
+	const long, cut = "rcu_tasks_trace_kthread", "rcu_tasks_trace"
+	make := func(flags uint32, comm, name string) *kerneltest.Synthetic {
+		s := kerneltest.NewSynthetic(kerneltest.Layout{})
+		task, free := s.Sym["task 3"], s.Sym["task 50"]+0x190
+		copy(s.Bytes(task + kerneltest.TaskComm)[:16], comm+"\x00")
+		s.Put32(task+kerneltest.TaskFlags, flags)
+		s.Put64(task+kerneltest.TaskWorker, free)
+		s.Put64(free+kerneltest.KthreadName, free+0x20)
+		copy(s.Bytes(free+0x20), name+"\x00")
+		return s
+	}
+	const kernelThread = 0x00200000
+	for what, c := range map[string]struct {
+		s    *kerneltest.Synthetic
+		want string
+	}{
+		"longer":       {make(kernelThread, cut, long), long},
+		"of a process": {make(0, cut, long), cut},
+		"not its name": {make(kernelThread, cut, "kthreadd"), cut},
+		"short":        {make(kernelThread, "rcu_gp", "rcu_gp_and_more"), "rcu_gp"},
+		"nowhere": {func() *kerneltest.Synthetic {
+			s := make(kernelThread, cut, long)
+			s.Put64(s.Sym["task 3"]+kerneltest.TaskWorker, 8)
+			return s
+		}(), cut},
+	} {
+		task, err := discover(t, c.s).Process(3)
+		require.NoError(t, err, what)
+		assert.Equal(t, c.want, task.Name(), what)
+		assert.Equal(t, c.want+"[3]", task.String(), what)
+		assert.NoError(t, task.Err, what)
+	}
 }

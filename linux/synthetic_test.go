@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/kerneltest"
+	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
 	"github.com/vmprobes/vmprobes/sysmap"
@@ -317,16 +318,31 @@ func TestSyntheticInferred(t *testing.T) {
 		require.Len(t, tasks, 6)
 		assert.Equal(t, s.Sym["task 0"], tasks[0].Addr)
 		assert.Equal(t, 40, tasks[5].PPID)
+		for _, task := range tasks {
+			// Zero would say that all are root's and none is a zombie.
+			assert.Equal(t, "UID, GID, Exited", task.Unknown.String(), task.Comm)
+			assert.NoError(t, task.Err)
+		}
+		for _, r := range k.Explain() {
+			assert.Equal(t, r.Name == "types", r.Note(), r.Name)
+			if r.Note() {
+				assert.Contains(t, r.String(), "not known: users, states and threads")
+			}
+		}
 		b := make([]byte, 4)
 		require.NoError(t, k.ReadUser(tasks[1], kerneltest.SyntheticUser+0x100, b))
 		assert.Equal(t, "/sbi", string(b))
 		mods, err := k.Modules()
 		if l.NoData {
 			require.ErrorIs(t, err, sysmap.ErrNotFound)
+			assert.ErrorContains(t, err, "CONFIG_KALLSYMS_ALL=n")
+			_, err = k.Syscalls()
+			require.ErrorIs(t, err, sysmap.ErrNotFound, "none at all would be wrong")
 			continue
 		}
 		require.NoError(t, err)
 		assert.Equal(t, "demo", mods[0].Name)
+		assert.Equal(t, "Base, Size, State", mods[0].Unknown.String())
 		fn := kerneltest.Fn
 		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
 		assert.ErrorContains(t, k.Probeable(fn(400)+1), "ftrace")
@@ -359,6 +375,60 @@ func TestSyntheticInferred(t *testing.T) {
 		assert.ErrorContains(t, k.Probeable(fn(200)), "kprobe blacklist")
 		assert.NoError(t, k.Probeable(fn(1)))
 		linux.RetrySafety(time.Minute)
+	}
+}
+
+// TestOnlyFunctions has a kernel that tells only where its functions are, with types and
+// symbols of files.
+func TestOnlyFunctions(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{NoTypes: true, NoData: true})
+	given := func(tasks uint64) *ktype.Types {
+		types, err := ktype.New("a file", 8,
+			ktype.Struct{Name: "list_head", Size: 16, Fields: []ktype.StructField{{Name: "next", Type: "list_head *"}, {Name: "prev", Offset: 8, Type: "list_head *"}}},
+			ktype.Struct{Name: "task_struct", Fields: []ktype.StructField{
+				{Name: "tasks", Offset: tasks, Type: "list_head"}, {Name: "pid", Offset: kerneltest.TaskPID, Type: "int"},
+				{Name: "tgid", Offset: kerneltest.TaskPID + 4, Type: "int"}, {Name: "comm", Offset: kerneltest.TaskComm, Type: "char[16]"},
+			}})
+		require.NoError(t, err)
+		return types
+	}
+	k, err := linux.Discover(t.Context(), s.Machine(), &linux.Options{Types: given(kerneltest.TaskTasks)})
+	require.NoError(t, err)
+	tasks, err := k.Processes(true)
+	require.NoError(t, err)
+	require.Len(t, tasks, 6)
+	assert.Equal(t, s.Sym["task 0"], tasks[0].Addr)
+	assert.Equal(t, "PPID, UID, GID, MM, Exited", tasks[5].Unknown.String())
+	_, err = k.UserRoot(tasks[1])
+	require.ErrorIs(t, err, linux.ErrNoTypes)
+	require.NotErrorIs(t, err, linux.ErrNoMemory, "it isn't known to be a kernel thread")
+	k, err = linux.Discover(t.Context(), s.Machine(), &linux.Options{Types: given(kerneltest.TaskTasks + 8)})
+	require.NoError(t, err)
+	_, err = k.Processes(true)
+	require.ErrorIs(t, err, linux.ErrWrongTypes)
+
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, b, 0o600))
+		return path
+	}
+	good := write("good", s.SystemMap())
+	rebuilt := write("rebuilt", regexp.MustCompile(`(?m)^([0-9a-f]{15}).( t fn_1)`).ReplaceAll(s.SystemMap(), []byte("${1}8$2")))
+	for _, files := range [][]string{{good}, {filepath.Join(dir, "none"), rebuilt, good}, {rebuilt}} {
+		k, err := linux.Discover(t.Context(), s.Machine(), &linux.Options{SymbolFiles: func(string) []string { return files }})
+		require.NoError(t, err)
+		sym, err := k.Symbols().Lookup("init_task")
+		if files[len(files)-1] == rebuilt {
+			require.ErrorIs(t, err, sysmap.ErrNotFound)
+			continue
+		}
+		require.NoError(t, err)
+		assert.Equal(t, s.Sym["init_task"], sym.Addr)
+		assert.Contains(t, rung(k, "data"), good)
+		mods, err := k.Modules()
+		require.NoError(t, err)
+		assert.Len(t, mods, 3, "without types it isn't known that one of them is being set up")
 	}
 }
 

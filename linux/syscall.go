@@ -146,7 +146,7 @@ func (k *Kernel) Syscall(name string) (Syscall, error) {
 }
 
 // Syscalls returns every system call that the kernel describes, by address of the
-// description.
+// description. If it describes none, the error wraps [sysmap.ErrNotFound].
 func (k *Kernel) Syscalls() ([]Syscall, error) {
 	if k == nil {
 		return nil, ErrNoKernel
@@ -162,6 +162,9 @@ func (k *Kernel) Syscalls() ([]Syscall, error) {
 			return all, fmt.Errorf("%q: %w", sym.Name, err)
 		}
 		all = append(all, s)
+	}
+	if len(all) == 0 {
+		return nil, k.lacks(fmt.Errorf("%s*: %w (CONFIG_FTRACE_SYSCALLS=n?)", syscallMeta, sysmap.ErrNotFound))
 	}
 	return all, nil
 }

@@ -22,14 +22,33 @@ type Task struct {
 	GID    uint32
 	MM     uint64 // address of its struct mm_struct, 0 for kernel threads
 	Exited bool   // a zombie: its parent hasn't waited for it yet
+
+	// FullName is the name of a kernel thread that is longer than Comm has room for, as
+	// /proc shows it since Linux 5.17, else "".
+	FullName string
+
+	// Unknown says which of PPID, UID, GID, MM and Exited are not known. They are zero
+	// then, which says nothing.
+	Unknown Fields
+	// Err is why some of them couldn't be read, such as a bad pointer in the task. It is
+	// nil if the types lack them, and if all are known.
+	Err error
 }
 
-// String returns the task as "comm[tgid/pid]", in printable ASCII.
+// Name returns the task's full name: FullName, or Comm.
+func (t Task) Name() string {
+	if t.FullName != "" {
+		return t.FullName
+	}
+	return t.Comm
+}
+
+// String returns the task as "name[tgid/pid]", in printable ASCII.
 func (t Task) String() string {
 	if t.PID == t.TGID {
-		return fmt.Sprintf("%s[%d]", printable(t.Comm), t.TGID)
+		return fmt.Sprintf("%s[%d]", printable(t.Name()), t.TGID)
 	}
-	return fmt.Sprintf("%s[%d/%d]", printable(t.Comm), t.TGID, t.PID)
+	return fmt.Sprintf("%s[%d/%d]", printable(t.Name()), t.TGID, t.PID)
 }
 
 // Bounds of what a guest can have: pid_max can't be more than 4 Mi on 64 bits
@@ -42,8 +61,9 @@ const (
 // listTries is how often a list is read if the running guest changes it meanwhile.
 const listTries = 5
 
-// Task reads the task whose struct task_struct is at addr. Fields that the types lack
-// stay zero; inferred types have only the first few.
+// Task reads the task whose struct task_struct is at addr. What the types lack, as
+// inferred ones lack most, and what can't be read is in its Unknown. It fails if the
+// name or one of the ids can't be read.
 func (k *Kernel) Task(addr uint64) (Task, error) {
 	return k.begin("task").task(addr)
 }
@@ -56,7 +76,8 @@ func (o *op) task(addr uint64) (Task, error) {
 	return task, nil
 }
 
-// partOfTask returns what can be read of a task, and the first error.
+// partOfTask returns what can be read of a task, and the first error of what every task
+// has.
 func (o *op) partOfTask(addr uint64) (Task, error) {
 	t, err := o.Types()
 	if err != nil {
@@ -78,22 +99,69 @@ func (o *op) partOfTask(addr uint64) (Task, error) {
 		task.TGID = int(tgid)
 	}
 	task.Comm, err = v.Field("comm").CString()
-	keep(err)
-	task.MM, err = v.Field("mm").Pointer()
-	keep(err)
-	if ppid, err := optional(v.Field("real_parent.tgid").Int()); keep(err) {
-		task.PPID = int(ppid)
+	if keep(err) && len(task.Comm) == commLen-1 {
+		task.FullName = o.fullName(t, v, task.Comm)
 	}
-	if uid, err := optional(v.Field("cred.euid.val").Uint()); keep(err) {
-		task.UID = uint32(uid)
-	}
-	if gid, err := optional(v.Field("cred.egid.val").Uint()); keep(err) {
-		task.GID = uint32(gid)
-	}
-	if state, err := optional(v.Field("exit_state").Uint()); keep(err) {
-		task.Exited = state != 0
+	for _, f := range []struct {
+		field Fields
+		path  string
+		read  func(ktype.Value) (uint64, error)
+		max   uint64
+		set   func(uint64)
+	}{
+		{FieldMM, "mm", ktype.Value.Pointer, 1<<64 - 1, func(v uint64) { task.MM = v }},
+		{FieldPPID, "real_parent.tgid", ktype.Value.Uint, maxTasks, func(v uint64) { task.PPID = int(v) }},
+		{FieldUID, "cred.euid.val", ktype.Value.Uint, 1<<32 - 1, func(v uint64) { task.UID = uint32(v) }},
+		{FieldGID, "cred.egid.val", ktype.Value.Uint, 1<<32 - 1, func(v uint64) { task.GID = uint32(v) }},
+		{FieldExited, "exit_state", ktype.Value.Uint, 1<<32 - 1, func(v uint64) { task.Exited = v != 0 }},
+	} {
+		n, err := f.read(v.Field(f.path))
+		if err == nil && n > f.max {
+			err = fmt.Errorf("%s is %#x: %w", f.path, n, ErrBadKernel)
+		}
+		if err == nil {
+			f.set(n)
+			continue
+		}
+		task.Unknown |= f.field
+		if o.spent != nil {
+			keep(o.spent)
+		}
+		if task.Err == nil {
+			task.Err = lacking(err)
+		}
 	}
 	return task, first
+}
+
+// maxThreadName bounds the name of a kernel thread.
+const maxThreadName = 256
+
+// fullName returns the name of a kernel thread whose first 15 bytes are comm, or "" if it
+// is no more: struct kthread has it (kernel/kthread.c), to which worker_private points
+// since 5.17.
+func (o *op) fullName(t *ktype.Types, task ktype.Value, comm string) string {
+	const kernelThread = 0x00200000 // PF_KTHREAD
+	f, err := t.Offset("kthread.full_name")
+	if err != nil {
+		return ""
+	}
+	if flags, err := task.Field("flags").Uint(); err != nil || flags&kernelThread == 0 {
+		return ""
+	}
+	thread, err := task.Field("worker_private").Pointer()
+	if err != nil || thread == 0 {
+		return ""
+	}
+	at, err := o.pointer(thread + f.Offset)
+	if err != nil || at == 0 {
+		return ""
+	}
+	name, err := o.str(at, maxThreadName)
+	if err != nil || !strings.HasPrefix(name, comm) {
+		return ""
+	}
+	return name
 }
 
 // optional returns zero if the types don't have a field.
@@ -109,8 +177,8 @@ func optional[T any](v T, err error) (T, error) {
 // the order of their creation. The first is the idle task, PID 0, if idle.
 //
 // Those that are there all the time are in it, whatever the guest does meanwhile. With
-// an error it returns all that can be read: a bad pointer hides neither the processes
-// behind it nor the rest of the process that has it.
+// an error it returns all that can be read: a bad pointer in the list doesn't hide the
+// processes behind it. One in a process is that process' Err, and no error of the list.
 func (k *Kernel) Processes(idle bool) ([]Task, error) {
 	t, err := k.Types()
 	if err != nil {
@@ -150,10 +218,10 @@ func (o *op) tasks(t *ktype.Types, head uint64, member string, tasks []Task) ([]
 			return tasks, bad.with(err)
 		}
 		task, err := o.partOfTask(at)
+		if (err != nil || task.Err != nil) && o.spent == nil && !o.linkedAt(at+f.Offset) {
+			continue // gone meanwhile
+		}
 		if err != nil {
-			if o.spent == nil && !o.linkedAt(at+f.Offset) {
-				continue // gone meanwhile
-			}
 			if bad.add(fmt.Errorf("task at %#x: %w", at, err)); task.Comm == "" {
 				continue // nothing of it is known
 			}
@@ -281,13 +349,21 @@ func (k *Kernel) Current(base uint64) (Task, error) {
 }
 
 // currentTask finds what the kernel calls current: the per-CPU variable
-// current_task, which was part of struct pcpu_hot from 6.2 to 6.14.
+// current_task, which was part of struct pcpu_hot from 6.2 to 6.14. A kernel whose
+// symbols are only functions shows in its code where it is.
 func (k *Kernel) currentTask(base uint64) (uint64, error) {
 	at, err := k.symbol("current_task")
+	if k == nil {
+		return 0, err
+	}
 	if err != nil {
 		hot, herr := k.symbol("pcpu_hot")
 		if herr != nil {
-			return 0, err
+			at, cerr := k.currentByCode()
+			if cerr != nil {
+				return 0, fmt.Errorf("%w; %w", err, cerr)
+			}
+			return k.pointer(at + base)
 		}
 		t, err := k.Types()
 		if err != nil {
@@ -318,14 +394,27 @@ func (k *Kernel) PerCPU(cpu int) (uint64, error) {
 	return k.pointer(table + uint64(cpu)*uint64(k.bits/8))
 }
 
+// hasMemory returns nil if the task has memory of its own.
+func (t Task) hasMemory() error {
+	switch {
+	case t.Unknown&FieldMM != 0 && t.Err == nil:
+		return fmt.Errorf("%v: whether it has user memory is not known: %w: they lack task_struct.mm", t, ErrNoTypes)
+	case t.Unknown&FieldMM != 0:
+		return fmt.Errorf("%v: whether it has user memory is not known: %w", t, t.Err)
+	case t.MM == 0:
+		return fmt.Errorf("%v: %w", t, ErrNoMemory)
+	}
+	return nil
+}
+
 // UserRoot returns the page tables of a task's own memory. They map the kernel as
 // well. For a task without memory of its own it returns ErrNoMemory.
 func (k *Kernel) UserRoot(t Task) (paging.Root, error) {
 	if k == nil {
 		return 0, ErrNoKernel
 	}
-	if t.MM == 0 {
-		return 0, fmt.Errorf("%v: %w", t, ErrNoMemory)
+	if err := t.hasMemory(); err != nil {
+		return 0, err
 	}
 	types, err := k.Types()
 	if err != nil {
@@ -371,8 +460,8 @@ func (k *Kernel) Layout(t Task) (Layout, error) {
 	if k == nil {
 		return Layout{}, ErrNoKernel
 	}
-	if t.MM == 0 {
-		return Layout{}, fmt.Errorf("%v: %w", t, ErrNoMemory)
+	if err := t.hasMemory(); err != nil {
+		return Layout{}, err
 	}
 	types, err := k.Types()
 	if err != nil {

@@ -49,7 +49,11 @@ func (k *Kernel) checkTypes(t *ktype.Types) error {
 	}
 	init, err := k.initTask()
 	if err != nil {
-		return nil //nolint:nilerr // a kernel without CONFIG_KALLSYMS_ALL: nothing to check with
+		// A kernel without CONFIG_KALLSYMS_ALL.
+		if init, err = k.searchIdle(t); err != nil {
+			return fmt.Errorf("%w: no idle task is found by them: %w", ErrWrongTypes, err)
+		}
+		k.idleAddr.Store(init)
 	}
 	name, err := t.At(k, "task_struct", init).Field("comm").CString()
 	if err != nil || !strings.HasPrefix(name, "swapper") {

@@ -250,6 +250,32 @@ func configured(name string, opts *Options) (DomainConfig, error) {
 	return d, nil
 }
 
+// Live reports whether the guest is a running one, not a saved image.
+func (g *Guest) Live() bool {
+	_, ok := g.target.(target.Holder)
+	return ok
+}
+
+// Freeze has a running guest stand still until the Thaw that belongs to it, so that all
+// that is read meanwhile is of one moment. Calls nest, and Close ends them. If the
+// process dies without either the guest stands still for good: then xl unpause, or for a
+// QEMU guest any program that opens it, lets it go. A saved image never runs: for it
+// Freeze and Thaw do nothing.
+func (g *Guest) Freeze() error {
+	if h, ok := g.target.(target.Holder); ok {
+		return h.Hold()
+	}
+	return nil
+}
+
+// Thaw ends a Freeze. If it fails it may be called again.
+func (g *Guest) Thaw() error {
+	if h, ok := g.target.(target.Holder); ok {
+		return h.LetGo()
+	}
+	return nil
+}
+
 // Close releases the guest's memory. Nothing that came from the Guest may be used
 // afterwards.
 func (g *Guest) Close() error { return g.target.Close() }
@@ -268,6 +294,20 @@ func (g *Guest) Warnings() []string {
 	for _, r := range g.kernel.Explain() {
 		if r.Warning() {
 			all = append(all, fmt.Sprintf("%s; %s", r.Found, r.Why))
+		}
+	}
+	return all
+}
+
+// Notes returns what is known of the guest not from itself: what was inferred from how
+// things in its memory look, and what comes from a file, and what it rests on. Programs
+// should show them beside what they print. Types are looked for when they are first
+// needed, so it is called after that. The notes are printable ASCII.
+func (g *Guest) Notes() []string {
+	var all []string
+	for _, r := range g.kernel.Explain() {
+		if r.Note() {
+			all = append(all, strings.Join(strings.Fields(r.String()), " "))
 		}
 	}
 	return all

@@ -13,7 +13,7 @@ import (
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
-func main() { guest.Main(guest.Command{Run: info}) }
+func main() { guest.Main(guest.Command{Explains: true, Run: info}) }
 
 func info(_ context.Context, out io.Writer, g *xenaccess.Guest, _ []string) error {
 	k := g.Linux()

@@ -93,6 +93,13 @@ func (e *Engine) left(told error) error {
 // takeOut removes all breakpoints. What it returns in told doesn't keep Close from
 // leaving the guest, such as that the guest has changed its code at a breakpoint.
 func (e *Engine) takeOut() (told, err error) {
+	for _, s := range e.lost {
+		for _, o := range s.owners {
+			e.disown(o.Probe)
+		}
+		told = errors.Join(told, s.lost)
+	}
+	e.lost = nil
 	end := time.Now().Add(failWait)
 	for wait := time.Millisecond; ; wait *= 2 {
 		err = e.freezeServing()
@@ -208,6 +215,8 @@ func (e *Engine) pollAll() error {
 			}
 		case errors.Is(err, expired.Err()):
 			return nil
+		case errors.As(err, new(*ChangedError)):
+			e.log.Debug("closing", "err", err)
 		default:
 			if failed++; failed == 2*tries || final(err) {
 				return err

@@ -118,7 +118,8 @@ type Driver interface {
 	Thaw() error
 
 	// Wait returns the next vCPU that stopped. One that has stopped already is
-	// returned even if ctx is done.
+	// returned even if ctx is done. A *ChangedError says that breakpoints are out; no
+	// vCPU waits for an answer because of it.
 	Wait(ctx context.Context, s *Stop) error
 
 	// Resume lets the vCPU go on with s.Regs.
@@ -138,6 +139,19 @@ type Driver interface {
 	// called again, and does what is still to be done.
 	Close() error
 }
+
+// A ChangedError says that the guest has other code at breakpoints now, which have been
+// taken out. It wraps Err, which wraps ErrTextChanged.
+type ChangedError struct {
+	Addrs []uint64 // of the breakpoints
+	Err   error
+}
+
+// Error implements error.
+func (e *ChangedError) Error() string { return e.Err.Error() }
+
+// Unwrap returns e.Err.
+func (e *ChangedError) Unwrap() error { return e.Err }
 
 // Errors of drivers and engine.
 var (

@@ -151,6 +151,7 @@ type site struct {
 	owners []owner
 	armed  bool // the breakpoint is in the guest
 	slot   *slot
+	lost   error // why it is out, though probes are registered: the guest has changed its code
 }
 
 // owner is one registration of a probe.
@@ -182,6 +183,7 @@ type Engine struct {
 
 	mu      sync.Mutex
 	sites   map[uint64]*site
+	lost    []*site // that are out, with probes that are registered
 	slotEnd map[uint64]*slot
 	free    []*slot
 	dirty   []*slot // to be filled with int3 again, which failed
@@ -453,6 +455,13 @@ func (e *Engine) drop(p *Probe, force bool) error {
 	s := p.site
 	if s == nil {
 		return nil
+	}
+	if s.lost != nil {
+		e.disown(p)
+		if len(s.owners) == 0 {
+			e.lost = slices.DeleteFunc(e.lost, func(l *site) bool { return l == s })
+		}
+		return s.lost
 	}
 	var err error
 	if len(s.owners) == 1 {

@@ -46,6 +46,14 @@ func (e *Engine) Serve(ctx context.Context, live bool) (Verdict, error) {
 }
 
 func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
+	if m == serving {
+		e.mu.Lock()
+		err := e.noneLeft()
+		e.mu.Unlock()
+		if err != nil {
+			return Continue, err
+		}
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return Continue, err
@@ -57,7 +65,10 @@ func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
 			continue
 		}
 		if err := e.drv.Wait(ctx, &e.stop); err != nil {
-			return Continue, err
+			if err = e.changed(err); err != nil {
+				return Continue, err
+			}
+			continue
 		}
 		if v, err := e.handle(&e.stop, m); v != Continue || err != nil {
 			return v, err
@@ -88,7 +99,7 @@ func (e *Engine) wait(ctx context.Context, m mode) (Verdict, error) {
 	e.mu.Unlock()
 	defer e.mu.Lock()
 	if err := e.drv.Wait(ctx, &e.stop); err != nil {
-		return Continue, err
+		return Continue, e.changed(err)
 	}
 	return e.handle(&e.stop, m)
 }

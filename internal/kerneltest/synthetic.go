@@ -227,6 +227,9 @@ const (
 	TaskComm       = 0x160
 	TaskSignal     = 0x170
 	TaskCgroups    = 0x178
+	TaskFlags      = 0x180
+	TaskWorker     = 0x188 // worker_private
+	KthreadName    = 0x18  // in struct kthread
 	taskSize       = 0x200
 	MMPgd          = 72
 	MMStartCode    = 0x100 // and ten more
@@ -268,7 +271,9 @@ func (s *Synthetic) structs() map[string]struct {
 			{TaskPID, "pid", "int"}, {TaskPID + 4, "tgid", "int"}, {TaskParent, "real_parent", "*task_struct"},
 			{TaskThreadNode, "thread_node", "list_head"}, {TaskCred, "cred", "*cred"}, {TaskComm, "comm", "char[16]"},
 			{TaskSignal, "signal", "*signal_struct"}, {TaskCgroups, "cgroups", "*css_set"},
+			{TaskFlags, "flags", "u32"}, {TaskWorker, "worker_private", "*"},
 		}},
+		"kthread":       {32, []synField{{KthreadName, "full_name", "*char"}}},
 		"kuid_t":        {4, []synField{{0, "val", "u32"}}},
 		"cred":          {64, []synField{{24, "euid", "kuid_t"}, {28, "egid", "kuid_t"}}},
 		"signal_struct": {64, []synField{{16, "thread_head", "list_head"}}},

@@ -41,7 +41,7 @@ type Driver struct {
 	stop     breakpoint.Stop // that waits for its answer
 	thread   string          // its vCPU's
 	queued   bool            // Wait hasn't returned it yet
-	fault    error           // for Wait to return once
+	faults   []error         // for Wait to return, each once
 	underway []underway
 	identity identity
 	freezes  int // Freezes without their Thaw
@@ -80,6 +80,9 @@ func (v *VM) Attach(context.Context) (*Driver, error) {
 	defer v.mu.Unlock()
 	if v.err != nil {
 		return nil, v.err
+	}
+	if v.layout.bits != 64 {
+		return nil, fmt.Errorf("breakpoints in a VM of qemu-system-i386: %w", errors.ErrUnsupported)
 	}
 	if err := v.serve(); err != nil {
 		return nil, err
@@ -129,7 +132,7 @@ const maxIdentity = 512
 // runs, such as its banner. A VM may be reset and come back with another kernel, or
 // with the same one elsewhere (KASLR): where the old one had a probe the new one
 // may have the same instruction, in another function. If a hit finds other bytes at
-// addr all breakpoints are removed, and Wait fails with ErrTextChanged. SetIdentity
+// addr all breakpoints are removed, and Wait fails with a breakpoint.ChangedError. SetIdentity
 // itself fails if the bytes are not there now.
 func (d *Driver) SetIdentity(addr uint64, b []byte) error {
 	if len(b) > maxIdentity {

@@ -821,6 +821,64 @@ func TestRewritten(t *testing.T) {
 	require.NoError(t, d.RemoveBreak(fakeText))
 }
 
+// TestNarrow: the registers of qemu-system-i386 are read, in which nothing can be probed.
+func TestNarrow(t *testing.T) {
+	f := newFake()
+	f.regs = [608]byte{}
+	var xml strings.Builder
+	off := 0
+	for _, r := range []struct {
+		name  string
+		value uint32
+	}{
+		{"eax", 1}, {"ecx", 2}, {"edx", 3}, {"ebx", 4}, {"esp", 5}, {"ebp", 6}, {"esi", 7}, {"edi", 8}, {"eip", 0xc1234567}, {"eflags", 2},
+		{"cs", 0x60}, {"ss", 0x68}, {"ds", 0x7b}, {"es", 0x7b}, {"fs", 0xd8}, {"gs", 0}, {"fs_base", 0xd1000000}, {"gs_base", 9}, {"k_gs_base", 0},
+		{"cr0", 0x80050033}, {"cr2", 0x1234}, {"cr3", 0x1211ce0}, {"cr4", 0x6f0}, {"cr8", 0}, {"efer", 0x800},
+	} {
+		fmt.Fprintf(&xml, `<reg name="%s" bitsize="32"/>`, r.name)
+		for i := range 4 {
+			f.regs[off+i] = byte(r.value >> (8 * i))
+		}
+		off += 4
+	}
+	f.xml = "<target>" + xml.String() + "</target>"
+	vm, err := Dial(t.Context(), f.listen(t), nil)
+	require.NoError(t, err)
+	all, err := vm.CPUs()
+	require.NoError(t, err)
+	require.Equal(t, []CPU{{CR0: 0x80050033, CR2: 0x1234, CR3: 0x1211ce0, CR4: 0x6f0, EFER: 0x800, IP: 0xc1234567, GSBase: 9}}, all)
+	_, err = vm.Attach(t.Context())
+	require.ErrorIs(t, err, errors.ErrUnsupported)
+	require.NoError(t, vm.Close())
+
+	f = newFake()
+	f.xml = "<target>" + strings.ReplaceAll(xml.String(), "cr3", "cr9") + "</target>"
+	_, err = Dial(t.Context(), f.listen(t), nil)
+	require.ErrorIs(t, err, errors.ErrUnsupported)
+	require.ErrorContains(t, err, "no register cr3")
+}
+
+// TestLeftLongMode: a hit of a vCPU in 32-bit mode is none of the kernel's that was probed.
+func TestLeftLongMode(t *testing.T) {
+	f := newFake()
+	_, d := attachFake(t, f)
+	armFake(t, d)
+	f.mu.Lock()
+	f.setReg(228, 0)
+	f.mu.Unlock()
+	go func() {
+		time.Sleep(10 * time.Millisecond)
+		f.stop("T05thread:p01.01;")
+	}()
+	var s breakpoint.Stop
+	err := d.Wait(t.Context(), &s)
+	var c *breakpoint.ChangedError
+	require.ErrorAs(t, err, &c)
+	require.Equal(t, []uint64{fakeText}, c.Addrs)
+	require.ErrorContains(t, err, "32-bit")
+	assert.Zero(t, f.armed())
+}
+
 // TestDebugRegisters: where Z0 isn't possible a debug register is taken.
 func TestDebugRegisters(t *testing.T) {
 	f := newFake()

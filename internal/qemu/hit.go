@@ -72,8 +72,8 @@ func (d *Driver) watch() {
 		if err := v.look(); err != nil {
 			return
 		}
-		if err := d.take(); err != nil && d.fault == nil {
-			d.fault = err
+		if err := d.take(); err != nil && len(d.faults) == 0 {
+			d.faults = append(d.faults, err)
 			v.changed.Broadcast()
 		}
 		v.rest()
@@ -92,6 +92,10 @@ func (d *Driver) check(addr uint64, p *point) error {
 	v := d.vm
 	if v.regs[rCS]&3 != 0 {
 		return nil
+	}
+	const longMode = 1 << 10 // EFER.LMA
+	if v.regs[rEFER]&longMode == 0 {
+		return d.rebooted("it runs 32-bit code now")
 	}
 	var b [x86.MaxLen]byte
 	cur, want := b[:p.insn.Len], p.insn.Bytes()
@@ -112,8 +116,9 @@ func (d *Driver) check(addr uint64, p *point) error {
 		if err := d.takeOut(addr, p); err != nil {
 			return err
 		}
-		d.fault = fmt.Errorf("%#x: %w (or has it rebooted?): there is % x now, not % x; the probe has been removed",
-			addr, breakpoint.ErrTextChanged, cur, want)
+		d.faults = append(d.faults, &breakpoint.ChangedError{Addrs: []uint64{addr}, Err: fmt.Errorf("%#x: %w (or has it rebooted?): there is % x now, not % x; the probe has been removed",
+			addr, breakpoint.ErrTextChanged, cur, want)})
+		v.changed.Broadcast()
 		return nil
 	}
 	if id := d.identity; id.bytes != nil {
@@ -123,17 +128,24 @@ func (d *Driver) check(addr uint64, p *point) error {
 			return err
 		}
 		if !same || !bytes.Equal(cur, id.bytes) {
-			for addr, p := range d.points {
-				if err := d.takeOut(addr, p); err != nil {
-					return err
-				}
-			}
-			d.fault = fmt.Errorf("%w: it has rebooted: its kernel has %[3]q at %#[2]x now, not %[4]q; all probes have been removed",
-				breakpoint.ErrTextChanged, id.addr, printable(string(cur)), printable(string(id.bytes)))
-			return nil
+			return d.rebooted(fmt.Sprintf("its kernel has %q at %#x now, not %q", printable(string(cur)), id.addr, printable(string(id.bytes))))
 		}
 	}
 	p.checked = now
+	return nil
+}
+
+// rebooted removes all breakpoints, as the guest runs another kernel.
+func (d *Driver) rebooted(why string) error {
+	c := &breakpoint.ChangedError{Err: fmt.Errorf("%w: it has rebooted: %s; all probes have been removed", breakpoint.ErrTextChanged, why)}
+	for addr, p := range d.points {
+		if err := d.takeOut(addr, p); err != nil {
+			return err
+		}
+		c.Addrs = append(c.Addrs, addr)
+	}
+	d.faults = append(d.faults, c)
+	d.vm.changed.Broadcast()
 	return nil
 }
 
@@ -183,9 +195,9 @@ func (d *Driver) Wait(ctx context.Context, s *breakpoint.Stop) error {
 			return v.err
 		case d.closed:
 			return ErrClosed
-		case d.fault != nil:
-			err := d.fault
-			d.fault = nil
+		case len(d.faults) > 0:
+			err := d.faults[0]
+			d.faults = d.faults[1:]
 			return err
 		case ctx.Err() != nil:
 			return ctx.Err()

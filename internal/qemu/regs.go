@@ -13,8 +13,8 @@ import (
 	"github.com/vmprobes/vmprobes/internal/x86"
 )
 
-// registers has the registers that are used here, with their names in target
-// descriptions and their sizes in bytes.
+// registers has the registers that are used here, with their names in the target
+// descriptions of qemu-system-x86_64 and their sizes in bytes.
 var registers = [numRegs]struct {
 	name string
 	size int
@@ -27,6 +27,15 @@ var registers = [numRegs]struct {
 	rFSBase: {"fs_base", 8}, rGSBase: {"gs_base", 8}, rKernelGSBase: {"k_gs_base", 8},
 	rCR0: {"cr0", 8}, rCR2: {"cr2", 8}, rCR3: {"cr3", 8}, rCR4: {"cr4", 8}, rEFER: {"efer", 8},
 }
+
+// narrow has the names that qemu-system-i386 has for them, of 4 bytes each
+// (gdb-xml/i386-32bit.xml). It has the others by the same name, or lacks them.
+var narrow = map[string]int{
+	"eax": rAX, "ebx": rBX, "ecx": rCX, "edx": rDX, "esi": rSI, "edi": rDI, "ebp": rBP, "esp": rSP, "eip": rIP,
+}
+
+// narrowNeeded are those that its description must have.
+var narrowNeeded = []int{rIP, rCS, rCR0, rCR3, rCR4}
 
 // Indexes of registers.
 const (
@@ -63,7 +72,8 @@ const (
 
 // layout says where registers are in a "g" packet, and their numbers.
 type layout struct {
-	reg [numRegs]struct{ offset, number int }
+	reg  [numRegs]struct{ offset, number, size int } // offset is -1 if there is none
+	bits int                                         // of the CPU
 }
 
 // Limits of a target description.
@@ -74,7 +84,7 @@ const (
 	maxRegFile   = maxPacket / 2
 )
 
-var errNotAMD64 = fmt.Errorf("the guest's CPU isn't an x86-64 one, or this isn't qemu-system-x86_64: %w", errors.ErrUnsupported)
+var errNotX86 = fmt.Errorf("the guest's CPU isn't an x86 one, or this isn't qemu-system-x86_64 or qemu-system-i386: %w", errors.ErrUnsupported)
 
 // readLayout reads a target description (GDB manual, appendix G), with what it
 // includes, through read, which returns one document.
@@ -88,8 +98,8 @@ func readLayout(read func(annex string) ([]byte, error)) (*layout, error) {
 		return nil, fmt.Errorf("target description: %w", err)
 	}
 	for i, r := range registers {
-		if l.reg[i].offset < 0 {
-			return nil, fmt.Errorf("%w: its target description has no register %s", errNotAMD64, r.name)
+		if l.reg[i].offset < 0 && (l.bits != 32 || slices.Contains(narrowNeeded, i)) {
+			return nil, fmt.Errorf("%w: its target description has no register %s", errNotX86, r.name)
 		}
 	}
 	return l, nil
@@ -177,14 +187,30 @@ func (p *layoutParser) register(e xml.StartElement) error {
 	if p.count++; p.count > maxRegisters || p.offset+size > maxRegFile {
 		return fmt.Errorf("%w: too many registers", errProtocol)
 	}
-	for i, r := range registers {
-		if r.name != name {
-			continue
+	i, old := narrow[name]
+	switch {
+	case name == "eax":
+		p.bits = 32
+	case name == "rax":
+		p.bits = 64
+	}
+	if !old {
+		i = slices.IndexFunc(registers[:], func(r struct {
+			name string
+			size int
+		}) bool {
+			return r.name == name
+		})
+	}
+	if i >= 0 {
+		want := registers[i].size
+		if p.bits == 32 {
+			want = 4
 		}
-		if size != r.size {
-			return fmt.Errorf("%w: register %s has %d bits", errNotAMD64, name, bits)
+		if size != want || old != (p.bits == 32) && registers[i].name != name {
+			return fmt.Errorf("%w: register %s has %d bits", errNotX86, name, bits)
 		}
-		p.reg[i].offset, p.reg[i].number = p.offset, p.number
+		p.reg[i].offset, p.reg[i].number, p.reg[i].size = p.offset, p.number, size
 	}
 	p.offset += size
 	p.number++
@@ -196,15 +222,18 @@ type regFile [numRegs]uint64
 
 // parse takes the data of a "g" packet.
 func (l *layout) parse(f *regFile, data []byte) error {
-	for i, r := range registers {
+	for i, r := range l.reg {
+		if f[i] = 0; r.offset < 0 {
+			continue
+		}
 		var b [8]byte
-		from := 2 * l.reg[i].offset
+		from := 2 * r.offset
 		to := from + 2*r.size
 		if to > len(data) {
-			return fmt.Errorf("%w: %d digits of registers, none for %s", errProtocol, len(data), r.name)
+			return fmt.Errorf("%w: %d digits of registers, none for %s", errProtocol, len(data), registers[i].name)
 		}
 		if err := decodeHex(b[:r.size], data[from:to]); err != nil {
-			return fmt.Errorf("register %s: %w", r.name, err)
+			return fmt.Errorf("register %s: %w", registers[i].name, err)
 		}
 		f[i] = binary.LittleEndian.Uint64(b[:])
 	}
@@ -216,13 +245,13 @@ func (l *layout) set(i int, v uint64) string {
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], v)
 	p := fmt.Appendf(nil, "P%x=", l.reg[i].number)
-	return string(appendHex(p, b[:registers[i].size]))
+	return string(appendHex(p, b[:l.reg[i].size]))
 }
 
 // value parses the value of register i, as "p" gives it.
 func (l *layout) value(i int, data []byte) (uint64, error) {
 	var b [8]byte
-	if err := decodeHex(b[:registers[i].size], data); err != nil {
+	if err := decodeHex(b[:l.reg[i].size], data); err != nil {
 		return 0, fmt.Errorf("register %s: %w", registers[i].name, err)
 	}
 	return binary.LittleEndian.Uint64(b[:]), nil

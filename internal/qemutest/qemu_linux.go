@@ -248,6 +248,9 @@ func (c CPU) Stop() { atomic.StoreUint64(c.vm.word(c.data+offGoal), 0) }
 // Done reports whether all the calls asked for were made.
 func (c CPU) Done() bool { return c.vm.Load(c.data+offDone) >= c.vm.Load(c.data+offGoal) }
 
+// CountAddr is where in physical memory Count is.
+func (c CPU) CountAddr() uint64 { return c.data + offCount }
+
 // Count is how often the vCPU has executed probed instructions.
 func (c CPU) Count() uint64 { return c.vm.Load(c.data + offCount) }
 

@@ -24,6 +24,26 @@ func inTestDir(t *testing.T) {
 	t.Cleanup(func() { journalDir = was })
 }
 
+// TestHold: a guest that is held stands still until it is let go, or closed.
+func TestHold(t *testing.T) {
+	for _, kind := range []xentest.Kind{xentest.PV, xentest.HVM} {
+		m := xentest.New(xentest.Config{Kind: kind, GDBSX: true, VCPUs: 1, Seed: 1})
+		hv := m.Hypervisor()
+		info, err := hv.Info()
+		require.NoError(t, err)
+		g := newXen(hv, info)
+		require.NoError(t, g.LetGo())
+		require.Zero(t, m.Pauses())
+		require.NoError(t, g.Hold())
+		require.NoError(t, g.Hold())
+		require.NoError(t, g.LetGo())
+		require.Equal(t, 1, m.Pauses())
+		require.NoError(t, g.Hold())
+		require.NoError(t, g.Close())
+		require.Zero(t, m.Pauses())
+	}
+}
+
 // TestPaused: the error of a domain that stands still says why it does, and what is safe.
 func TestPaused(t *testing.T) {
 	inTestDir(t)

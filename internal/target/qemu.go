@@ -82,6 +82,9 @@ func (g *qemuGuest) Attach(ctx context.Context, k Setup) (Driver, error) {
 	if k.Watchdog != 0 {
 		return nil, fmt.Errorf("%w: the guest isn't one of Xen's, and has no guardian", ErrNoWatchdog)
 	}
+	if err := k.wide(g); err != nil {
+		return nil, err
+	}
 	own, err := g.own(k)
 	if err != nil {
 		return nil, known("", err)
@@ -111,6 +114,10 @@ func (g *qemuGuest) CPUs() ([]linux.CPU, error) {
 	}
 	return cpus, nil
 }
+
+// Hold and LetGo implement [Holder].
+func (g *qemuGuest) Hold() error  { return g.VM.Freeze() }
+func (g *qemuGuest) LetGo() error { return g.VM.Thaw() }
 
 // PhysicalPages implements [Sized].
 func (g *qemuGuest) PhysicalPages() (uint64, error) {

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/qemu"
+	"github.com/vmprobes/vmprobes/linux"
 )
 
 func TestQEMUName(t *testing.T) {
@@ -32,6 +33,48 @@ func TestQEMUName(t *testing.T) {
 func TestQEMUWatchdog(t *testing.T) {
 	_, err := new(qemuGuest).Attach(t.Context(), Setup{Watchdog: time.Minute})
 	assert.ErrorIs(t, err, ErrNoWatchdog)
+}
+
+// cpus are the processors of a guest.
+type cpus struct {
+	linux.Machine
+	all []linux.CPU
+}
+
+func (c cpus) CPUs() ([]linux.CPU, error) { return c.all, nil }
+
+// Test32Bit: a 32-bit kernel has no probes, nor has what isn't known and runs 32-bit code,
+// and that is said before anything is done.
+func Test32Bit(t *testing.T) {
+	for name, g := range map[string]Guest{"qemu": new(qemuGuest), "xen": new(xenGuest)} {
+		_, err := g.Attach(t.Context(), Setup{Bits: 32})
+		require.ErrorIs(t, err, Err32Bit, name)
+		require.ErrorIs(t, err, errors.ErrUnsupported, name)
+		require.ErrorContains(t, err, "xenaccess", name)
+	}
+	const paged, long = 1<<31 | 1, 1<<8 | 1<<10
+	for name, c := range map[string]struct {
+		bits int
+		cpu  linux.CPU
+		ok   bool
+	}{
+		"64-bit kernel":                {64, linux.CPU{CR0: paged, EFER: long}, true},
+		"64-bit kernel, its cpu boots": {64, linux.CPU{CR0: 1}, true},
+		"unknown":                      {0, linux.CPU{CR0: paged, CR4: 0x20, EFER: long}, true},
+		"unknown, PV":                  {0, linux.CPU{PV: true, CR0: paged}, true},
+		"unknown, firmware":            {0, linux.CPU{CR0: 1}, true},
+		"unknown, PAE":                 {0, linux.CPU{CR0: paged, CR4: 0x20, EFER: 1 << 11}, false},
+		"unknown, two levels":          {0, linux.CPU{CR0: paged}, false},
+		"32-bit kernel, unseen":        {32, linux.CPU{CR0: 1}, false},
+	} {
+		s := Setup{Bits: c.bits}
+		err := s.wide(cpus{all: []linux.CPU{{CR0: 1}, c.cpu}})
+		if c.ok {
+			assert.NoError(t, err, name)
+		} else {
+			assert.ErrorIs(t, err, Err32Bit, name)
+		}
+	}
 }
 
 // TestQEMUErrors: what stands in the way has the same sentinel as with Xen, and says

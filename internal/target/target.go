@@ -31,6 +31,7 @@ var (
 	ErrNotFound      = sentinel.New("no such domain", fs.ErrNotExist)
 	ErrBusy          = errors.New("another tool is attached to the guest")
 	ErrControlDomain = errors.New("domain 0 can't be looked into: this program runs in it")
+	Err32Bit         = sentinel.New("only 64-bit kernels can be probed", errors.ErrUnsupported)
 	ErrNoWatchdog    = errors.New("no watchdog can be had")
 	ErrPaused        = errors.New("the domain is paused, and no tool has left it so, as far as is known: unpause it first (xl unpause)")
 	ErrPermission    = sentinel.New("this program may not look into the guest", fs.ErrPermission)
@@ -82,6 +83,13 @@ type Freezer interface {
 	Thaw() error
 }
 
+// A Holder is a running guest that can be made to stand still, for as long as that takes.
+// Calls nest. Close ends them, as far as it can; a process that dies doesn't.
+type Holder interface {
+	Hold() error
+	LetGo() error
+}
+
 // Sized is implemented by guests that know how large their physical memory is.
 type Sized interface {
 	// PhysicalPages returns the number of the last page of physical memory, plus
@@ -103,6 +111,7 @@ type Setup struct {
 	BannerAddr uint64
 	Banner     []byte
 	BuildID    string // of the kernel, in hexadecimal digits
+	Bits       int    // of the kernel: 32, 64, or 0 if it isn't known
 	// Guardian is called before anything in the guest is changed, with the path of its
 	// journal, if it has one by which somebody else can repair it: it sees to it that
 	// somebody does should this process die.
@@ -122,6 +131,29 @@ func (s *Setup) log() *slog.Logger {
 		return slog.New(slog.DiscardHandler)
 	}
 	return s.Logger
+}
+
+// wide returns nil if probes in m would be in 64-bit code, as far as can be told. Where no
+// kernel is known its processors tell: they have paging (CR0.PG) without long mode
+// (EFER.LMA; Intel SDM vol. 3, 2.2.1).
+func (s *Setup) wide(m linux.Machine) error {
+	const paged, long = 1 << 31, 1 << 10
+	switch s.Bits {
+	case 64:
+		return nil
+	case 32:
+		return fmt.Errorf("%w: this guest's has 32 bits; it can be looked into (xenaccess)", Err32Bit)
+	}
+	cpus, err := m.CPUs()
+	if err != nil {
+		return nil //nolint:nilerr // then that isn't known either
+	}
+	for i, c := range cpus {
+		if !c.PV && c.CR0&paged != 0 && c.EFER&long == 0 {
+			return fmt.Errorf("%w: vCPU %d runs 32-bit code, and no kernel was found", Err32Bit, i)
+		}
+	}
+	return nil
 }
 
 // schemes are the prefixes of names, as in "xen:a3guest", with what opens such a

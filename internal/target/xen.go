@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/journal"
@@ -29,6 +30,7 @@ type xenGuest struct {
 	pages func() (uint64, error)
 	live  bool // a domain of this host, and not a test's
 	close func() error
+	held  atomic.Int32 // Holds without their LetGo
 }
 
 func openXen(ctx context.Context, name string) (Guest, error) {
@@ -99,7 +101,7 @@ func openDomain(name string) (_ Guest, err error) {
 		if bits, err := h.GuestWidth(id); err != nil {
 			return nil, err
 		} else if bits != 64 {
-			return nil, fmt.Errorf("the guest is a %d-bit PV one: %w", bits, errors.ErrUnsupported)
+			return nil, fmt.Errorf("%w, and the guest is a %d-bit PV one, which can't be looked into either", Err32Bit, bits)
 		}
 	}
 	g := newXen(xen.Live(h, id), dom)
@@ -153,13 +155,22 @@ func newXen(hv xen.Hypervisor, dom xenctrl.DomainInfo) *xenGuest {
 
 func (g *xenGuest) Info() Info { return g.info }
 
-// Close gives back what the guest's memory is reached through.
-func (g *xenGuest) Close() error { return errors.Join(g.Cache.Close(), g.close()) }
+// Close gives back what the guest's memory is reached through, and lets the guest go.
+func (g *xenGuest) Close() error {
+	var errs error
+	for range g.held.Load() {
+		errs = errors.Join(errs, g.LetGo())
+	}
+	return errors.Join(errs, g.Cache.Close(), g.close())
+}
 
 // Attach opens the route that the guest and its hypervisor offer. What a dead tool has
 // left in the guest is repaired first.
 func (g *xenGuest) Attach(ctx context.Context, s Setup) (_ Driver, err error) {
 	defer func() { err = known("", explain(err)) }()
+	if err := s.wide(g); err != nil {
+		return nil, err
+	}
 	cfg := xen.Config{Root: s.Root, Roots: s.Roots, Lookup: s.Lookup}
 	if !g.live {
 		return g.open(cfg)
@@ -238,6 +249,26 @@ func (g *xenGuest) open(cfg xen.Config) (Driver, error) {
 		return xen.OpenDebugger(g.hv, g.Cache, cfg)
 	}
 	return xen.OpenMonitor(g.hv, g.Cache, cfg)
+}
+
+// Hold and LetGo implement [Holder]. Xen counts the pauses of a domain.
+func (g *xenGuest) Hold() error {
+	if err := g.hv.Pause(); err != nil {
+		return fmt.Errorf("pause the domain: %w", err)
+	}
+	g.held.Add(1)
+	return nil
+}
+
+func (g *xenGuest) LetGo() error {
+	if g.held.Load() == 0 {
+		return nil
+	}
+	if err := g.hv.Unpause(); err != nil {
+		return fmt.Errorf("unpause the domain (xl unpause does it by hand): %w", err)
+	}
+	g.held.Add(-1)
+	return nil
 }
 
 // PhysicalPages implements [Sized].

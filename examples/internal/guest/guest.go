@@ -14,8 +14,10 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/vmprobes/vmprobes/examples/internal/cli"
+	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/xenaccess"
 )
 
@@ -25,7 +27,9 @@ type Command struct {
 	About  string // them, for the usage
 	File   bool   // the guest is always a file
 	Lax    bool   // it may be one without a Linux kernel
-	Run    func(ctx context.Context, out io.Writer, g *xenaccess.Guest, args []string) error
+	// Explains: what it prints says where all that is known comes from.
+	Explains bool
+	Run      func(ctx context.Context, out io.Writer, g *xenaccess.Guest, args []string) error
 }
 
 // Main parses the command line "[flags] guest params…", runs c and exits.
@@ -43,8 +47,8 @@ func Main(c Command) {
 	types := flag.String("types", "", "file with the kernel's types, if not those in its memory")
 	cli.Main(first+c.Params, about+c.About, func(ctx context.Context, out io.Writer, args []string) error {
 		// Nothing is changed in a guest that is looked into, but a QEMU guest stands
-		// still at times.
-		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		// still at times, and any with Frozen.
+		ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 		defer stop()
 		name := args[0]
 		if *file {
@@ -64,7 +68,36 @@ func run(ctx context.Context, out io.Writer, name string, opts *xenaccess.Option
 		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", filepath.Base(os.Args[0]), cli.Escape(w))
 	}
 	w := bufio.NewWriter(out)
-	return errors.Join(c.Run(ctx, w, g, args), w.Flush())
+	err = errors.Join(c.Run(ctx, w, g, args), w.Flush())
+	if !c.Explains {
+		for _, n := range g.Notes() {
+			fmt.Fprintf(os.Stderr, "%s: note: not from the guest itself: %s\n", filepath.Base(os.Args[0]), n)
+		}
+	}
+	return err
+}
+
+// Frozen has the guest stand still while f runs, and returns for how long. Whatever ends f,
+// a panic too, the guest runs again; so does it after each signal that Main catches, if f
+// obeys its context, and Ctrl+Z is ignored meanwhile.
+func Frozen(g *xenaccess.Guest, f func() error) (took time.Duration, err error) {
+	defer ignoreStop()()
+	if err := g.Freeze(); err != nil {
+		return 0, err
+	}
+	begin := time.Now()
+	defer func() {
+		terr := g.Thaw()
+		for range 10 {
+			if terr == nil {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+			terr = g.Thaw()
+		}
+		took, err = time.Since(begin), errors.Join(err, terr)
+	}()
+	return 0, f()
 }
 
 // Dump prints b as XenAccess' print_hex did: 16 bytes a line, the offset before
@@ -116,11 +149,40 @@ func MapPage(w io.Writer, g *xenaccess.Guest, addr uint64) error {
 	return nil
 }
 
-// ListProcesses prints the id and the name of each process.
-func ListProcesses(_ context.Context, w io.Writer, g *xenaccess.Guest, _ []string) error {
-	tasks, err := g.Linux().Processes(true)
-	for _, t := range tasks {
-		fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Comm))
+// Long is the flag for a long list of processes.
+func Long() *bool {
+	return flag.Bool("l", false, "show the parent, the user and the state (Z: a zombie) of each process, too, and ? for what isn't known")
+}
+
+// ListProcesses returns a program that prints the id and the name of each process.
+func ListProcesses(long *bool) func(context.Context, io.Writer, *xenaccess.Guest, []string) error {
+	return func(_ context.Context, w io.Writer, g *xenaccess.Guest, _ []string) error {
+		tasks, err := g.Linux().Processes(true)
+		for _, t := range tasks {
+			if *long {
+				fmt.Fprintf(w, "[%5d] %s\n", t.PID, describe(t))
+			} else {
+				fmt.Fprintf(w, "[%5d] %s\n", t.PID, cli.Escape(t.Name()))
+			}
+		}
+		return err
 	}
-	return err
+}
+
+func describe(t linux.Task) string {
+	known := func(f linux.Fields, v any) string {
+		if t.Unknown&f != 0 {
+			return "?"
+		}
+		return fmt.Sprint(v)
+	}
+	state := "-"
+	if t.Exited {
+		state = "Z"
+	}
+	s := fmt.Sprintf("%5s %5s %s %s", known(linux.FieldPPID, t.PPID), known(linux.FieldUID, t.UID), known(linux.FieldExited, state), cli.Escape(t.Name()))
+	if t.Err != nil {
+		s += fmt.Sprintf(" (%s)", cli.Escape(t.Err.Error()))
+	}
+	return s
 }
