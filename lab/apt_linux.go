@@ -266,7 +266,8 @@ type apt struct {
 	// dir has the configuration and the lists, if it isn't the machine's own, which
 	// is left alone.
 	dir      string
-	outdated error // why the lists may be old
+	arch     string // other than the machine's
+	outdated error  // why the lists may be old
 }
 
 // ownApt is the machine's.
@@ -360,7 +361,11 @@ func (a *apt) options() []string {
 	if a.dir == "" {
 		return aptOptions()
 	}
-	return append(aptOptions(),
+	options := aptOptions()
+	if a.arch != "" {
+		options = append(options, "-o", "APT::Architecture="+a.arch, "-o", "APT::Architectures::="+a.arch)
+	}
+	return append(options,
 		"-o", "Dir::Etc::sourcelist=/dev/null",
 		"-o", "Dir::Etc::sourceparts="+filepath.Join(a.dir, "sources"),
 		"-o", "Dir::State::Lists="+filepath.Join(a.dir, "lists"),
