@@ -3,7 +3,6 @@ package kernels
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -11,7 +10,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -39,8 +37,9 @@ import (
 var (
 	page  = flag.String("write", "", "write the table to this file")
 	which = flag.String("kernels", ".", "kernels to run: a regular expression for their releases")
+	each  = flag.Int("each", 0, "how many kernels of each family to run; 0: all")
 	total = flag.Duration("for", 0, "begin no kernel after this time")
-	again = flag.Bool("again", false, "run kernels again that this program has run already")
+	again = flag.Bool("again", false, "run kernels again that were exact when this program ran them")
 )
 
 // perKernel bounds the time that one kernel takes, a boot on a busy machine included.
@@ -63,31 +62,45 @@ func TestKernels(t *testing.T) {
 	var list List
 	require.NoError(t, json.Unmarshal(out, &list))
 	kept := newStore(t)
+	qemu := version(t)
 	agents := map[string]string{"amd64": buildAgent(t, "amd64"), "i386": buildAgent(t, "386")}
 	var chosen []Package
+	ran := map[string]int{} // by family
 	for _, p := range Order(list.Packages) {
-		if pattern.MatchString(p.Release) && (*again || !kept.has(p)) {
+		switch {
+		case !pattern.MatchString(p.Release):
+		case !*again && kept.exact(p):
+			ran[p.Family()]++
+		default:
 			chosen = append(chosen, p)
 		}
 	}
 	t.Logf("%d kernels can be had; %d are to be run; results are kept in %s", len(list.Packages), len(chosen), kept.dir)
 	began := time.Now()
-	var ahead <-chan fetched
+	var ahead <-chan fetched // the next kernel, while this one runs
+	var aheadOf string
 	for i, p := range chosen {
 		if *total != 0 && time.Since(began) > *total {
 			t.Logf("the time is over: %d kernels are left", len(chosen)-i)
 			break
 		}
-		if ahead == nil {
+		if *each > 0 && ran[p.Family()] >= *each {
+			continue
+		}
+		if ahead == nil || aheadOf != p.Release {
 			ahead = fetch(t.Context(), lab, p)
 		}
 		got := <-ahead
 		ahead = nil
-		if i+1 < len(chosen) {
-			ahead = fetch(t.Context(), lab, chosen[i+1])
+		if got.err == nil {
+			ran[p.Family()]++
+		}
+		if n := slices.IndexFunc(chosen[i+1:], func(p Package) bool { return *each == 0 || ran[p.Family()] < *each }); n >= 0 {
+			aheadOf = chosen[i+1+n].Release
+			ahead = fetch(t.Context(), lab, chosen[i+1+n])
 		}
 		t.Run(p.Release, func(t *testing.T) {
-			r := Result{Package: p, Day: time.Now().UTC().Format(time.DateOnly), Cells: map[string]string{}}
+			r := Result{Package: p, Day: time.Now().UTC().Format(time.DateOnly), QEMU: qemu, Cells: map[string]string{}}
 			began := time.Now()
 			defer func() {
 				r.Seconds = int(time.Since(began).Seconds())
@@ -104,12 +117,25 @@ func TestKernels(t *testing.T) {
 				return
 			}
 			run(t, &r, got.archive, agents[p.Arch])
-			for _, w := range r.Wrong {
+			for i, w := range r.Wrong {
 				t.Error(w)
+				r.Wrong[i] = paths.ReplaceAllString(w, "…")
 			}
 		})
 	}
 	kept.write(t, list)
+}
+
+// paths matches those of a run's own files, which mean nothing later.
+var paths = regexp.MustCompile(`/(?:tmp|dev/shm)/[^\s:]+`)
+
+// version returns that of QEMU.
+func version(t *testing.T) string {
+	out, err := exec.CommandContext(t.Context(), qemutest.Binary(t), "--version").Output()
+	require.NoError(t, err)
+	v := regexp.MustCompile(`version ([0-9.]+[0-9])`).FindStringSubmatch(string(out))
+	require.NotNil(t, v, "%s", out)
+	return v[1]
 }
 
 type fetched struct {
@@ -156,9 +182,16 @@ func (s *store) file(p Package) string {
 	return filepath.Join(s.dir, fmt.Sprintf("%s_%x.json", p.Release, p.Version))
 }
 
-func (s *store) has(p Package) bool {
-	_, err := os.Stat(s.file(p))
-	return err == nil
+// get returns the result of a kernel, if there is one.
+func (s *store) get(p Package) (r Result, ok bool) {
+	b, err := os.ReadFile(s.file(p))
+	return r, err == nil && json.Unmarshal(b, &r) == nil
+}
+
+// exact reports whether a kernel was run, and all that was read of it is right.
+func (s *store) exact(p Package) bool {
+	r, ok := s.get(p)
+	return ok && len(r.Wrong) == 0
 }
 
 // put keeps a result, but not that of a kernel that may be had next time.
@@ -185,7 +218,7 @@ func (s *store) write(t *testing.T, list List) {
 		require.NoError(t, err)
 		var r Result
 		require.NoError(t, json.Unmarshal(b, &r))
-		if r.Unfetched == "" || !s.has(r.Package) {
+		if _, ran := s.get(r.Package); r.Unfetched == "" || !ran {
 			results = append(results, r)
 		}
 	}
@@ -228,10 +261,10 @@ func run(t *testing.T, r *Result, archive, agent string) {
 	}
 }
 
-type guest struct {
-	*qemutest.Linux
-	second net.Conn // serial port
-}
+// memoryMB is the guests'.
+const memoryMB = 512
+
+type guest struct{ *qemutest.Linux }
 
 func start(t *testing.T, p Package, archive, agent string) *guest {
 	dir := t.TempDir()
@@ -252,7 +285,7 @@ func start(t *testing.T, p Package, archive, agent string) *guest {
 	require.NoError(t, errors.Join(w.Bytes("init", 0o755, program), w.Bytes("probed", 0o644, nil), w.Close()))
 	initrd.Write(file("modules.cpio")) // one archive may follow another
 	c := qemutest.Config{
-		Kernel: filepath.Join(dir, "vmlinuz"), Initrd: filepath.Join(dir, "initrd"), MB: 512,
+		Kernel: filepath.Join(dir, "vmlinuz"), Initrd: filepath.Join(dir, "initrd"), MB: memoryMB,
 		Append: "console=ttyS0 quiet no_timer_check panic=-1",
 	}
 	if p.Flavour() == "686" {
@@ -260,16 +293,8 @@ func start(t *testing.T, p Package, archive, agent string) *guest {
 	}
 	require.NoError(t, os.WriteFile(c.Kernel, file("vmlinuz"), 0o600))
 	require.NoError(t, os.WriteFile(c.Initrd, initrd.Bytes(), 0o600))
-	sockets, err := os.MkdirTemp("", "kt") // the path of a socket is short
-	require.NoError(t, err)
-	t.Cleanup(func() { os.RemoveAll(sockets) })
-	second := filepath.Join(sockets, "second")
-	c.Args = []string{"-serial", "unix:" + second + ",server=on,wait=off"}
-	g := &guest{Linux: qemutest.BootLinux(t, c, perKernel/2)}
+	g := &guest{qemutest.BootLinux(t, c, perKernel/2)}
 	require.Equal(t, p.Release, g.Ready)
-	g.second, err = net.Dial("unix", second)
-	require.NoError(t, err)
-	t.Cleanup(func() { g.second.Close() })
 	return g
 }
 
@@ -277,46 +302,39 @@ func start(t *testing.T, p Package, archive, agent string) *guest {
 type saying map[string][]byte
 
 func (g *guest) say(t *testing.T, what string) saying {
-	type answer struct {
-		s   saying
-		err error
+	for tries := 1; ; tries++ {
+		reply, runs, err := g.DoLines("say " + what)
+		require.NoError(t, err)
+		var data []byte
+		for _, run := range runs {
+			var frame, n uint64
+			_, err := fmt.Sscanf(run, "%x %x", &frame, &n)
+			require.NoError(t, err, run)
+			require.LessOrEqual(t, (frame+n)*4096, uint64(memoryMB)<<20)
+			data = append(data, g.Bytes(frame*4096, n*4096)...)
+		}
+		var size int
+		var sum string
+		_, err = fmt.Sscanf(reply, "say bytes=%d sha256=%s", &size, &sum)
+		require.NoError(t, err, reply)
+		require.LessOrEqual(t, size, len(data))
+		if data = data[:size]; fmt.Sprintf("%x", sha256.Sum256(data)) == sum {
+			return untar(t, data)
+		}
+		require.Less(t, tries, 3, "its memory isn't where it says") // the kernel may move a page
 	}
-	c := make(chan answer, 1)
-	go func() {
-		s := saying{}
-		z, err := gzip.NewReader(g.second)
-		if err != nil {
-			c <- answer{nil, err}
-			return
+}
+
+func untar(t *testing.T, data []byte) saying {
+	s := saying{}
+	for r := tar.NewReader(bytes.NewReader(data)); ; {
+		h, err := r.Next()
+		if err == io.EOF {
+			return s
 		}
-		z.Multistream(false)
-		r := tar.NewReader(z)
-		for {
-			h, err := r.Next()
-			if err == io.EOF {
-				_, err = io.Copy(io.Discard, z) // to its checksum
-				c <- answer{s, err}
-				return
-			}
-			var b []byte
-			if err == nil {
-				b, err = io.ReadAll(r)
-			}
-			if err != nil {
-				c <- answer{nil, err}
-				return
-			}
-			s[h.Name] = b
-		}
-	}()
-	g.Must("say " + what)
-	select {
-	case a := <-c:
-		require.NoError(t, a.err)
-		return a.s
-	case <-time.After(time.Minute):
-		t.Fatal("what the guest says doesn't end")
-		return nil
+		require.NoError(t, err)
+		s[h.Name], err = io.ReadAll(r)
+		require.NoError(t, err)
 	}
 }
 
@@ -417,7 +435,8 @@ func open(ctx context.Context, t *testing.T, r *Result, what, name string, befor
 
 // lacks reports whether an error says that the kernel doesn't have what it takes.
 func lacks(err error) bool {
-	return errors.Is(err, ktype.ErrNoField) || errors.Is(err, ktype.ErrNoType) || errors.Is(err, sysmap.ErrNotFound)
+	return errors.Is(err, ktype.ErrNoField) || errors.Is(err, ktype.ErrNoType) || errors.Is(err, sysmap.ErrNotFound) ||
+		errors.Is(err, linux.ErrNoTypes)
 }
 
 // read reads each aspect.
@@ -447,15 +466,14 @@ func read(k *linux.Kernel, arch string) map[string]*outcome {
 			o.got = append(o.got, symbol(s))
 		}
 	}
-	o = add("modules", saying.modules)
-	if mods, err := k.Modules(); !fail(o, err) {
-		for _, m := range mods {
-			o.got = append(o.got, fmt.Sprintf("%s %d %v %#016x", m.Name, m.Size, m.State, m.Base))
-		}
-	}
-
 	types, err := k.Types()
 	inferred := err == nil && types.Source() == "inferred"
+	o = add("modules", func(s saying) []string { return s.modules(!inferred) })
+	if mods, err := k.Modules(); !fail(o, err) {
+		for _, m := range mods {
+			o.got = append(o.got, module(m.Name, m.Size, m.State.String(), m.Base, !inferred))
+		}
+	}
 	o = add("processes", func(s saying) []string { return s.processes(!inferred) })
 	tasks, err := k.Processes(false)
 	fail(o, err)
@@ -512,15 +530,24 @@ func (s saying) symbols(modules bool) []string {
 	return out
 }
 
-func (s saying) modules() []string {
+// module is one, with what only a kernel with types tells if all.
+func module(name string, size uint64, state string, base uint64, all bool) string {
+	if !all {
+		return name
+	}
+	return fmt.Sprintf("%s, %d bytes, %s at %#x", name, size, state, base)
+}
+
+func (s saying) modules(all bool) []string {
 	var out []string
 	for line := range strings.Lines(string(s["modules"])) {
 		f := strings.Fields(line) // name size users dependents state address
-		addr, err := strconv.ParseUint(f[5], 0, 64)
-		if err != nil {
+		size, err := strconv.ParseUint(f[1], 0, 64)
+		base, berr := strconv.ParseUint(f[5], 0, 64)
+		if err = errors.Join(err, berr); err != nil {
 			return []string{err.Error()}
 		}
-		out = append(out, fmt.Sprintf("%s %s %s %#016x", f[0], f[1], f[4], addr))
+		out = append(out, module(f[0], size, f[4], base, all))
 	}
 	return out
 }
@@ -697,11 +724,121 @@ func (r *Result) hits(ctx context.Context, t *testing.T, g *guest) {
 	}
 }
 
+func TestOrder(t *testing.T) {
+	var all []Package
+	for _, p := range []Package{
+		{Release: "6.1.0-50-686-pae", Arch: "i386", Version: "6.1.176-1", Suites: []string{"bookworm"}},
+		{Release: "6.1.0-9-amd64", Arch: "amd64", Version: "6.1.9-1", Suites: []string{"bookworm"}},
+		{Release: "6.1.0-50-amd64", Arch: "amd64", Version: "6.1.176-1", Suites: []string{"bookworm", "bookworm-security"}},
+		{Release: "6.1.0-57-amd64", Arch: "amd64", Version: "6.1.192-3", Suites: []string{"bookworm-security"}},
+		{Release: "6.1.0-0.deb11.52-rt-amd64", Arch: "amd64", Version: "6.1.180-1~deb11u1", Suites: []string{"bullseye-security"}},
+		{Release: "6.12.90+deb13.1-cloud-amd64", Arch: "amd64", Version: "6.12.90-2", Suites: []string{"trixie-security"}},
+	} {
+		assert.True(t, Known(p.Release), p.Release)
+		all = append(all, p)
+	}
+	for _, r := range []string{"amd64", "6.1-amd64-signed-template", "6.1.0-57-amd64-unsigned", "6.1.0-57-amd64-dbg", "6.1.0-57-arm64"} {
+		assert.False(t, Known(r), r)
+	}
+	assert.Equal(t, "6.12 trixie cloud-amd64", all[5].Family())
+	assert.Equal(t, "6.1 bullseye rt-amd64", all[4].Family())
+	var got []string
+	for _, p := range Order(all) {
+		got = append(got, p.Release)
+	}
+	assert.Equal(t, []string{
+		"6.1.0-0.deb11.52-rt-amd64", "6.1.0-57-amd64", "6.12.90+deb13.1-cloud-amd64", "6.1.0-50-686-pae", // the newest of each family
+		"6.1.0-50-amd64", "6.1.0-9-amd64",
+	}, got)
+}
+
+// TestTable: what is rendered has the right form, and what has been changed by hand hasn't.
+func TestTable(t *testing.T) {
+	p := Package{Release: "6.1.0-57-amd64", Arch: "amd64", Version: "6.1.192-3", Suites: []string{"bookworm-security"}}
+	q := Package{Release: "6.1.0-50-686", Arch: "i386", Version: "6.1.176-1", Suites: []string{"bookworm"}}
+	left := Package{Release: "6.1.0-47-686", Arch: "i386", Version: "6.1.170-3", Suites: []string{"bookworm"}}
+	list := List{Packages: []Package{q, p, left}, Missing: []Missing{{"sid", "i386", "the mirror has no such suite"}}}
+	good := Result{Package: p, Day: "2026-11-30", QEMU: "7.2.22", Cells: map[string]string{}}
+	for i, a := range Aspects {
+		good.Cells[a] = strconv.Itoa(i + 1)
+	}
+	bad := Result{Package: q, Day: "2026-11-30", QEMU: "7.2.22", Cells: map[string]string{"symbols": Differs, "layout": NotKnown}, Wrong: []string{"symbols, live: 1 said but not read"}}
+	text := Table(list, []Result{bad, good})
+	for _, line := range []string{
+		"Of 3 kernels that the mirror lists 2 were run, 2026-11-30, in QEMU 7.2.22: 1 exact, 1 not.",
+		"| 6.1.0-57-amd64 | bookworm-security | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |",
+		"| 6.1.0-50-686 | bookworm | **≠** | – | – | – | – | – | not known | – |",
+		"- 6.1.0-50-686: symbols, live: 1 said but not read",
+		"- 6.1 bookworm 686: 1",
+		"- sid (i386): the mirror has no such suite",
+	} {
+		assert.Contains(t, text, line+"\n")
+	}
+	releases, err := Check(text)
+	require.NoError(t, err)
+	assert.Equal(t, []string{p.Release, q.Release}, releases)
+	for _, c := range []struct{ old, new string }{
+		{"1 exact, 1 not", "2 exact, 0 not"},
+		{"2 were run", "3 were run"},
+		{"| 1 | 2 |", "| about 1 | 2 |"},
+		{"| 1 | 2 |", "| 2 |"},
+		{"- 6.1.0-50-686: symbols, live", "- nothing"},
+		{"| 6.1.0-57-amd64 |", "| 6.1 |"},
+		{"# Kernels", "# kernels"},
+	} {
+		require.Contains(t, text, c.old)
+		_, err := Check(strings.ReplaceAll(text, c.old, c.new))
+		require.ErrorIs(t, err, ErrForm, c.new)
+	}
+}
+
+// TestDiff: what a guest said twice must have been read, and what it said once may have been.
+func TestDiff(t *testing.T) {
+	lines := func(s saying) []string { return strings.Fields(string(s["x"])) }
+	before, after := saying{"x": []byte("init a a kworker")}, saying{"x": []byte("init a a later")}
+	for got, want := range map[string][2][]string{
+		"init a a":                 {nil, nil},
+		"init a a kworker later":   {nil, nil},
+		"init a":                   {{"a"}, nil},
+		"a a":                      {{"init"}, nil},
+		"init init a a":            {nil, {"init"}},
+		"init a a another kworker": {nil, {"another"}},
+	} {
+		o := &outcome{got: strings.Fields(got), want: lines}
+		o.diff(before, after)
+		assert.Equal(t, want[0], o.missing, got)
+		assert.Equal(t, want[1], o.extra, got)
+	}
+}
+
+// TestSaying: what /proc has is taken for what it is.
+func TestSaying(t *testing.T) {
+	s := saying{
+		"7/task/7/status": []byte("Name:\todd\nState:\tZ (zombie)\nTgid:\t7\nPid:\t7\nPPid:\t1\nUid:\t0\t1000\t0\t0\nGid:\t0\t1001\t0\t0\n"),
+		"7/task/7/comm":   []byte("a) b (c\n"),
+		"7/stat":          []byte("7 (a) b (c) S" + strings.Repeat(" 0", 22) + " 26 27 28" + strings.Repeat(" 0", 16) + " 45 46 47 48 49 50 51 0\n"),
+		"7/cmdline":       []byte("x\x00\x00y z\x00"),
+		"9/task/9/status": []byte("Name:\tk\nState:\tS\nTgid:\t9\nPid:\t9\nPPid:\t2\nUid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\n"),
+		"9/task/9/comm":   []byte("kworker/u8:2H-events_unbound\n"),
+		"9/stat":          []byte("9 (k) S" + strings.Repeat(" 0", 49) + "\n"),
+		"9/cmdline":       nil,
+		"modules":         []byte("tun 61440 0 - Live 0xffffffffc0000000\n"),
+		"kallsyms":        []byte("ffffffff81000000 T _text\nffffffffc0000010 t f\t[tun]\nffffffffc0000020 t b\t[bpf]\n"),
+	}
+	assert.ElementsMatch(t, []string{`7 "a) b (c" of 1, user 1000, group 1001, zombie true`, `9 "kworker/u8:2H" of 2, user 0, group 0, zombie false`}, s.processes(true))
+	assert.ElementsMatch(t, []string{`7/7 "a) b (c"`, `9/9 "kworker/u8:2H"`}, s.threads())
+	assert.Equal(t, []string{"7 26 27 28 45 46 47 48 49 50 51"}, s.layouts())
+	assert.Equal(t, []string{`7 ["x" "" "y z"]`}, s.cmdlines())
+	assert.Equal(t, []string{"tun, 61440 bytes, Live at 0xffffffffc0000000"}, s.modules(true))
+	assert.Equal(t, []string{"ffffffff81000000 T _text "}, s.symbols(false))
+	assert.Equal(t, []string{"ffffffffc0000010 t f tun"}, s.symbols(true))
+}
+
 // TestPage checks the form of the page that a run has written.
 func TestPage(t *testing.T) {
 	b, err := os.ReadFile("../../docs/kernels.md")
 	require.NoError(t, err)
 	releases, err := Check(string(b))
 	require.NoError(t, err)
-	assert.Greater(t, len(releases), 40)
+	assert.NotEmpty(t, releases)
 }

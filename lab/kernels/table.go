@@ -15,6 +15,7 @@ var Aspects = []string{"symbols", "module symbols", "modules", "processes", "thr
 type Result struct {
 	Package
 	Day     string            // of the run, as 2026-11-30
+	QEMU    string            // its version
 	Seconds int               // that it took
 	Cells   map[string]string // by aspect, as [Cell] makes them
 	// Wrong has a line for each difference between what was read and what the guest said,
@@ -39,14 +40,14 @@ func Table(list List, results []Result) string {
 	results = slices.Clone(results)
 	slices.SortFunc(results, func(a, b Result) int { return compare(a.Package, b.Package) })
 	var ran, unfetched []Result
-	days := map[string]bool{}
+	days, qemus := map[string]bool{}, map[string]bool{}
 	for _, r := range results {
 		if r.Unfetched != "" {
 			unfetched = append(unfetched, r)
 			continue
 		}
 		ran = append(ran, r)
-		days[r.Day] = true
+		days[r.Day], qemus[r.QEMU] = true, true
 	}
 	var b strings.Builder
 	b.WriteString(head)
@@ -56,8 +57,8 @@ func Table(list List, results []Result) string {
 			wrong++
 		}
 	}
-	fmt.Fprintf(&b, "Of %d kernels that the mirror lists %d were run, %s: %d exact, %d not.\n\n",
-		len(list.Packages), len(ran), strings.Join(sorted(days), ", "), len(ran)-wrong, wrong)
+	fmt.Fprintf(&b, "Of %d kernels that the mirror lists %d were run, %s, in QEMU %s: %d exact, %d not.\n\n",
+		len(list.Packages), len(ran), strings.Join(sorted(days), ", "), strings.Join(sorted(qemus), ", "), len(ran)-wrong, wrong)
 	b.WriteString("| kernel | Debian | " + strings.Join(Aspects, " | ") + " |\n")
 	b.WriteString(strings.Repeat("|---", 2+len(Aspects)) + "|\n")
 	for _, r := range ran {
@@ -194,14 +195,14 @@ func Check(page string) (releases []string, err error) {
 	return releases, nil
 }
 
-var counts = regexp.MustCompile(`^Of ([0-9]+) kernels that the mirror lists ([0-9]+) were run, ([0-9, -]+): ([0-9]+) exact, ([0-9]+) not\.$`)
+var counts = regexp.MustCompile(`^Of ([0-9]+) kernels that the mirror lists ([0-9]+) were run, ([0-9, -]+), in QEMU [0-9., ]+: ([0-9]+) exact, ([0-9]+) not\.$`)
 
 const head = `# Kernels
 
 ` + "`make test-kernels`" + ` wrote this page. It boots each kernel of Debian 11, 12 and 13, of their
-backports and of sid that this machine's mirror has, in QEMU 7.2 (TCG) with one vCPU and
-KASLR, and compares what is read from outside with what the guest's own /proc says: live,
-by the gdbstub, and in an image that QEMU has dumped. "686" kernels run in
+backports and of sid that this machine's mirror has, in QEMU (TCG) with one vCPU and KASLR,
+and compares what is read from outside with what the guest's own /proc says: live, by the
+gdbstub, and in an image that QEMU has dumped. Kernels of flavour 686 run in
 qemu-system-i386, all others in qemu-system-x86_64.
 
 A number in the table is how many things were compared, all of which are equal, live and in
@@ -209,8 +210,9 @@ the image: lines of /proc/kallsyms, of the kernel and of modules; lines of /proc
 processes, with their parents, users and whether they are zombies; threads; command lines;
 and the addresses of the parts of a process's memory, as /proc/PID/stat has them. Hits are
 those of a probe at do_sys_openat2 and of one at tun_chr_open in a module, as many as the
-guest has made calls. "not known": the kernel doesn't tell (Debian's i386 kernels have no
-symbols of data, and no types), and what reads it says so. Probes are not tried on i386.
+guest has made calls. "not known": the kernel doesn't tell, and what reads it says so:
+Debian's i386 kernels have no symbols of data and no types, so that of their processes only
+ids, names and parents are compared. Probes are not tried on i386.
 
 The processes compared have threads with names such as "a b(c) d" and ones with a newline,
 empty and long arguments, another user, a PID namespace of their own; one is a zombie.

@@ -23,3 +23,6 @@ func openat(name *byte) (fd int, ok bool) {
 func setName(name *byte) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(name)), 0, 0, 0, 0)
 }
+
+// address is where a slice begins, which is not moved.
+func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(&b[0]))) }

@@ -6,13 +6,14 @@
 //
 //	GUEST READY <kernel release>
 //
-// Then it answers commands on the first serial port as lab/guestinit does (package
+// Then it answers commands on its console as lab/guestinit does (package
 // internal/console):
 //
-//	say FILES       send a gzipped tar archive over the second serial port: all of
-//	                /proc/PID and /proc/PID/task/TID that tells of processes, and with
-//	                FILES "all" /proc/kallsyms and /proc/modules as well:
-//	                DONE say bytes=N
+//	say FILES       keep a tar archive in memory, with all of /proc/PID and
+//	                /proc/PID/task/TID that tells of processes and, if FILES is "all",
+//	                /proc/kallsyms and /proc/modules. "| FRAME N" lines tell in which
+//	                page frames it is, in hexadecimal: a serial port would need a minute.
+//	                DONE say bytes=N sha256=H
 //	open PATH N     make exactly N openat(2) calls: DONE open calls=N opened=M
 //	dmesg           "| " lines with signs of trouble: DONE dmesg bad=N
 //	ping            nothing
