@@ -61,9 +61,9 @@ func TestKernels(t *testing.T) {
 	require.NoError(t, err)
 	var list List
 	require.NoError(t, json.Unmarshal(out, &list))
-	kept := newStore(t)
-	qemu := version(t)
 	agents := map[string]string{"amd64": buildAgent(t, "amd64"), "i386": buildAgent(t, "386")}
+	kept := newStore(t, agents["amd64"], agents["i386"])
+	qemu := version(t)
 	var chosen []Package
 	ran := map[string]int{} // by family
 	for _, p := range Order(list.Packages) {
@@ -159,10 +159,13 @@ func fetch(ctx context.Context, lab string, p Package) <-chan fetched {
 	return c
 }
 
-// store keeps the results of this very program.
-type store struct{ dir string }
+// store keeps the last result of each kernel.
+type store struct {
+	dir     string
+	program string // sum of what runs: this program, with all that is tested, and the agents
+}
 
-func newStore(t *testing.T) *store {
+func newStore(t *testing.T, programs ...string) *store {
 	base := os.Getenv("VMPROBES_CACHE")
 	if base == "" {
 		dir, err := os.UserCacheDir()
@@ -171,38 +174,37 @@ func newStore(t *testing.T) *store {
 	}
 	own, err := os.Executable()
 	require.NoError(t, err)
-	b, err := os.ReadFile(own)
-	require.NoError(t, err)
-	s := &store{filepath.Join(base, "kernels", fmt.Sprintf("%x", sha256.Sum256(b))[:12])}
+	sum := sha256.New()
+	for _, p := range append(programs, own) {
+		b, err := os.ReadFile(p)
+		require.NoError(t, err)
+		sum.Write(b)
+	}
+	s := &store{filepath.Join(base, "kernels"), fmt.Sprintf("%x", sum.Sum(nil))[:12]}
 	require.NoError(t, os.MkdirAll(s.dir, 0o755))
 	return s
 }
 
 func (s *store) file(p Package) string {
-	return filepath.Join(s.dir, fmt.Sprintf("%s_%x.json", p.Release, p.Version))
+	return filepath.Join(s.dir, fmt.Sprintf("%s_%s.json", p.Release, p.Version))
 }
 
-// get returns the result of a kernel, if there is one.
-func (s *store) get(p Package) (r Result, ok bool) {
-	b, err := os.ReadFile(s.file(p))
-	return r, err == nil && json.Unmarshal(b, &r) == nil
-}
-
-// exact reports whether a kernel was run, and all that was read of it is right.
+// exact reports whether this program has run a kernel, and all that was read of it is right.
 func (s *store) exact(p Package) bool {
-	r, ok := s.get(p)
-	return ok && len(r.Wrong) == 0
+	var r Result
+	b, err := os.ReadFile(s.file(p))
+	return err == nil && json.Unmarshal(b, &r) == nil && r.Program == s.program && r.Unfetched == "" && len(r.Wrong) == 0
 }
 
-// put keeps a result, but not that of a kernel that may be had next time.
+// put keeps a result. That a kernel can't be had now is no reason to forget what it was.
 func (s *store) put(t *testing.T, r Result) {
+	r.Program = s.program
+	if _, err := os.Stat(s.file(r.Package)); err == nil && r.Unfetched != "" {
+		return
+	}
 	b, err := json.MarshalIndent(r, "", "  ")
 	require.NoError(t, err)
-	file := s.file(r.Package)
-	if r.Unfetched != "" {
-		file += ".unfetched"
-	}
-	require.NoError(t, os.WriteFile(file, b, 0o644))
+	require.NoError(t, os.WriteFile(s.file(r.Package), b, 0o644))
 }
 
 // write writes the table, of all that is kept.
@@ -210,17 +212,16 @@ func (s *store) write(t *testing.T, list List) {
 	if *page == "" {
 		return
 	}
-	files, err := filepath.Glob(filepath.Join(s.dir, "*.json*"))
+	files, err := filepath.Glob(filepath.Join(s.dir, "*.json"))
 	require.NoError(t, err)
 	var results []Result
 	for _, f := range files {
 		b, err := os.ReadFile(f)
 		require.NoError(t, err)
 		var r Result
-		require.NoError(t, json.Unmarshal(b, &r))
-		if _, ran := s.get(r.Package); r.Unfetched == "" || !ran {
-			results = append(results, r)
-		}
+		require.NoError(t, json.Unmarshal(b, &r), f)
+		r.Earlier = r.Program != s.program
+		results = append(results, r)
 	}
 	require.NoError(t, os.WriteFile(*page, []byte(Table(list, results)), 0o644))
 }
@@ -762,12 +763,12 @@ func TestTable(t *testing.T) {
 	for i, a := range Aspects {
 		good.Cells[a] = strconv.Itoa(i + 1)
 	}
-	bad := Result{Package: q, Day: "2026-11-30", QEMU: "7.2.22", Cells: map[string]string{"symbols": Differs, "layout": NotKnown}, Wrong: []string{"symbols, live: 1 said but not read"}}
+	bad := Result{Package: q, Day: "2026-11-29", Earlier: true, QEMU: "7.2.22", Cells: map[string]string{"symbols": Differs, "layout": NotKnown}, Wrong: []string{"symbols, live: 1 said but not read"}}
 	text := Table(list, []Result{bad, good})
 	for _, line := range []string{
-		"Of 3 kernels that the mirror lists 2 were run, 2026-11-30, in QEMU 7.2.22: 1 exact, 1 not.",
-		"| 6.1.0-57-amd64 | bookworm-security | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |",
-		"| 6.1.0-50-686 | bookworm | **≠** | – | – | – | – | – | not known | – |",
+		"Of 3 kernels that the mirror lists 2 were run, 2026-11-29, 2026-11-30, in QEMU 7.2.22: 1 exact, 1 not.",
+		"| 6.1.0-57-amd64 | bookworm-security | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 2026-11-30 |",
+		"| 6.1.0-50-686 | bookworm | **≠** | – | – | – | – | – | not known | – | 2026-11-29, earlier code |",
 		"- 6.1.0-50-686: symbols, live: 1 said but not read",
 		"- 6.1 bookworm 686: 1",
 		"- sid (i386): the mirror has no such suite",
@@ -784,6 +785,7 @@ func TestTable(t *testing.T) {
 		{"| 1 | 2 |", "| 2 |"},
 		{"- 6.1.0-50-686: symbols, live", "- nothing"},
 		{"| 6.1.0-57-amd64 |", "| 6.1 |"},
+		{"2026-11-29, earlier code |", "yesterday |"},
 		{"# Kernels", "# kernels"},
 	} {
 		require.Contains(t, text, c.old)

@@ -16,6 +16,8 @@ type Result struct {
 	Package
 	Day     string            // of the run, as 2026-11-30
 	QEMU    string            // its version
+	Program string            // which code it was
+	Earlier bool              // it was another program than the last
 	Seconds int               // that it took
 	Cells   map[string]string // by aspect, as [Cell] makes them
 	// Wrong has a line for each difference between what was read and what the guest said,
@@ -59,8 +61,8 @@ func Table(list List, results []Result) string {
 	}
 	fmt.Fprintf(&b, "Of %d kernels that the mirror lists %d were run, %s, in QEMU %s: %d exact, %d not.\n\n",
 		len(list.Packages), len(ran), strings.Join(sorted(days), ", "), strings.Join(sorted(qemus), ", "), len(ran)-wrong, wrong)
-	b.WriteString("| kernel | Debian | " + strings.Join(Aspects, " | ") + " |\n")
-	b.WriteString(strings.Repeat("|---", 2+len(Aspects)) + "|\n")
+	b.WriteString("| kernel | Debian | " + strings.Join(Aspects, " | ") + " | run |\n")
+	b.WriteString(strings.Repeat("|---", 3+len(Aspects)) + "|\n")
 	for _, r := range ran {
 		b.WriteString(r.row() + "\n")
 	}
@@ -99,6 +101,11 @@ func (r Result) row() string {
 		}
 		row = append(row, c)
 	}
+	run := r.Day
+	if r.Earlier {
+		run += earlier
+	}
+	row = append(row, run)
 	return "| " + strings.Join(row, " | ") + " |"
 }
 
@@ -162,7 +169,7 @@ func Check(page string) (releases []string, err error) {
 		if !strings.HasPrefix(line, "|") || strings.HasPrefix(line, "|---") || strings.HasPrefix(line, "| kernel ") {
 			continue
 		}
-		if len(f) != 2+len(Aspects) {
+		if len(f) != 3+len(Aspects) || !runOn.MatchString(strings.TrimSpace(f[2+len(Aspects)])) {
 			return nil, fmt.Errorf("%w: %q", ErrForm, line)
 		}
 		p := Package{Release: strings.TrimSpace(f[0]), Arch: "i386"}
@@ -173,7 +180,7 @@ func Check(page string) (releases []string, err error) {
 			return nil, fmt.Errorf("%w: %s: not a kernel, or not in order", ErrForm, p.Release)
 		}
 		bad := false
-		for _, c := range f[2:] {
+		for _, c := range f[2 : 2+len(Aspects)] {
 			c = strings.TrimSpace(c)
 			if !cell.MatchString(c) {
 				return nil, fmt.Errorf("%w: %s: a cell with %q", ErrForm, p.Release, c)
@@ -195,6 +202,11 @@ func Check(page string) (releases []string, err error) {
 	return releases, nil
 }
 
+// earlier marks a row of another program than the last.
+const earlier = ", earlier code"
+
+var runOn = regexp.MustCompile(`^[0-9]{4}-[0-9]{2}-[0-9]{2}(?:` + earlier + `)?$`)
+
 var counts = regexp.MustCompile(`^Of ([0-9]+) kernels that the mirror lists ([0-9]+) were run, ([0-9, -]+), in QEMU [0-9., ]+: ([0-9]+) exact, ([0-9]+) not\.$`)
 
 const head = `# Kernels
@@ -212,7 +224,8 @@ and the addresses of the parts of a process's memory, as /proc/PID/stat has them
 those of a probe at do_sys_openat2 and of one at tun_chr_open in a module, as many as the
 guest has made calls. "not known": the kernel doesn't tell, and what reads it says so:
 Debian's i386 kernels have no symbols of data and no types, so that of their processes only
-ids, names and parents are compared. Probes are not tried on i386.
+ids, names and parents are compared. Probes are not tried on i386. Rows of earlier code are
+of runs before something in it changed.
 
 The processes compared have threads with names such as "a b(c) d" and ones with a newline,
 empty and long arguments, another user, a PID namespace of their own; one is a zombie.
