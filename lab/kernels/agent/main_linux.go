@@ -339,7 +339,7 @@ func child(does string) {
 		os.Exit(0)
 	}
 	var ready sync.WaitGroup
-	for _, name := range strings.Split(names, ",") {
+	for name := range strings.SplitSeq(names, ",") {
 		ready.Add(1)
 		go func() {
 			runtime.LockOSThread()
