@@ -361,15 +361,17 @@ func (a *apt) options() []string {
 	if a.dir == "" {
 		return aptOptions()
 	}
-	options := aptOptions()
+	options, cached := aptOptions(), ""
 	if a.arch != "" {
 		options = append(options, "-o", "APT::Architecture="+a.arch, "-o", "APT::Architectures::="+a.arch)
+		// So many lists take ten seconds to read.
+		cached = filepath.Join(a.dir, "pkgcache.bin")
 	}
 	return append(options,
 		"-o", "Dir::Etc::sourcelist=/dev/null",
 		"-o", "Dir::Etc::sourceparts="+filepath.Join(a.dir, "sources"),
 		"-o", "Dir::State::Lists="+filepath.Join(a.dir, "lists"),
-		"-o", "Dir::Cache::pkgcache=",
+		"-o", "Dir::Cache::pkgcache="+cached,
 		"-o", "Dir::Cache::srcpkgcache=",
 		"-o", "Acquire::Languages=none",
 		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
