@@ -29,6 +29,7 @@ help:
 	@echo 'make test-all    the whole matrix: every guest in QEMU and on each host of the lab, $(LATER_HOSTS) too'
 	@echo 'make check       what needs no emulator (6 minutes)'
 	@echo 'make test-oracles  what needs debug kernels, pahole and bpftool (300 MB to fetch)'
+	@echo 'make test-kernels  every kernel of Debian 11 to 13, backports and sid (KERNELS=pattern, KERNELS_EACH=1, KERNELS_FOR=1h): hours'
 	@echo 'make test-qemu   Linux guests in QEMU'
 	@echo 'make lab-short   one guest on each host of the lab (HOSTS=$(HOSTS))'
 	@echo 'make lab-test    every guest on each host (HOSTS=$(HOSTS), GUESTS=pattern)'
@@ -105,6 +106,20 @@ test-oracles: deps-lab
 	@tools/install binutils busybox-static pahole bpftool gcc-multilib xz-utils
 	@$(RUN_LAB) build guests
 	@tools/oracles "$(GO)"
+
+# Every kernel that Debian has, beside what it says of itself: hours, and some 20 GB to
+# fetch, of which 5 are kept. What this very code has run already isn't run again. It
+# writes docs/kernels.md after each kernel.
+KERNELS      = .
+KERNELS_FOR  = 0
+# How many of each family: of one series, flavour and Debian. 0: all.
+KERNELS_EACH = 0
+KERNELS_PAGE = docs/kernels.md
+.PHONY: test-kernels
+test-kernels: deps-lab
+	@$(LAB) install demo
+	PATH="$(dir $(GO)):$$PATH" VMPROBES_LAB=$(CURDIR)/$(LAB) $(GO) test -count=1 -timeout 48h -v -run '^TestKernels$$' ./lab/kernels \
+		-args -kernels '$(KERNELS)' -for $(KERNELS_FOR) -each $(KERNELS_EACH) -write $(CURDIR)/$(KERNELS_PAGE)
 
 .PHONY: fuzz fuzz-beside bench
 fuzz:
@@ -187,6 +202,7 @@ test-emulators: test-qemu
 test-all: HOSTS := $(HOSTS) $(LATER_HOSTS)
 test-all: vet-all headers-all lab-test lab-image
 	@$(MAKE) test-qemu test-qemu-driver QEMU_GUESTS=.
+	@$(MAKE) test-kernels KERNELS_EACH=1 KERNELS_PAGE=bin/kernels.md
 
 # What xl dump-core writes, read by package image.
 lab-image: deps-lab bin/image.test

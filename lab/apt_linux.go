@@ -266,7 +266,8 @@ type apt struct {
 	// dir has the configuration and the lists, if it isn't the machine's own, which
 	// is left alone.
 	dir      string
-	outdated error // why the lists may be old
+	arch     string // other than the machine's
+	outdated error  // why the lists may be old
 }
 
 // ownApt is the machine's.
@@ -360,11 +361,17 @@ func (a *apt) options() []string {
 	if a.dir == "" {
 		return aptOptions()
 	}
-	return append(aptOptions(),
+	options, cached := aptOptions(), ""
+	if a.arch != "" {
+		options = append(options, "-o", "APT::Architecture="+a.arch, "-o", "APT::Architectures::="+a.arch)
+		// So many lists take ten seconds to read.
+		cached = filepath.Join(a.dir, "pkgcache.bin")
+	}
+	return append(options,
 		"-o", "Dir::Etc::sourcelist=/dev/null",
 		"-o", "Dir::Etc::sourceparts="+filepath.Join(a.dir, "sources"),
 		"-o", "Dir::State::Lists="+filepath.Join(a.dir, "lists"),
-		"-o", "Dir::Cache::pkgcache=",
+		"-o", "Dir::Cache::pkgcache="+cached,
 		"-o", "Dir::Cache::srcpkgcache=",
 		"-o", "Acquire::Languages=none",
 		"-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",

@@ -191,11 +191,17 @@ func writeKernel(out string, linux files) error {
 
 func (f files) kernel() ([]byte, error) {
 	for name, n := range f {
-		if strings.HasPrefix(name, "boot/vmlinuz-") {
+		if isVmlinuz(name) {
 			return n.data, nil
 		}
 	}
 	return nil, errors.New("the package has no kernel")
+}
+
+// isVmlinuz reports whether a file of a kernel's package is the kernel. From 6.19 on it is
+// among the modules.
+func isVmlinuz(name string) bool {
+	return strings.HasPrefix(name, "boot/vmlinuz-") || strings.HasPrefix(name, "usr/lib/modules/") && path.Base(name) == "vmlinuz"
 }
 
 func writeDom0(out io.Writer, r release, tree, linux files) error {
@@ -370,6 +376,8 @@ func writeModules(w *cpio.Writer, linux files) error {
 	return w.Bytes(job.Modules, 0o644, []byte(strings.Join(list, "\n")+"\n"))
 }
 
+var errNoModule = errors.New("the kernel package has no module")
+
 // module returns a kernel module, unpacked.
 func (f files) module(module string) ([]byte, error) {
 	for name, n := range f {
@@ -385,7 +393,7 @@ func (f files) module(module string) ([]byte, error) {
 		}
 		return io.ReadAll(r)
 	}
-	return nil, fmt.Errorf("the kernel package has no module %s", module)
+	return nil, fmt.Errorf("%w %s", errNoModule, module)
 }
 
 // guestModules are kernel modules for guests to load, so that there are some:

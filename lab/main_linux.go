@@ -111,7 +111,7 @@ These have Xen 4.17, Debian 12's. pv-4.20, pv-stock-4.20 and hvm-4.20 have Debia
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(buildCommand(), headersCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
+	root.AddCommand(buildCommand(), headersCommand(), kernelsCommand(), runCommand(), execCommand(), shellCommand(), demoCommand(), vmCommand(), doctorCommand(), installCommand())
 	return root
 }
 

@@ -15,6 +15,7 @@ type debian struct {
 // This machine has Debian 12's package sources, and those of others are derived from
 // them.
 var (
+	debian11 = debian{"Debian 11", "bullseye"}
 	debian12 = debian{"Debian 12", "bookworm"}
 	debian13 = debian{"Debian 13", "trixie"}
 )

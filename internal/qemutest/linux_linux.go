@@ -66,8 +66,15 @@ func StartLinux(tb testing.TB, series string, c Config) *Linux {
 	if c.MB == 0 {
 		c.MB = 256
 	}
+	return BootLinux(tb, c, readyTimeout)
+}
+
+// BootLinux boots c.Kernel and waits until its init, in c.Initrd, is ready, for the time
+// given. The init speaks as package console says.
+func BootLinux(tb testing.TB, c Config, timeout time.Duration) *Linux {
+	tb.Helper()
 	for boots := 1; ; boots++ {
-		g, err := boot(tb, c)
+		g, err := boot(tb, c, timeout)
 		// A kernel rewrites its code when it boots, which QEMU 7.2's TCG isn't always up to
 		// while other vCPUs run. Nobody is attached yet.
 		if errors.Is(err, console.ErrDied) && boots < 3 {
@@ -76,14 +83,14 @@ func StartLinux(tb testing.TB, series string, c Config) *Linux {
 			continue
 		}
 		if err != nil {
-			tb.Fatalf("the guest isn't ready: %v: %s", err, g.out.String())
+			tb.Fatalf("the guest isn't ready: %v: %s\n%s", err, g.out.String(), g.console.Tail())
 		}
 		return g
 	}
 }
 
 // boot boots a guest. It is returned with an error, too.
-func boot(tb testing.TB, c Config) (*Linux, error) {
+func boot(tb testing.TB, c Config, timeout time.Duration) (*Linux, error) {
 	tb.Helper()
 	v := Start(tb, c)
 	conn, err := net.Dial("unix", v.serial)
@@ -92,7 +99,7 @@ func boot(tb testing.TB, c Config) (*Linux, error) {
 	}
 	tb.Cleanup(func() { conn.Close() })
 	g := &Linux{VM: v, console: console.New(conn)}
-	ctx, cancel := context.WithTimeout(tb.Context(), readyTimeout)
+	ctx, cancel := context.WithTimeout(tb.Context(), timeout)
 	defer cancel()
 	g.Ready, err = g.console.Ready(ctx)
 	return g, err

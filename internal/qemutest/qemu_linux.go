@@ -24,6 +24,8 @@ import (
 // Config describes a VM. The zero value is one vCPU under TCG with the
 // micro-kernel.
 type Config struct {
+	// QEMU is the program; default: see [Binary].
+	QEMU   string
 	VCPUs  int
 	Accel  string // default "tcg"; under "kvm" the test is skipped where that doesn't work
 	Kernel string // file; empty is the micro-kernel
@@ -79,7 +81,10 @@ func Binary(tb testing.TB) string {
 // Start starts a VM, which ends with the test.
 func Start(tb testing.TB, c Config) *VM {
 	tb.Helper()
-	bin := Binary(tb)
+	bin := c.QEMU
+	if bin == "" {
+		bin = Binary(tb)
+	}
 	if c.VCPUs == 0 {
 		c.VCPUs = 1
 	}

@@ -12,9 +12,9 @@ import (
 type Edit struct {
 	// Types are those of the new entries: "deb", "deb-src" or both.
 	Types []string
-	// Suite returns the suite that takes a suite's place, or "" for none. An entry
-	// that is left without a suite is left out. Without Suite all stay as they are.
-	Suite func(suite string) string
+	// Suites returns the suites that take a suite's place. An entry that is left without
+	// a suite is left out. Without Suites all stay as they are.
+	Suites func(suite string) []string
 }
 
 // SourcePackages makes each entry the one for the same repository's source packages.
@@ -24,18 +24,35 @@ var SourcePackages = Edit{Types: []string{"deb-src"}}
 // packages: its release, the updates to it and the security updates. Entries of other
 // repositories are left out.
 func Version(from, to string) Edit {
-	suites := map[string]string{from: to}
+	suites := map[string][]string{from: {to}}
 	for _, s := range []string{"-updates", "-security"} {
-		suites[from+s] = to + s
+		suites[from+s] = []string{to + s}
 	}
-	return Edit{Types: []string{"deb", "deb-src"}, Suite: func(s string) string { return suites[s] }}
+	return Edit{Types: []string{"deb", "deb-src"}, Suites: func(s string) []string { return suites[s] }}
 }
 
-func (e Edit) suite(s string) string {
-	if e.Suite == nil {
-		return s
+// All makes the entries those of all suites named, without source packages. The security
+// updates are in a repository of their own, all else is where the release itself is.
+func All(from string, suites []string) Edit {
+	return Edit{Types: []string{"deb"}, Suites: func(s string) []string {
+		if s != from && s != from+"-security" {
+			return nil
+		}
+		var out []string
+		for _, to := range suites {
+			if strings.HasSuffix(to, "-security") == (s != from) {
+				out = append(out, to)
+			}
+		}
+		return out
+	}}
+}
+
+func (e Edit) suites(s string) []string {
+	if e.Suites == nil {
+		return []string{s}
 	}
-	return e.Suite(s)
+	return e.Suites(s)
 }
 
 // List rewrites a one-line style file ("deb URI suite component…").
@@ -55,13 +72,11 @@ func (e Edit) List(content string) string {
 		if suite >= len(fields) {
 			continue
 		}
-		if fields[suite] = e.suite(fields[suite]); fields[suite] == "" {
-			continue
-		}
-		for _, t := range e.Types {
-			fields[0] = t
-			if line := strings.Join(fields, " "); !slices.Contains(out, line) {
-				out = append(out, line)
+		for _, fields[suite] = range e.suites(fields[suite]) {
+			for _, fields[0] = range e.Types {
+				if line := strings.Join(fields, " "); !slices.Contains(out, line) {
+					out = append(out, line)
+				}
 			}
 		}
 	}
@@ -167,9 +182,7 @@ func (e Edit) stanza(lines []string) string {
 	}
 	var left []string
 	for _, s := range suites {
-		if s = e.suite(s); s != "" {
-			left = append(left, s)
-		}
+		left = append(left, e.suites(s)...)
 	}
 	if !usable || len(left) == 0 {
 		return ""

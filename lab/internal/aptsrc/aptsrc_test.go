@@ -98,3 +98,28 @@ Types: deb
 URIs: http://n.example/without-suites
 `))
 }
+
+// TestAll: each suite is looked for where the release is, and the security updates where
+// those of the release are.
+func TestAll(t *testing.T) {
+	e := All("bookworm", []string{"bullseye", "bullseye-security", "bullseye-backports", "sid"})
+	assert.Equal(t, `deb http://m.example/debian bullseye main
+deb http://m.example/debian bullseye-backports main
+deb http://m.example/debian sid main
+deb http://s.example/security bullseye-security main
+`, e.List(`deb http://m.example/debian bookworm main
+deb http://m.example/debian bookworm-updates main
+deb [arch=amd64] http://s.example/security bookworm-security main
+deb http://o.example/tool stable main
+`))
+	assert.Equal(t, `Types: deb
+URIs: http://m.example/debian
+Suites: bullseye bullseye-backports sid
+Components: main
+`, e.Sources(`Types: deb
+URIs: http://m.example/debian
+Suites: bookworm bookworm-updates
+Components: main
+Architectures: amd64
+`))
+}
