@@ -281,8 +281,7 @@ func testDamaged(t labTest) {
 		return after.TotalAlloc - before.TotalAlloc
 	}
 	d.reads = 0
-	var sound uint64
-	sound = memory(func() {
+	sound := memory(func() {
 		_, errs := steps()
 		for _, err := range errs {
 			require.NoError(t, err)
