@@ -55,6 +55,12 @@ func split(release string) (series, flavour string) {
 	return m[1], m[2]
 }
 
+// HasModules reports whether the package of the kernel's modules can be had. Of some
+// kernels in several packages the mirror has but the image.
+func (p Package) HasModules() bool {
+	return slices.ContainsFunc(p.Names, func(n string) bool { return !strings.HasPrefix(n, "linux-binary-") })
+}
+
 // Family has the kernels that differ in little: one series, one flavour, one compiler,
 // which is that of the Debian it was built for.
 func (p Package) Family() string {

@@ -224,8 +224,9 @@ and the addresses of the parts of a process's memory, as /proc/PID/stat has them
 those of a probe at do_sys_openat2 and of one at tun_chr_open in a module, as many as the
 guest has made calls. "not known": the kernel doesn't tell, and what reads it says so:
 Debian's i386 kernels have no symbols of data and no types, so that of their processes only
-ids, names and parents are compared. Probes are not tried on i386. Rows of earlier code are
-of runs before something in it changed.
+ids, names and parents are compared. Probes are not tried on i386. Of some
+kernels the mirror has the image and not the modules: "–" stands for these, and only the
+first function is probed. Rows of earlier code are of runs before something in it changed.
 
 The processes compared have threads with names such as "a b(c) d" and ones with a newline,
 empty and long arguments, another user, a PID namespace of their own; one is a zombie.
