@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -28,7 +29,8 @@ import (
 // what its text was: it goes on as if nobody had been there, after the pauses of the tool's
 // that nothing explains are undone by hand. What nobody can know isn't looked at: to what
 // the tool had forced the event mask of a vCPU when it was giving the guest an int3 of
-// its own (AnyMask), and its extended state while its registers were set (no AVX).
+// its own (AnyMask), and its extended state while its registers were set (no AVX). Where
+// it is likely only, and said so, that a vCPU has stopped, only the text is looked at.
 func TestFound(t *testing.T) {
 	for name, cfg := range map[string]xentest.Config{
 		"pv/1":  {Kind: xentest.PV, GDBSX: true, AnyMask: true, VCPUs: 1},
@@ -91,6 +93,20 @@ func findKilled(t *testing.T, cfg xentest.Config, seed uint64) {
 			likely = true // it was told, and takes the risk
 			continue
 		}
+		removed, err := xen.Removed(hv, func(addr uint64) ([]byte, bool) {
+			all := m.Insns()
+			i := slices.IndexFunc(all, func(in xentest.Insn) bool { return in.VA == addr })
+			if i < 0 {
+				return nil, false
+			}
+			return all[i].Bytes, true
+		})
+		require.NoError(t, err)
+		for _, b := range removed {
+			if !slices.ContainsFunc(breaks, func(l breakpoint.LeftBreak) bool { return l.Addr == b.Addr }) {
+				breaks = append(breaks, b)
+			}
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		rep, err := recovery.Found(ctx, hv, l, breaks, slog.New(slog.DiscardHandler))
@@ -104,7 +120,13 @@ func findKilled(t *testing.T, cfg xentest.Config, seed uint64) {
 		require.NoError(t, hv.Unpause())
 	}
 	m.Release()
-	xentest.Verify(t, m, before)
+	if likely {
+		// The risk was that a vCPU had come back to where it was from an int3 of the guest's
+		// own, and gets that a second time.
+		assert.Equal(t, before, m.Text())
+	} else {
+		xentest.Verify(t, m, before)
+	}
 	if m.Attached() || m.MonitorOpen() {
 		t.Error("debugger or monitor is attached still")
 	}
@@ -147,15 +169,20 @@ func emulating(ctx context.Context, m *xentest.Machine, hv *xentest.Mortal, wg *
 			insns = append(insns, in)
 		}
 	}
+	long := func(p *breakpoint.Probe) bool {
+		return slices.ContainsFunc(insns, func(in xentest.Insn) bool { return in.VA == p.Addr && len(in.Bytes) > 1 })
+	}
 	var probes []*breakpoint.Probe
 	for ctx.Err() == nil {
 		p := &breakpoint.Probe{Addr: insns[r.IntN(len(insns))].VA, Pre: func(*breakpoint.Context) breakpoint.Verdict { return breakpoint.Continue }}
 		if e.Register(p) == nil {
 			probes = append(probes, p)
 		}
-		if len(probes) > 6 {
-			_ = e.Unregister(probes[0])
-			probes = probes[1:]
+		// Of a vCPU that stopped at an instruction of one byte nothing tells any more when the
+		// breakpoint is out.
+		if i := slices.IndexFunc(probes, long); len(probes) > 6 && i >= 0 {
+			_ = e.Unregister(probes[i])
+			probes = slices.Delete(probes, i, i+1)
 		}
 		time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/journal"
 	"github.com/vmprobes/vmprobes/internal/kerneltext"
 	"github.com/vmprobes/vmprobes/internal/recovery"
+	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/paging"
@@ -125,6 +126,14 @@ func (c *finding) recover(ctx context.Context, f *kerneltext.File, force bool, l
 	case len(breaks) == 0 && !c.Debugger && !c.Monitor:
 		return &c.Found, nil
 	}
+	removed, err := xen.Removed(c.g.hv, instructions(k, breaks))
+	if err != nil {
+		return &c.Found, err
+	}
+	for _, b := range removed {
+		log.Info("a vCPU stands behind a breakpoint that the tool had taken out", "guest", c.Name, "addr", fmt.Sprintf("%#x", b.Addr))
+	}
+	breaks = append(breaks, removed...)
 	ctx, cancel := context.WithTimeout(ctx, repairFor)
 	defer cancel()
 	r, err := recovery.Found(ctx, c.g.hv, c.log, breaks, log)
@@ -134,6 +143,28 @@ func (c *finding) recover(ctx context.Context, f *kerneltext.File, force bool, l
 		c.StillPaused = info.Flags&xenctrl.DomainPaused != 0
 	}
 	return &c.Found, err
+}
+
+// instructions returns a function that returns the instruction at an address of the kernel's
+// text, if one begins there, with what was under the breakpoints.
+func instructions(k *linux.Kernel, breaks []breakpoint.LeftBreak) func(addr uint64) ([]byte, bool) {
+	under := func(addr uint64, b []byte) {
+		for _, l := range breaks {
+			if i := l.Addr - addr; i < uint64(len(b)) {
+				b[i] = l.Insn[0]
+			}
+		}
+	}
+	k.SetOverlay(under)
+	return func(addr uint64) ([]byte, bool) {
+		b := make([]byte, x86.MaxLen)
+		if k.Boundary(addr) != nil || k.Read(addr, b) != nil {
+			return nil, false
+		}
+		under(addr, b)
+		in, err := x86.Decode(b)
+		return in.Bytes(), err == nil
+	}
 }
 
 // Lines says what was found, a fact a line. Names are the guest's or the file's.

@@ -95,6 +95,30 @@ func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []
 	return errs
 }
 
+// Removed returns the breakpoints that the tool had taken out while vCPUs of a PV guest were
+// stopped there, whose stops it hadn't answered: such a vCPU is inside an instruction, one
+// byte behind its beginning. insn returns the instruction that begins at an address, if one
+// does. Where the instruction has one byte nothing tells such a vCPU from another.
+func Removed(hv Hypervisor, insn func(addr uint64) ([]byte, bool)) (breaks []breakpoint.LeftBreak, err error) {
+	info, err := hv.Info()
+	if err != nil {
+		return nil, mapErr(err)
+	}
+	if info.Flags&xenctrl.DomainHVM != 0 {
+		return nil, nil // there it is at the beginning
+	}
+	for v := range info.MaxVCPUID + 1 {
+		ip, _, kernel, err := where(hv, true, v)
+		if err != nil || !kernel {
+			continue // it isn't up, or in user mode
+		}
+		if b, ok := insn(ip - 1); ok && len(b) > 1 && b[0] != int3 {
+			breaks = append(breaks, breakpoint.LeftBreak{Addr: ip - 1, Insn: b})
+		}
+	}
+	return breaks, nil
+}
+
 // where returns where a vCPU is.
 func where(hv Hypervisor, pv bool, v int) (ip, flags uint64, kernel bool, err error) {
 	if pv {
