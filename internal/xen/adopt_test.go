@@ -35,10 +35,12 @@ func TestDiesCounting(t *testing.T) {
 			s, again := new(breakpoint.Stop), new(breakpoint.Stop)
 			require.NoError(t, d.Wait(ctx, s))
 			died := make(chan struct{})
-			tool.Die(0, false, func() { close(died) })
+			tool.Die(0, false, func() {
+				mem = bytes.Clone(mem) // what else the dead tool runs still has its own
+				close(died)
+			})
 			go func() { _ = d.Freeze() }()
 			<-died
-			mem = bytes.Clone(mem) // what else the dead tool runs may still look at its own
 			require.NoError(t, xen.Torn(mem, 1, s.VCPU, with))
 
 			hv := m.Hypervisor()
