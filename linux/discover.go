@@ -396,30 +396,38 @@ func (k *Kernel) symbolsFromFile(ctx context.Context, opts *Options, why error) 
 	}
 	before := k.rungs
 	errs := []error{why}
-	for i, path := range opts.SymbolFiles(rel) {
-		if err := done(ctx); err != nil {
-			return err
-		}
-		if i == maxSymbolFiles {
-			break
-		}
-		m, err := sysmap.ParseFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
+	found, err := firstFile(ctx, opts.SymbolFiles(rel), func(path string, m *sysmap.Map, err error) bool {
 		if err == nil {
 			err = k.adopt(ctx, m, "of "+path)
 		}
 		if err == nil {
 			k.log.Warn("symbols are those of a file, as the guest has none", "file", path)
-			return nil
+			return true
 		}
 		k.syms, k.rungs = nil, before
 		// The user didn't name this file: that it is another kernel's is not an
 		// ErrWrongSymbols.
 		errs = append(errs, fmt.Errorf("%s: %v", path, err))
+		return false
+	})
+	if found || err != nil {
+		return err
 	}
 	return errors.Join(errs...)
+}
+
+// firstFile calls fits with the symbols of each file that there is, or why they can't be
+// read, until it returns true. It reports whether it did.
+func firstFile(ctx context.Context, paths []string, fits func(path string, m *sysmap.Map, err error) bool) (found bool, err error) {
+	for _, path := range paths[:min(len(paths), maxSymbolFiles)] {
+		if err := done(ctx); err != nil {
+			return false, err
+		}
+		if m, err := sysmap.ParseFile(path); !errors.Is(err, fs.ErrNotExist) && fits(path, m, err) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // completeSymbols takes the symbols of a kernel whose own table has only functions
@@ -429,17 +437,7 @@ func (k *Kernel) completeSymbols(ctx context.Context, opts *Options) error {
 	if opts.Symbols != nil || opts.SymbolFiles == nil || !k.onlyFunctions() {
 		return nil
 	}
-	for i, path := range opts.SymbolFiles(safeRelease(k.Release())) {
-		if err := done(ctx); err != nil {
-			return err
-		}
-		if i == maxSymbolFiles {
-			break
-		}
-		m, err := sysmap.ParseFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
+	_, err := firstFile(ctx, opts.SymbolFiles(safeRelease(k.Release())), func(path string, m *sysmap.Map, err error) bool {
 		var slide uint64
 		var same int
 		if err == nil {
@@ -447,16 +445,16 @@ func (k *Kernel) completeSymbols(ctx context.Context, opts *Options) error {
 		}
 		if err != nil {
 			k.log.Debug("symbols not completed", "file", path, "err", err)
-			continue
+			return false
 		}
 		k.syms = m.Slide(slide)
 		k.explainFrom(FromFile, "data", nil, fmt.Sprintf("of the kernel's own table, which has only functions, %d of %d that were compared are where it says", same, same),
 			"%d symbols, of %s", k.syms.Len(), path)
 		k.log.Warn("symbols of data are those of a file, as the guest tells only its functions", "file", path)
 		k.findBuildID()
-		return nil
-	}
-	return nil
+		return true
+	})
+	return err
 }
 
 // sameFunctions compares a file's symbols with the kernel's own, of which all that are

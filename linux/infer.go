@@ -43,7 +43,6 @@ type idleTask struct {
 // inferTypes finds where struct task_struct has its name, list, ids and memory.
 func (k *Kernel) inferTypes() (*ktype.Types, error) {
 	o := k.begin("inferring types")
-	var idle *idleTask
 	init, err := k.initTask()
 	find := func() (*idleTask, error) { return o.inferTask(init) }
 	if err != nil {
@@ -51,12 +50,7 @@ func (k *Kernel) inferTypes() (*ktype.Types, error) {
 		// symbols: any "swapper" in its data may be the idle task's name.
 		find = o.searchTask
 	}
-	// The list of tasks may change while it is followed.
-	for range listTries {
-		if idle, err = find(); err == nil || o.spent != nil {
-			break
-		}
-	}
+	idle, err := patient(o, find)
 	if o.spent != nil { // then what was found isn't all
 		return nil, o.spent
 	}
@@ -143,6 +137,17 @@ func search[T any](o *op, try func(name uint64) (*T, error)) (found *T, err erro
 	return found, nil
 }
 
+// patient calls find again if it fails, a few times: the list of tasks may change while it
+// is followed.
+func patient[T any](o *op, find func() (*T, error)) (found *T, err error) {
+	for range listTries {
+		if found, err = find(); err == nil || o.spent != nil {
+			break
+		}
+	}
+	return found, err
+}
+
 // searchIdle finds the idle task of a kernel without symbols of data, by types: its id
 // is 0, and by them it leads to all other tasks and back. The types are another kernel's
 // if none does.
@@ -170,12 +175,7 @@ func (k *Kernel) searchIdle(t *ktype.Types) (uint64, error) {
 		}
 		return &addr, nil
 	}
-	var addr *uint64
-	for range listTries { // the list may change meanwhile
-		if addr, err = search(o, try); err == nil || o.spent != nil {
-			break
-		}
-	}
+	addr, err := patient(o, func() (*uint64, error) { return search(o, try) })
 	if o.spent != nil {
 		return 0, o.spent
 	}

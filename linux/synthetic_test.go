@@ -407,12 +407,7 @@ func TestOnlyFunctions(t *testing.T) {
 	_, err = k.Processes(true)
 	require.ErrorIs(t, err, linux.ErrWrongTypes)
 
-	dir := t.TempDir()
-	write := func(name string, b []byte) string {
-		path := filepath.Join(dir, name)
-		require.NoError(t, os.WriteFile(path, b, 0o600))
-		return path
-	}
+	dir, write := files(t)
 	good := write("good", s.SystemMap())
 	rebuilt := write("rebuilt", regexp.MustCompile(`(?m)^([0-9a-f]{15}).( t fn_1)`).ReplaceAll(s.SystemMap(), []byte("${1}8$2")))
 	for _, files := range [][]string{{good}, {filepath.Join(dir, "none"), rebuilt, good}, {rebuilt}} {
@@ -432,15 +427,20 @@ func TestOnlyFunctions(t *testing.T) {
 	}
 }
 
-// TestSymbolFiles finds the symbols of a kernel that has none in files here.
-func TestSymbolFiles(t *testing.T) {
-	s := kerneltest.NewSynthetic(kerneltest.Layout{NoSymbols: true})
-	dir := t.TempDir()
-	write := func(name string, b []byte) string {
+// files returns a folder, and a function that writes a file in it and returns its path.
+func files(t *testing.T) (dir string, write func(name string, b []byte) string) {
+	dir = t.TempDir()
+	return dir, func(name string, b []byte) string {
 		path := filepath.Join(dir, name)
 		require.NoError(t, os.WriteFile(path, b, 0o600))
 		return path
 	}
+}
+
+// TestSymbolFiles finds the symbols of a kernel that has none in files here.
+func TestSymbolFiles(t *testing.T) {
+	s := kerneltest.NewSynthetic(kerneltest.Layout{NoSymbols: true})
+	dir, write := files(t)
 	good := write("good", s.SystemMap())
 	moved := bytes.ReplaceAll(s.SystemMap(), fmt.Appendf(nil, "%016x D linux_banner", s.Sym["linux_banner"]), []byte("ffffffff81020040 D linux_banner"))
 	other := write("other", moved)

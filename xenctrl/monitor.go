@@ -36,6 +36,20 @@ type Monitor struct {
 	holder spin.Holder
 }
 
+// hasRing fails if a domain can't have a monitor. Of a PV domain the library would say
+// EINVAL, for want of a ring page.
+func hasRing(l lib, id DomID) error {
+	switch d, ok, err := l.firstDomain(id); {
+	case err != nil:
+		return err
+	case !ok || d.ID != id:
+		return syscall.ESRCH
+	case d.Flags&DomainHVM == 0:
+		return syscall.EOPNOTSUPP
+	}
+	return nil
+}
+
 // OpenMonitor attaches to the events of a domain, of which none is delivered
 // before it is asked for. It fails with ErrBusy if a monitor is attached, and
 // with ErrNotSupported for a PV domain.
@@ -43,13 +57,8 @@ func (h *Handle) OpenMonitor(id DomID) (*Monitor, error) {
 	m := &Monitor{h: h, id: id}
 	h.ref()
 	err := h.do("open monitor", id, -1, func(l lib) error {
-		// The library would say EINVAL, for want of a ring page.
-		if d, ok, err := l.firstDomain(id); err != nil {
+		if err := hasRing(l, id); err != nil {
 			return err
-		} else if !ok || d.ID != id {
-			return syscall.ESRCH
-		} else if d.Flags&DomainHVM == 0 {
-			return syscall.EOPNOTSUPP
 		}
 		// Xen 4.14 and older have another layout of events.
 		if v, err := l.eventVersion(); err != nil {
@@ -157,12 +166,8 @@ func (h *Handle) MapRing(id DomID) (*Ring, error) {
 	r := &Ring{h: h, id: id}
 	h.ref()
 	err := h.do("map the monitor's ring", id, -1, func(l lib) (err error) {
-		if d, ok, err := l.firstDomain(id); err != nil {
+		if err := hasRing(l, id); err != nil {
 			return err
-		} else if !ok || d.ID != id {
-			return syscall.ESRCH
-		} else if d.Flags&DomainHVM == 0 {
-			return syscall.EOPNOTSUPP
 		}
 		r.page, err = l.monitorMap(id)
 		return err

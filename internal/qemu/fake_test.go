@@ -614,10 +614,7 @@ func TestUnmovedStep(t *testing.T) {
 	}
 	_, d := attachFake(t, f)
 	armFake(t, d)
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		f.stop("T05thread:p01.01;")
-	}()
+	f.hitSoon()
 	var s breakpoint.Stop
 	require.NoError(t, d.Wait(t.Context(), &s))
 	require.NoError(t, d.StepOn(&s, nil))
@@ -669,10 +666,7 @@ func TestUnmovedElsewhere(t *testing.T) {
 		return ""
 	}
 	f.mu.Unlock()
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		f.stop("T05thread:p01.01;")
-	}()
+	f.hitSoon()
 	for i, want := range []breakpoint.Stop{
 		{VCPU: 0, Regs: x86.Regs{SP: 0xffff888000002000}},
 		{VCPU: 0, Regs: x86.Regs{SP: handlerSP}},
@@ -714,10 +708,7 @@ func TestToItselfIndirectly(t *testing.T) {
 		return "T05thread:p01.01;"
 	}
 	f.mu.Unlock()
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		f.stop("T05thread:p01.01;")
-	}()
+	f.hitSoon()
 	for i := range 3 {
 		var s breakpoint.Stop
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
@@ -801,6 +792,14 @@ func TestNoAnswer(t *testing.T) {
 	require.NoError(t, vm.Close())
 }
 
+// hitSoon has a vCPU come to a breakpoint while somebody waits for that.
+func (f *fakeStub) hitSoon() {
+	go func() {
+		time.Sleep(10 * time.Millisecond)
+		f.stop("T05thread:p01.01;")
+	}()
+}
+
 // TestRewritten: code that isn't what it was is not stepped as if it were.
 func TestRewritten(t *testing.T) {
 	f := newFake()
@@ -809,10 +808,7 @@ func TestRewritten(t *testing.T) {
 	f.mu.Lock()
 	f.text[0] = 0xe8
 	f.mu.Unlock()
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		f.stop("T05thread:p01.01;")
-	}()
+	f.hitSoon()
 	var s breakpoint.Stop
 	err := d.Wait(t.Context(), &s)
 	require.ErrorIs(t, err, breakpoint.ErrTextChanged)
@@ -866,10 +862,7 @@ func TestLeftLongMode(t *testing.T) {
 	f.mu.Lock()
 	f.setReg(228, 0)
 	f.mu.Unlock()
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		f.stop("T05thread:p01.01;")
-	}()
+	f.hitSoon()
 	var s breakpoint.Stop
 	err := d.Wait(t.Context(), &s)
 	var c *breakpoint.ChangedError

@@ -13,12 +13,14 @@ import (
 	"github.com/vmprobes/vmprobes/internal/x86"
 )
 
-// registers has the registers that are used here, with their names in the target
-// descriptions of qemu-system-x86_64 and their sizes in bytes.
-var registers = [numRegs]struct {
+type register struct {
 	name string
 	size int
-}{
+}
+
+// registers has the registers that are used here, with their names in the target
+// descriptions of qemu-system-x86_64 and their sizes in bytes.
+var registers = [numRegs]register{
 	rAX: {"rax", 8}, rBX: {"rbx", 8}, rCX: {"rcx", 8}, rDX: {"rdx", 8},
 	rSI: {"rsi", 8}, rDI: {"rdi", 8}, rBP: {"rbp", 8}, rSP: {"rsp", 8},
 	r8: {"r8", 8}, r9: {"r9", 8}, r10: {"r10", 8}, r11: {"r11", 8},
@@ -195,12 +197,7 @@ func (p *layoutParser) register(e xml.StartElement) error {
 		p.bits = 64
 	}
 	if !old {
-		i = slices.IndexFunc(registers[:], func(r struct {
-			name string
-			size int
-		}) bool {
-			return r.name == name
-		})
+		i = slices.IndexFunc(registers[:], func(r register) bool { return r.name == name })
 	}
 	if i >= 0 {
 		want := registers[i].size

@@ -3,22 +3,15 @@
 package recovery_test
 
 import (
-	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
-	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/journal"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
 )
@@ -105,52 +98,30 @@ func killInDoubt(t *testing.T, cfg xentest.Config, at func(*breakpoint.Mark) boo
 	m.Start()
 	defer m.Stop()
 	require.NoError(t, m.Quiesce(t.Context()))
-	dir := filepath.Join(t.TempDir(), "vmprobes")
-	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1"), method: breakpoint.OutOfLine, many: true}
-	mortal := xentest.NewMortal(nil)
+	v := newVictim(t, m)
+	v.method, v.many = breakpoint.OutOfLine, true
 	left := 20 + r.IntN(200)
-	mortal.Hypervisor = m.Hypervisor()
-	v.mortal = mortal
 	v.wrap = func(hv xen.Hypervisor) xen.Hypervisor {
 		return doubtful{hv, func() {
 			if left--; left < 0 && at(v.log.Mark(0)) {
-				mortal.Die(0, undo == nil && left%2 == 0, func() {
+				v.mortal.Die(0, undo == nil && left%2 == 0, func() {
 					if undo != nil {
 						mark := v.log.Mark(0)
 						busy, _ := v.busy.Load(mark.Slot)
 						undo(mark, busy.(*atomic.Int32))
 					}
-					v.journal, _ = os.ReadFile(v.path)
-					close(v.died)
+					v.dead()
 				})
 			}
 		}}
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var wg sync.WaitGroup
-	wg.Go(func() { v.run(t, ctx, &wg, r) })
-	m.Release()
-	select {
-	case <-v.died:
-	case <-time.After(time.Minute):
-		t.Fatalf("the tool doesn't die: %s", m.State())
+	if !v.dies(t, r) {
+		return
 	}
-	cancel()
-	wg.Wait()
-	require.NoError(t, v.log.Close())
 	if undo == nil {
 		m.Interrupt(0)
 	}
 	var log strings.Builder
-	for deaths, then := 1+r.IntN(3), v.journal; then != nil; deaths-- {
-		fmt.Fprintf(&log, "--- %s\n", m.State())
-		then = repairs(t, m, nil, then, r, deaths > 0, &log)
-	}
-	m.Release()
-	xentest.Verify(t, m, before)
-	assert.Zero(t, m.Pauses())
-	if t.Failed() {
-		t.Log(log.String())
-	}
+	repaired(t, m, nil, v.journal, r, 1+r.IntN(3), &log)
+	whole(t, m, before, &log)
 }

@@ -60,19 +60,9 @@ func findKilled(t *testing.T, cfg xentest.Config, seed uint64) {
 	died := make(chan struct{})
 	mortal := xentest.NewMortal(m.Hypervisor())
 	mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() { close(died) })
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var wg sync.WaitGroup
-	wg.Go(func() { emulating(ctx, m, mortal, &wg, r) })
-	m.Release()
-	select {
-	case <-died:
-	case <-time.After(time.Minute):
-		t.Errorf("the tool doesn't die: %s", m.State())
+	if !untilDeath(t, m, died, func(ctx context.Context, wg *sync.WaitGroup) { emulating(ctx, m, mortal, wg, r) }) {
 		return
 	}
-	cancel()
-	wg.Wait()
 
 	hv := m.Hypervisor()
 	info, err := hv.Info()
@@ -100,13 +90,9 @@ func findKilled(t *testing.T, cfg xentest.Config, seed uint64) {
 				return nil, false
 			}
 			return all[i].Bytes, true
-		})
+		}, breaks)
 		require.NoError(t, err)
-		for _, b := range removed {
-			if !slices.ContainsFunc(breaks, func(l breakpoint.LeftBreak) bool { return l.Addr == b.Addr }) {
-				breaks = append(breaks, b)
-			}
-		}
+		breaks = append(breaks, removed...)
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
 		rep, err := recovery.Found(ctx, hv, l, breaks, slog.New(slog.DiscardHandler))

@@ -121,36 +121,80 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 	m.Start()
 	defer m.Stop()
 	require.NoError(t, m.Quiesce(t.Context()))
+	v := newVictim(t, m)
+	v.dieSoon(r)
+	if !v.dies(t, r) {
+		return
+	}
+	var log strings.Builder
+	repaired(t, m, nil, v.journal, r, r.IntN(3), &log)
+	whole(t, m, before, &log)
+}
+
+// newVictim returns a tool that hasn't begun.
+func newVictim(t *testing.T, m *xentest.Machine) *victim {
 	dir := filepath.Join(t.TempDir(), "vmprobes")
-	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1")}
-	v.mortal = xentest.NewMortal(m.Hypervisor())
-	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() {
-		if b, err := os.ReadFile(v.path); err == nil {
-			v.journal = b
-		}
-		close(v.died)
-	})
+	return &victim{
+		m: m, mortal: xentest.NewMortal(m.Hypervisor()), dir: dir, path: journal.Path(dir, "domain-1"), died: make(chan struct{}),
+	}
+}
+
+// dieSoon has it die at a random call.
+func (v *victim) dieSoon(r *rand.Rand) {
+	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, v.dead)
+}
+
+// dead keeps the journal as it is when the tool dies.
+func (v *victim) dead() {
+	if b, err := os.ReadFile(v.path); err == nil {
+		v.journal = b
+	}
+	close(v.died)
+}
+
+// dies has the tool run until it dies, and reports whether it did.
+func (v *victim) dies(t *testing.T, r *rand.Rand) bool {
+	t.Helper()
+	died := untilDeath(t, v.m, v.died, func(ctx context.Context, wg *sync.WaitGroup) { v.run(t, ctx, wg, r) })
+	if died && v.log != nil {
+		require.NoError(t, v.log.Close())
+	}
+	return died
+}
+
+// untilDeath lets the guest run, and the tool, until that has died. It reports whether it did.
+func untilDeath(t *testing.T, m *xentest.Machine, died <-chan struct{}, tool func(context.Context, *sync.WaitGroup)) bool {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var wg sync.WaitGroup
-	wg.Go(func() { v.run(t, ctx, &wg, r) })
+	wg.Go(func() { tool(ctx, &wg) })
 	m.Release()
 	select {
-	case <-v.died:
+	case <-died:
 	case <-time.After(time.Minute):
 		t.Errorf("the tool doesn't die: %s", m.State())
-		return
+		return false
 	}
 	cancel()
 	wg.Wait()
-	if v.log != nil {
-		require.NoError(t, v.log.Close())
+	return true
+}
+
+// repaired repairs the guest from a journal, with the ring at first, if that isn't nil. So
+// many of those who do so die.
+func repaired(t *testing.T, m *xentest.Machine, ring xen.Ring, then []byte, r *rand.Rand, deaths int, log *strings.Builder) {
+	t.Helper()
+	for ; then != nil; deaths-- {
+		fmt.Fprintf(log, "--- %s\n", m.State())
+		then = repairs(t, m, ring, then, r, deaths > 0, log)
+		ring = nil
 	}
-	var log strings.Builder
-	for deaths, then := r.IntN(3), v.journal; then != nil; deaths-- {
-		fmt.Fprintf(&log, "--- %s\n", m.State())
-		then = repairs(t, m, nil, then, r, deaths > 0, &log)
-	}
+}
+
+// whole checks that the guest runs as if nobody had been there.
+func whole(t *testing.T, m *xentest.Machine, before []byte, log fmt.Stringer) {
+	t.Helper()
 	m.Release()
 	xentest.Verify(t, m, before)
 	if n := m.Pauses(); n != 0 {
@@ -161,7 +205,7 @@ func kill(t *testing.T, cfg xentest.Config, seed uint64) {
 	}
 	if t.Failed() {
 		t.Logf("state: %s", m.State())
-		t.Log(log.String())
+		t.Log(log)
 		for _, c := range m.CallLog() {
 			t.Log(c)
 		}

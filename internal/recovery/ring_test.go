@@ -3,7 +3,6 @@
 package recovery_test
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -11,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -58,52 +56,19 @@ func killWithRing(t *testing.T, cfg xentest.Config, seed uint64) {
 	require.NoError(t, m.Quiesce(t.Context()))
 	ring, err := m.Hypervisor().MapRing()
 	require.NoError(t, err)
-	dir := filepath.Join(t.TempDir(), "vmprobes")
-	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1"), method: breakpoint.Method(r.IntN(3)), many: r.IntN(2) == 0}
-	v.mortal = xentest.NewMortal(m.Hypervisor())
-	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() {
-		if b, err := os.ReadFile(v.path); err == nil {
-			v.journal = b
-		}
-		close(v.died)
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var wg sync.WaitGroup
-	wg.Go(func() { v.run(t, ctx, &wg, r) })
-	m.Release()
-	select {
-	case <-v.died:
-	case <-time.After(time.Minute):
-		t.Errorf("the tool doesn't die: %s", m.State())
+	v := newVictim(t, m)
+	v.method, v.many = breakpoint.Method(r.IntN(3)), r.IntN(2) == 0
+	v.dieSoon(r)
+	if !v.dies(t, r) {
 		return
-	}
-	cancel()
-	wg.Wait()
-	if v.log != nil {
-		require.NoError(t, v.log.Close())
 	}
 	deaths := r.IntN(3)
 	if cfg.VCPUs > 8 {
 		deaths = 0 // without the ring nobody could help such a guest
 	}
 	var log strings.Builder
-	for then := v.journal; then != nil; deaths-- {
-		fmt.Fprintf(&log, "--- %s\n", m.State())
-		then = repairs(t, m, ring, then, r, deaths > 0, &log)
-		ring = nil
-	}
-	m.Release()
-	xentest.Verify(t, m, before)
-	assert.Zero(t, m.Pauses())
-	assert.False(t, m.MonitorOpen(), "the monitor is attached still")
-	if t.Failed() {
-		t.Logf("state: %s", m.State())
-		t.Log(log.String())
-		for _, c := range m.CallLog() {
-			t.Log(c)
-		}
-	}
+	repaired(t, m, ring, v.journal, r, deaths, &log)
+	whole(t, m, before, &log)
 }
 
 // waiting is a guest with twelve vCPUs, all of which have come to a breakpoint when its
@@ -161,15 +126,9 @@ func TestTwelveWaitWithRing(t *testing.T) {
 				m, ring, b, before := waiting(t, mtf, taken)
 				var log strings.Builder
 				require.Nil(t, repairs(t, m, ring, b, rand.New(rand.NewPCG(1, 1)), false, &log))
-				m.Release()
-				xentest.Verify(t, m, before)
-				assert.Zero(t, m.Pauses())
-				assert.False(t, m.MonitorOpen())
+				whole(t, m, before, &log)
 				for _, c := range m.CallLog() {
 					assert.NotContains(t, c.Op, "release monitor")
-				}
-				if t.Failed() {
-					t.Log(m.State(), log.String())
 				}
 			})
 		}

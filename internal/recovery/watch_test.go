@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
@@ -58,27 +57,13 @@ func watchStopped(t *testing.T, cfg xentest.Config, seed uint64) {
 	m.Start()
 	defer m.Stop()
 	require.NoError(t, m.Quiesce(t.Context()))
-	dir := filepath.Join(t.TempDir(), "vmprobes")
-	v := &victim{m: m, dir: dir, died: make(chan struct{}), path: journal.Path(dir, "domain-1")}
-	v.mortal = xentest.NewMortal(m.Hypervisor())
-	v.mortal.Die(int(r.ExpFloat64()*300), r.IntN(2) == 0, func() {
-		v.journal, _ = os.ReadFile(v.path)
-		close(v.died)
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var wg sync.WaitGroup
-	wg.Go(func() { v.run(t, ctx, &wg, r) })
-	m.Release()
-	<-v.died
-	cancel()
-	wg.Wait()
-	if v.log == nil {
+	v := newVictim(t, m)
+	v.dieSoon(r)
+	if !v.dies(t, r) || v.log == nil {
 		return // it had not begun
 	}
-	require.NoError(t, v.log.Close())
 	// The journal as it was at that moment: goroutines of the tool may have gone on a bit.
-	path := filepath.Join(dir, "at-that-moment.journal")
+	path := filepath.Join(v.dir, "at-that-moment.journal")
 	require.NoError(t, os.WriteFile(path, v.journal, 0o600))
 	w, err := recovery.Look(path)
 	if err != nil { // it was about to begin

@@ -126,7 +126,7 @@ func (c *finding) recover(ctx context.Context, f *kerneltext.File, force bool, l
 	case len(breaks) == 0 && !c.Debugger && !c.Monitor:
 		return &c.Found, nil
 	}
-	removed, err := xen.Removed(c.g.hv, instructions(k, breaks))
+	removed, err := xen.Removed(c.g.hv, instructions(k, breaks), breaks)
 	if err != nil {
 		return &c.Found, err
 	}

@@ -338,7 +338,6 @@ func (a *takeover) taken(back bool) (vcpu, score int) {
 // 0 is not at all; 1 is an int3 of the guest's own; 2 is one of ours, with another
 // instruction behind it; and 3 is where no instruction begins.
 func (a *takeover) behind(cr3, addr uint64) int {
-	at := func(b breakpoint.LeftBreak) bool { return b.Addr == addr }
 	sure := func(b breakpoint.LeftBreak) int {
 		if len(b.Insn) == 1 {
 			return 2 // the next instruction begins there
@@ -348,10 +347,10 @@ func (a *takeover) behind(cr3, addr uint64) int {
 	if slices.Contains(a.left.Ends, addr) {
 		return 3
 	}
-	if i := slices.IndexFunc(a.left.Breaks, at); i >= 0 {
+	if i := breakAt(a.left.Breaks, addr); i >= 0 {
 		return sure(a.left.Breaks[i])
 	}
-	if i := slices.IndexFunc(a.left.Gone, at); i >= 0 {
+	if i := breakAt(a.left.Gone, addr); i >= 0 {
 		b := a.left.Gone[i]
 		now := make([]byte, len(b.Insn))
 		if a.read(cr3, addr, now) == nil && bytes.Equal(now, b.Insn) {
@@ -562,24 +561,16 @@ func (m *MonitorRoute) reopen() error {
 	if err := attempts(m.Freeze); err != nil {
 		return fmt.Errorf("pause the guest: %w", err)
 	}
-	mtf := m.caps&xenctrl.MonitorSingleStep != 0
+	if err := m.endTraps(); err != nil {
+		return err
+	}
 	answers := make([]xenctrl.Event, 0, m.nvcpu)
 	for v := range m.nvcpu {
-		e := xenctrl.Event{Flags: xenctrl.EventVCPUPaused, Reason: xenctrl.ReasonSoftwareBreakpoint, VCPU: v}
-		switch {
-		case mtf:
-			if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
-				return fmt.Errorf("vCPU %d: end single steps: %w", v, err)
-			}
-		case m.shared.step.vcpu == v+1:
-			if err := m.resumeStep(&e); err != nil {
-				return err
-			}
+		e, err := m.goesOn(v)
+		if err != nil {
+			return err
 		}
 		answers = append(answers, e)
-	}
-	if mtf {
-		m.shared.step.vcpu = 0 // the instruction is executed where it stands
 	}
 	m.port = 0 // who has mapped the ring has mapped another one from now on
 	if err := attempts(func() error { return m.hv.ReleaseMonitor(answers) }); err != nil {
@@ -595,10 +586,9 @@ func (m *MonitorRoute) reopen() error {
 		return err
 	}
 	if m.step != nil {
-		if err := attempts(func() error { return already(m.mon.SetDebugExceptions(true, true)) }); err != nil {
-			return fmt.Errorf("monitor single steps: %w", err)
+		if err := m.listenSteps(); err != nil {
+			return err
 		}
-		m.trapMon = true
 	}
 	return m.thawLeft()
 }
@@ -639,11 +629,18 @@ func (m *MonitorRoute) settleQueue() error {
 // takeFor bounds how long the event channel of a dead process may take to be closed.
 const takeFor = time.Second
 
-// takeRing goes on with the dead process' monitor.
+// takeRing goes on with the dead process' monitor. The guest is frozen then, unless it fails.
 func (m *MonitorRoute) takeRing(ring Ring) error {
 	if err := attempts(m.Freeze); err != nil {
 		return fmt.Errorf("pause the guest: %w", err)
 	}
+	if err := m.goOn(ring); err != nil {
+		return errors.Join(err, m.Thaw())
+	}
+	return nil
+}
+
+func (m *MonitorRoute) goOn(ring Ring) error {
 	var st xenctrl.RingState
 	var err error
 	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
@@ -651,41 +648,33 @@ func (m *MonitorRoute) takeRing(ring Ring) error {
 			break
 		}
 		if errors.Is(err, xenctrl.ErrRing) || errors.Is(err, xenctrl.ErrClosed) || errors.Is(err, xenctrl.ErrNoDomain) || time.Since(begin) > takeFor {
-			return errors.Join(fmt.Errorf("go on with the monitor of a dead process: %w", mapErr(err)), m.Thaw())
+			return fmt.Errorf("go on with the monitor of a dead process: %w", mapErr(err))
 		}
 	}
 	waiting, err := m.unanswered(st)
 	if err != nil {
-		return errors.Join(err, m.Thaw())
+		return err
 	}
 	// First of all Xen is told of the answers there are: they may begin a step.
 	m.notify = true
 	if err := m.flush(); err != nil {
-		return errors.Join(err, m.Thaw())
+		return err
 	}
 	m.unsure = false // there is no answer that Xen was not told of
-	mtf := m.caps&xenctrl.MonitorSingleStep != 0
-	if mtf {
-		for v := range m.nvcpu {
-			if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
-				return errors.Join(fmt.Errorf("vCPU %d: end single steps: %w", v, err), m.Thaw())
-			}
-		}
-		m.trapMon = m.shared.step.vcpu != 0
-		m.shared.step.vcpu = 0 // the instruction is executed where it stands
+	m.trapMon = m.caps&xenctrl.MonitorSingleStep != 0 && m.shared.step.vcpu != 0
+	if err := m.endTraps(); err != nil {
+		return err
 	}
 	for _, v := range waiting {
-		e := xenctrl.Event{Flags: xenctrl.EventVCPUPaused, Reason: xenctrl.ReasonSoftwareBreakpoint, VCPU: v}
-		if m.shared.step.vcpu == v+1 {
-			if err := m.resumeStep(&e); err != nil {
-				return errors.Join(err, m.Thaw())
-			}
+		e, err := m.goesOn(v)
+		if err != nil {
+			return err
 		}
 		if v < m.nvcpu {
 			m.known[v].again = true
 		}
 		if err := attempts(func() error { return m.mon.Respond(&e) }); err != nil {
-			return errors.Join(fmt.Errorf("vCPU %d: respond: %w", v, err), m.Thaw())
+			return fmt.Errorf("vCPU %d: respond: %w", v, err)
 		}
 		if v < m.nvcpu {
 			m.known[v].stopped = false
@@ -693,29 +682,46 @@ func (m *MonitorRoute) takeRing(ring Ring) error {
 		m.notify = true
 	}
 	if err := m.flush(); err != nil {
-		return errors.Join(err, m.Thaw())
+		return err
 	}
 	if sh := &m.shared.step; sh.vcpu > 0 && !slices.Contains(waiting, sh.vcpu-1) {
 		// It hasn't stopped behind the instruction yet, or nobody has taken that stop.
 		p, err := sh.patch()
 		if err != nil {
-			return errors.Join(err, m.Thaw())
+			return err
 		}
 		m.step = &step{vcpu: sh.vcpu - 1, patch: p, maybe: true}
 		m.stepped, sh.phase = p, stepRuns
 	}
-	switch {
-	case m.step == nil:
+	if m.step == nil {
 		m.shared.step.vcpu = 0
-	case !mtf:
-		if err := attempts(func() error { return already(m.mon.SetDebugExceptions(true, true)) }); err != nil {
-			return errors.Join(fmt.Errorf("monitor single steps: %w", err), m.Thaw())
+	} else if err := m.listenSteps(); err != nil {
+		return err
+	}
+	return m.listen() // the process may have died before
+}
+
+// goesOn is the answer to a vCPU that goes on where it was, in its step if it makes one.
+func (m *MonitorRoute) goesOn(v int) (e xenctrl.Event, err error) {
+	e = xenctrl.Event{Flags: xenctrl.EventVCPUPaused, Reason: xenctrl.ReasonSoftwareBreakpoint, VCPU: v}
+	if m.shared.step.vcpu == v+1 {
+		err = m.resumeStep(&e)
+	}
+	return e, err
+}
+
+// endTraps ends the step that the monitor trap flag makes, if there is such a flag: the
+// instruction is executed where it stands.
+func (m *MonitorRoute) endTraps() error {
+	if m.caps&xenctrl.MonitorSingleStep == 0 {
+		return nil
+	}
+	for v := range m.nvcpu {
+		if err := attempts(func() error { return m.hv.DebugControl(v, false) }); err != nil {
+			return fmt.Errorf("vCPU %d: end single steps: %w", v, err)
 		}
-		m.trapMon = true
 	}
-	if err := m.listen(); err != nil { // the process may have died before
-		return errors.Join(err, m.Thaw())
-	}
+	m.shared.step.vcpu = 0
 	return nil
 }
 

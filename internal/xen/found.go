@@ -70,53 +70,57 @@ func LetGo(hv Hypervisor, state []byte) error {
 // stopped there or come there by itself: that is ErrUnsure. The guest is paused; read reads
 // its kernel's memory.
 func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []breakpoint.LeftBreak, own []uint64) (errs error) {
+	err := inKernel(hv, func(pv bool, v int, ip, flags uint64) {
+		if flags&eflagTF != 0 {
+			errs = errors.Join(errs, fmt.Errorf("vCPU %d, at %#x: %w", v, ip, ErrStepped))
+		}
+		i := breakAt(breaks, ip-1)
+		switch {
+		case !pv, i >= 0 && len(breaks[i].Insn) > 1:
+			return // it can be there only because of the int3
+		case i < 0 && !slices.Contains(own, ip-1) && !behindInt3(read, ip):
+			return
+		}
+		errs = errors.Join(errs, fmt.Errorf("vCPU %d, at %#x: %w", v, ip, ErrUnsure))
+	})
+	return errors.Join(errs, err)
+}
+
+// Removed returns the breakpoints that the tool had taken out, so that they aren't among
+// breaks, while vCPUs of a PV guest were stopped there whose stops it hadn't answered: such a
+// vCPU is inside an instruction, one byte behind its beginning. insn returns the instruction
+// that begins at an address, if one does. Where the instruction has one byte nothing tells
+// such a vCPU from another.
+func Removed(hv Hypervisor, insn func(addr uint64) ([]byte, bool), breaks []breakpoint.LeftBreak) (removed []breakpoint.LeftBreak, err error) {
+	err = inKernel(hv, func(pv bool, _ int, ip, _ uint64) {
+		if !pv || breakAt(breaks, ip-1) >= 0 || breakAt(removed, ip-1) >= 0 {
+			return // an HVM guest's vCPU stops at the beginning
+		}
+		if b, ok := insn(ip - 1); ok && len(b) > 1 && b[0] != int3 {
+			removed = append(removed, breakpoint.LeftBreak{Addr: ip - 1, Insn: b})
+		}
+	})
+	return removed, err
+}
+
+// breakAt returns the index of the breakpoint at addr, or -1.
+func breakAt(breaks []breakpoint.LeftBreak, addr uint64) int {
+	return slices.IndexFunc(breaks, func(b breakpoint.LeftBreak) bool { return b.Addr == addr })
+}
+
+// inKernel calls f with each vCPU that is up and in the kernel.
+func inKernel(hv Hypervisor, f func(pv bool, v int, ip, flags uint64)) error {
 	info, err := hv.Info()
 	if err != nil {
 		return mapErr(err)
 	}
 	pv := info.Flags&xenctrl.DomainHVM == 0
-	for v := range info.MaxVCPUID + 1 {
-		ip, flags, kernel, err := where(hv, pv, v)
-		if err != nil || !kernel {
-			continue // it isn't up, or in user mode
-		}
-		if flags&eflagTF != 0 {
-			errs = errors.Join(errs, fmt.Errorf("vCPU %d, at %#x: %w", v, ip, ErrStepped))
-		}
-		i := slices.IndexFunc(breaks, func(b breakpoint.LeftBreak) bool { return b.Addr == ip-1 })
-		switch {
-		case !pv, i >= 0 && len(breaks[i].Insn) > 1:
-			continue // it can be there only because of the int3
-		case i < 0 && !slices.Contains(own, ip-1) && !behindInt3(read, ip):
-			continue
-		}
-		errs = errors.Join(errs, fmt.Errorf("vCPU %d, at %#x: %w", v, ip, ErrUnsure))
-	}
-	return errs
-}
-
-// Removed returns the breakpoints that the tool had taken out while vCPUs of a PV guest were
-// stopped there, whose stops it hadn't answered: such a vCPU is inside an instruction, one
-// byte behind its beginning. insn returns the instruction that begins at an address, if one
-// does. Where the instruction has one byte nothing tells such a vCPU from another.
-func Removed(hv Hypervisor, insn func(addr uint64) ([]byte, bool)) (breaks []breakpoint.LeftBreak, err error) {
-	info, err := hv.Info()
-	if err != nil {
-		return nil, mapErr(err)
-	}
-	if info.Flags&xenctrl.DomainHVM != 0 {
-		return nil, nil // there it is at the beginning
-	}
-	for v := range info.MaxVCPUID + 1 {
-		ip, _, kernel, err := where(hv, true, v)
-		if err != nil || !kernel {
-			continue // it isn't up, or in user mode
-		}
-		if b, ok := insn(ip - 1); ok && len(b) > 1 && b[0] != int3 {
-			breaks = append(breaks, breakpoint.LeftBreak{Addr: ip - 1, Insn: b})
+	for v := range min(info.MaxVCPUID+1, xenctrl.MaxVCPUs) {
+		if ip, flags, kernel, err := where(hv, pv, v); err == nil && kernel {
+			f(pv, v, ip, flags)
 		}
 	}
-	return breaks, nil
+	return nil
 }
 
 // where returns where a vCPU is.
@@ -147,16 +151,7 @@ type Standing struct {
 // addresses are known, or at another as far as that can be told from the end of what is
 // between functions.
 func AtInt3(hv Hypervisor, read func(addr uint64, b []byte) error, known []uint64) (at []Standing, err error) {
-	info, err := hv.Info()
-	if err != nil {
-		return nil, mapErr(err)
-	}
-	pv := info.Flags&xenctrl.DomainHVM == 0
-	for v := range min(info.MaxVCPUID+1, xenctrl.MaxVCPUs) {
-		ip, _, kernel, err := where(hv, pv, v)
-		if err != nil || !kernel {
-			continue
-		}
+	err = inKernel(hv, func(pv bool, v int, ip, _ uint64) {
 		var b [1]byte
 		switch {
 		case pv && (slices.Contains(known, ip-1) || behindInt3(read, ip)):
@@ -164,8 +159,8 @@ func AtInt3(hv Hypervisor, read func(addr uint64, b []byte) error, known []uint6
 		case !pv && read(ip, b[:]) == nil && b[0] == int3:
 			at = append(at, Standing{v, ip})
 		}
-	}
-	return at, nil
+	})
+	return at, err
 }
 
 // Attached reports what is attached to the guest: a debugger, as Xen says, or a monitor,

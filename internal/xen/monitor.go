@@ -134,6 +134,22 @@ func already(err error) error {
 	return err
 }
 
+// listenSteps turns the events of single steps on, if they aren't.
+func (m *MonitorRoute) listenSteps() error {
+	if m.trapMon {
+		return nil
+	}
+	on := func() error { return m.mon.SetDebugExceptions(true, true) }
+	if m.caps&xenctrl.MonitorSingleStep != 0 {
+		on = func() error { return m.mon.SetSingleStep(true) }
+	}
+	if err := attempts(func() error { return already(on()) }); err != nil {
+		return fmt.Errorf("monitor single steps: %w", err)
+	}
+	m.trapMon = true
+	return nil
+}
+
 // currentRoots returns page tables that vCPUs use now. A vCPU in user mode may
 // use the tables of page-table isolation, whose kernel half is the table before
 // (arch/x86/entry/calling.h, PTI_USER_PGTABLE_MASK).
@@ -422,15 +438,8 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	ev := &m.out
 	setEventRegs(&ev.Regs, &s.Regs)
 	var flags xenctrl.EventFlags
-	if !m.trapMon {
-		on := func() error { return m.mon.SetDebugExceptions(true, true) }
-		if mtf {
-			on = func() error { return m.mon.SetSingleStep(true) }
-		}
-		if err := attempts(func() error { return already(on()) }); err != nil {
-			return fmt.Errorf("monitor single steps: %w", err)
-		}
-		m.trapMon = true
+	if err := m.listenSteps(); err != nil {
+		return err
 	}
 	if mtf {
 		if !again {

@@ -9,12 +9,15 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/lab/internal/kmsg"
 )
 
 // int3User executes n int3 in user mode under a SIGTRAP handler of our own
@@ -147,27 +150,13 @@ var ownTrap = regexp.MustCompile(`traps: .*trap int3 ip:`)
 
 // scanLog returns the kernel's messages that look like trouble.
 func (g *guest) scanLog() []string {
-	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	all, err := kmsg.Messages()
 	if err != nil {
 		return []string{"cannot read /dev/kmsg: " + err.Error()}
 	}
-	defer func() { _ = unix.Close(fd) }()
-	var bad []string
-	buf := make([]byte, 8192)
-	for {
-		n, err := unix.Read(fd, buf)
-		if err == unix.EPIPE || err == unix.EINTR {
-			continue // a message was lost: go on with the next one
-		}
-		if err != nil || n <= 0 {
-			return bad
-		}
-		_, message, _ := strings.Cut(string(buf[:n]), ";")
-		message, _, _ = strings.Cut(message, "\n")
-		if trouble.MatchString(message) && !ownTrap.MatchString(message) {
-			bad = append(bad, message)
-		}
-	}
+	return slices.DeleteFunc(all, func(message string) bool {
+		return !trouble.MatchString(message) || ownTrap.MatchString(message)
+	})
 }
 
 // dmesg reports the trouble since the guest was ready.

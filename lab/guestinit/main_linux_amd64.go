@@ -1,17 +1,17 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/internal/console"
 )
 
 func main() {
@@ -37,7 +37,7 @@ func main() {
 	var name unix.Utsname
 	_ = unix.Uname(&name)
 	say("GUEST READY %s %d", unix.ByteSliceToString(name.Release[:]), cpus)
-	g.serve()
+	console.Serve(stdin{}, say, g.command)
 }
 
 var sayLock sync.Mutex
@@ -90,37 +90,11 @@ func setup() {
 	_ = unix.Sethostname([]byte("labguest"))
 }
 
-func (g *guest) serve() {
-	in := bufio.NewReaderSize(console{}, 4096)
-	for {
-		line, err := in.ReadString('\n')
-		if err != nil {
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		line = strings.TrimSpace(line)
-		if line == "" {
-			continue
-		}
-		tag := ""
-		if strings.HasPrefix(line, "@") {
-			tag, line, _ = strings.Cut(line, " ")
-			tag += " "
-		}
-		reply, err := g.command(strings.Fields(line))
-		if err != nil {
-			say("%sERR %s", tag, strings.ReplaceAll(err.Error(), "\n", " "))
-		} else {
-			say("%sDONE %s", tag, reply)
-		}
-	}
-}
-
-// console reads the standard input with the plain system call, without the
+// stdin reads the standard input with the plain system call, without the
 // runtime's poller.
-type console struct{}
+type stdin struct{}
 
-func (console) Read(p []byte) (int, error) {
+func (stdin) Read(p []byte) (int, error) {
 	for {
 		n, err := unix.Read(0, p)
 		if err == unix.EINTR {
@@ -131,9 +105,6 @@ func (console) Read(p []byte) (int, error) {
 }
 
 func (g *guest) command(words []string) (string, error) {
-	if len(words) == 0 {
-		return "", fmt.Errorf("empty command")
-	}
 	arg := func(i int) string {
 		if i < len(words) {
 			return words[i]

@@ -88,10 +88,7 @@ func Frozen(g *xenaccess.Guest, f func() error) (took time.Duration, err error) 
 	begin := time.Now()
 	defer func() {
 		terr := g.Thaw()
-		for range 10 {
-			if terr == nil {
-				break
-			}
+		for try := 0; terr != nil && try < 10; try++ {
 			time.Sleep(100 * time.Millisecond)
 			terr = g.Thaw()
 		}

@@ -4,23 +4,24 @@ package main
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/internal/console"
+	"github.com/vmprobes/vmprobes/lab/internal/kmsg"
 )
 
 func main() {
@@ -45,7 +46,7 @@ func main() {
 	var name unix.Utsname
 	_ = unix.Uname(&name)
 	say("GUEST READY %s", unix.ByteSliceToString(name.Release[:]))
-	serve(os.Stdin)
+	console.Serve(os.Stdin, say, command)
 }
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
@@ -100,32 +101,6 @@ func loadModules() (errs []error) {
 		}
 	}
 	return errs
-}
-
-func serve(r io.Reader) {
-	in := bufio.NewReader(r)
-	for {
-		line, err := in.ReadString('\n')
-		if err != nil {
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		tag := ""
-		if line = strings.TrimSpace(line); strings.HasPrefix(line, "@") {
-			tag, line, _ = strings.Cut(line, " ")
-			tag += " "
-		}
-		words := strings.Fields(line)
-		if len(words) == 0 {
-			continue
-		}
-		reply, err := command(words)
-		if err != nil {
-			say("%sERR %s", tag, strings.ReplaceAll(err.Error(), "\n", " "))
-		} else {
-			say("%sDONE %s", tag, reply)
-		}
-	}
 }
 
 func command(words []string) (string, error) {
@@ -259,26 +234,11 @@ var toldBefore int
 
 // dmesg tells the trouble since the last time.
 func dmesg() (string, error) {
-	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	bad, err := kmsg.Messages()
 	if err != nil {
 		return "", err
 	}
-	defer func() { _ = unix.Close(fd) }()
-	var bad []string
-	buf := make([]byte, 8192)
-	for {
-		n, err := unix.Read(fd, buf)
-		if err == unix.EPIPE || err == unix.EINTR {
-			continue // a message was lost: go on with the next one
-		}
-		if err != nil || n <= 0 {
-			break
-		}
-		_, message, _ := strings.Cut(string(buf[:n]), ";")
-		if message, _, _ = strings.Cut(message, "\n"); trouble.MatchString(message) {
-			bad = append(bad, message)
-		}
-	}
+	bad = slices.DeleteFunc(bad, func(message string) bool { return !trouble.MatchString(message) })
 	fresh := bad[min(toldBefore, len(bad)):]
 	toldBefore = len(bad)
 	for _, line := range fresh {

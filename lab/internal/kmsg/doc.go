@@ -1,0 +1,2 @@
+// Package kmsg reads the kernel's log, in a guest.
+package kmsg
