@@ -407,9 +407,9 @@ func (m *Monitor) Notify() error { return m.ev.Notify(m.port) }
 // vCPUs stay paused; breakpoints must have been removed, or they reach the
 // guest. Calling it again does nothing.
 //
-// If it fails with ErrBusy vCPUs wait for room on the ring still, as they may in a domain
-// that is paused and has more vCPUs than the ring has places: the monitor is attached
-// still, what was on is on, and Close may be called again when the domain has run.
+// If the domain's monitor can't be disabled it is attached still, what was on is on, and Close
+// may be called again. With ErrBusy vCPUs wait for room on the ring, as they may in a domain
+// that is paused and has more vCPUs than the ring has places: then when that has run.
 func (m *Monitor) Close() error {
 	first, err := m.detach()
 	if first {
@@ -457,16 +457,18 @@ func (m *Monitor) detach() (first bool, err error) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	if err := l.monitorDisable(m.id); errors.Is(err, syscall.EBUSY) {
-		// Xen has turned all of them off.
+	switch err := l.monitorDisable(m.id); {
+	case err == nil, errors.Is(err, syscall.ESRCH):
+	case errors.Is(err, syscall.EINVAL): // there is none any more
+		keep("disable monitor", err)
+	default:
+		// With EBUSY Xen has turned all of them off.
 		for what := range on {
 			if on[what] {
 				_ = l.monitorSet(m.id, monitorEvent(what), true, true)
 			}
 		}
 		return false, opErr("disable monitor", m.id, -1, err)
-	} else {
-		keep("disable monitor", err)
 	}
 	m.close = true
 	_ = m.ev.Unbind(m.port)

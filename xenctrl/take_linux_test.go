@@ -124,3 +124,31 @@ func TestReleaseBusy(t *testing.T) {
 		t.Errorf("calls %v, want %v", f.calls, want)
 	}
 }
+
+// TestCloseMonitorAgain: a monitor that Xen couldn't disable is attached still, and Close
+// doesn't say otherwise the second time.
+func TestCloseMonitorAgain(t *testing.T) {
+	f := newFakeLib()
+	m, err := newHandle(f).OpenMonitor(5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.SetSoftwareBreakpoint(true); err != nil {
+		t.Fatal(err)
+	}
+	for _, errno := range []syscall.Errno{syscall.ENOMEM, syscall.EBUSY} {
+		f.fail["monitorDisable"] = errno
+		for range 2 {
+			if err := m.Close(); !errors.Is(err, errno) {
+				t.Fatalf("%v, want %v", err, errno)
+			}
+		}
+	}
+	delete(f.fail, "monitorDisable")
+	for _, want := range []bool{true, false} {
+		f.calls = nil
+		if err := m.Close(); err != nil || slices.Contains(f.calls, "monitorDisable") != want {
+			t.Fatalf("%v; calls %v", err, f.calls)
+		}
+	}
+}

@@ -38,8 +38,14 @@ func (e *Engine) lose(s *site, why error) {
 		e.log.Error("the guest has changed its code at a probe, and the breakpoint can't be removed", "addr", hex(s.addr), "err", err)
 		return
 	}
+	e.keepLost(s, why)
+}
+
+// keepLost keeps the probes of s, whose breakpoint is out, until their owners are told: by
+// Close, if that has taken them already.
+func (e *Engine) keepLost(s *site, why error) {
 	e.log.Warn("the guest has changed its code at a probe, which is out now", "addr", hex(s.addr), "why", why)
-	if len(s.owners) == 0 {
+	if len(s.owners) == 0 && !e.closing {
 		return
 	}
 	s.lost = why
@@ -47,6 +53,19 @@ func (e *Engine) lose(s *site, why error) {
 		o.armed.Store(false)
 	}
 	e.lost = append(e.lost, s)
+}
+
+// tellLost ends the registration of the probes whose breakpoints the guest has overwritten,
+// and returns that it has.
+func (e *Engine) tellLost() (told error) {
+	for _, s := range e.lost {
+		for _, o := range s.owners {
+			e.disown(o.Probe)
+		}
+		told = errors.Join(told, s.lost)
+	}
+	e.lost = nil
+	return told
 }
 
 // noneLeft returns why the last breakpoint is out, or nil if there are others or there

@@ -117,3 +117,72 @@ func TestCheckHarmless(t *testing.T) {
 		})
 	}
 }
+
+// TestChangedInStep has the guest change the rest of an instruction while a vCPU is stopped
+// at it: what fails then is the step, and only that probe ends.
+func TestChangedInStep(t *testing.T) {
+	with(t, 1, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
+		m.Start()
+		defer m.Stop()
+		drv, err := m.Attach(nil)
+		require.NoError(t, err)
+		e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: breakpoint.InPlace})
+		p, q := &breakpoint.Probe{Addr: m.Symbol("nop5")}, &breakpoint.Probe{Addr: outOfLine(t, m)}
+		changed := make(chan struct{})
+		p.Pre = func(*breakpoint.Context) breakpoint.Verdict {
+			select {
+			case <-changed:
+			default:
+				b := m.Peek(p.Addr, 5)
+				m.Poke(p.Addr+1, []byte{b[1], b[2], b[3], b[4] ^ 1})
+				close(changed)
+			}
+			return breakpoint.Continue
+		}
+		require.NoError(t, e.Register(p, q))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err = e.Serve(ctx, true)
+		select {
+		case <-changed:
+		default:
+			require.Fail(t, "nobody came to it", "%v; %s", err, m.State())
+		}
+		require.ErrorIs(t, err, context.DeadlineExceeded, "the other one goes on")
+		assert.True(t, q.Armed())
+		assert.False(t, p.Armed())
+		require.ErrorIs(t, e.Unregister(p), breakpoint.ErrTextChanged)
+	})
+}
+
+// stubborn is a driver that fails to remove a breakpoint so often.
+type stubborn struct {
+	*notices
+	left int
+}
+
+func (d *stubborn) RemoveBreak(addr uint64) error {
+	if d.left > 0 {
+		d.left--
+		return errors.New("injected")
+	}
+	return d.notices.RemoveBreak(addr)
+}
+
+// TestLostWhileClosing: what Close notices itself it tells, too.
+func TestLostWhileClosing(t *testing.T) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		m := xentest.New(cfg)
+		drv, err := m.Attach(nil)
+		require.NoError(t, err)
+		d := &stubborn{&notices{Driver: drv, then: func() {}}, 3}
+		e := breakpoint.New(d, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
+		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
+		require.NoError(t, e.Register(p))
+		m.Poke(p.Addr, []byte{0xe9, 1, 2, 3, 4})
+		d.addr = p.Addr
+		require.ErrorIs(t, e.Close(), breakpoint.ErrTextChanged)
+		assert.True(t, e.Left())
+	})
+}

@@ -25,7 +25,7 @@ const (
 // ErrUnanswered and stays attached: a guest that comes to such a byte then waits,
 // where it would die if nobody was attached. Close may be called again, and Serve
 // too, meanwhile.
-func (e *Engine) Close() error {
+func (e *Engine) Close() (terr error) {
 	e.serving.Lock()
 	defer e.serving.Unlock()
 	e.mu.Lock()
@@ -35,7 +35,10 @@ func (e *Engine) Close() error {
 	}
 	e.closing = true
 	e.meet()
-	told, err := e.takeOut()
+	told := e.tellLost()
+	defer func() { terr = errors.Join(terr, e.tellLost()) }() // what was noticed meanwhile
+	more, err := e.takeOut()
+	told = errors.Join(told, more)
 	if errors.Is(err, ErrGone) {
 		return e.left(told)
 	}
@@ -93,13 +96,6 @@ func (e *Engine) left(told error) error {
 // takeOut removes all breakpoints. What it returns in told doesn't keep Close from
 // leaving the guest, such as that the guest has changed its code at a breakpoint.
 func (e *Engine) takeOut() (told, err error) {
-	for _, s := range e.lost {
-		for _, o := range s.owners {
-			e.disown(o.Probe)
-		}
-		told = errors.Join(told, s.lost)
-	}
-	e.lost = nil
 	end := time.Now().Add(failWait)
 	for wait := time.Millisecond; ; wait *= 2 {
 		err = e.freezeServing()

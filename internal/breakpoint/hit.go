@@ -1,6 +1,7 @@
 package breakpoint
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -477,12 +478,16 @@ func (e *Engine) giveUp(f *inflight, s *Stop, why error) error {
 	if st.armed && !errors.Is(err, ErrGone) {
 		return errors.Join(why, e.owe(debt{duty: dutyGiveUp, stop: *s, f: f}, err))
 	}
+	e.give(f)
+	if lost := cmp.Or(why, err); errors.Is(lost, ErrTextChanged) { // that one ends, and no other
+		e.keepLost(st, lost)
+		return errors.Join(e.resume(s), e.noneLeft())
+	}
 	for _, o := range st.owners {
 		if o.site == st {
 			e.disown(o.Probe)
 		}
 	}
-	e.give(f)
 	return errors.Join(why, err, e.resume(s))
 }
 

@@ -572,6 +572,7 @@ func (m *MonitorRoute) reopen() error {
 		}
 		answers = append(answers, e)
 	}
+	m.released = true
 	m.port = 0 // who has mapped the ring has mapped another one from now on
 	if err := attempts(func() error { return m.hv.ReleaseMonitor(answers) }); err != nil {
 		return fmt.Errorf("release the guest from the monitor of a dead process: %w", err)
@@ -590,6 +591,7 @@ func (m *MonitorRoute) reopen() error {
 			return err
 		}
 	}
+	m.released = false
 	return m.thawLeft()
 }
 
@@ -598,9 +600,11 @@ func (m *MonitorRoute) reopen() error {
 const settled = 20 * time.Millisecond
 
 // settleQueue fails if more vCPUs wait than the ring has places. Those that have been told
-// of room have taken it when it returns, as the dead process may have paused the guest.
+// of room have taken it when it returns, as the dead process may have paused the guest. Once
+// that was seen to and the monitor is released, the guest must not run until another one is
+// attached.
 func (m *MonitorRoute) settleQueue() error {
-	if m.nvcpu <= ringSlots {
+	if m.nvcpu <= ringSlots || m.released {
 		return nil
 	}
 	for m.frozen > 0 {

@@ -89,12 +89,16 @@ func CheckStops(hv Hypervisor, read func(addr uint64, b []byte) error, breaks []
 // Removed returns the breakpoints that the tool had taken out, so that they aren't among
 // breaks, while vCPUs of a PV guest were stopped there whose stops it hadn't answered: such a
 // vCPU is inside an instruction, one byte behind its beginning. insn returns the instruction
-// that begins at an address, if one does. Where the instruction has one byte nothing tells
-// such a vCPU from another.
+// that begins at an address, if one does: code that overlaps other code, as the kernel's
+// return thunks, begins at both. Where the instruction has one byte nothing tells such a vCPU
+// from another.
 func Removed(hv Hypervisor, insn func(addr uint64) ([]byte, bool), breaks []breakpoint.LeftBreak) (removed []breakpoint.LeftBreak, err error) {
 	err = inKernel(hv, func(pv bool, _ int, ip, _ uint64) {
 		if !pv || breakAt(breaks, ip-1) >= 0 || breakAt(removed, ip-1) >= 0 {
 			return // an HVM guest's vCPU stops at the beginning
+		}
+		if _, begins := insn(ip); begins {
+			return
 		}
 		if b, ok := insn(ip - 1); ok && len(b) > 1 && b[0] != int3 {
 			removed = append(removed, breakpoint.LeftBreak{Addr: ip - 1, Insn: b})

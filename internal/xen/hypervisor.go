@@ -23,6 +23,7 @@ type Hypervisor interface {
 	VCPUExtState(vcpu int) (xenctrl.ExtState, error)
 	SetVCPUExtState(vcpu int, s xenctrl.ExtState) error
 	HVMCPU(vcpu int) (xenctrl.HVMCPU, error)
+	VCPUInfo(vcpu int) (xenctrl.VCPUInfo, error)
 
 	// MapFrames maps machine frames (PV) or guest frames (HVM) of the guest.
 	MapFrames(writable bool, frames ...uint64) (Mapping, error)

@@ -33,6 +33,8 @@ func (l *live) SetVCPUExtState(vcpu int, s xenctrl.ExtState) error {
 	return l.h.SetVCPUExtState(l.id, vcpu, s)
 }
 
+func (l *live) VCPUInfo(vcpu int) (xenctrl.VCPUInfo, error) { return l.h.VCPUInfo(l.id, vcpu) }
+
 func (l *live) HVMCPU(vcpu int) (xenctrl.HVMCPU, error) { return l.h.HVMCPU(l.id, vcpu) }
 
 func (l *live) MapFrames(writable bool, frames ...uint64) (Mapping, error) {

@@ -75,7 +75,10 @@ func OpenMonitor(hv Hypervisor, frames *paging.Cache, cfg Config) (*MonitorRoute
 		return m, err
 	}
 	m.port = m.mon.Port() // no event is on yet
-	return m, m.listen()
+	if err := m.listen(); err != nil {
+		return m, errors.Join(err, m.mon.Close())
+	}
+	return m, nil
 }
 
 func newMonitor(hv Hypervisor, frames *paging.Cache, state []byte) (*MonitorRoute, error) {
@@ -120,7 +123,7 @@ func (m *MonitorRoute) attach() (err error) {
 // listen turns the events of breakpoints on.
 func (m *MonitorRoute) listen() error {
 	if err := attempts(func() error { return already(m.mon.SetSoftwareBreakpoint(true)) }); err != nil {
-		return errors.Join(fmt.Errorf("monitor software breakpoints: %w", err), m.mon.Close())
+		return fmt.Errorf("monitor software breakpoints: %w", err)
 	}
 	return nil
 }
@@ -158,7 +161,9 @@ func (m *MonitorRoute) currentRoots() ([]paging.Root, error) {
 	var errs error
 	for v := range m.nvcpu {
 		c, err := m.hv.HVMCPU(v)
-		if err != nil {
+		if neverUp(err) {
+			continue // it has none
+		} else if err != nil {
 			errs = errors.Join(errs, err)
 			continue
 		}
@@ -541,26 +546,15 @@ func (m *MonitorRoute) queued() error {
 	if m.nvcpu <= ringSlots || m.dead() {
 		return nil
 	}
-	if m.crowded {
-		m.crowded, m.burst = false, 0
+	if m.crowded || len(m.suspects) > 0 {
 		at, err := m.atInt3()
 		if err != nil {
-			m.crowded = true
 			return err
 		}
-		m.suspects = at
-	} else if len(m.suspects) > 0 {
-		left := m.suspects[:0]
-		for _, p := range m.suspects {
-			c, err := m.hv.HVMCPU(p.vcpu)
-			if err != nil && !neverUp(err) {
-				return mapErr(err)
-			}
-			if err == nil && c == p.cpu {
-				left = append(left, p)
-			}
+		if !m.crowded {
+			at = slices.DeleteFunc(at, func(p place) bool { return !slices.Contains(m.suspects, p) }) // it has moved
 		}
-		m.suspects = left
+		m.crowded, m.burst, m.suspects = false, 0, at
 	}
 	if len(m.suspects) > 0 {
 		p := &m.suspects[0]
@@ -588,7 +582,8 @@ type place struct {
 	cpu  xenctrl.HVMCPU
 }
 
-// atInt3 returns the vCPUs that are at an int3, whoever's it is, or at one that was there.
+// atInt3 returns the vCPUs that are at an int3, whoever's it is, or at one that was there,
+// but for those that wait for an interrupt: they have executed a HLT, and nothing since.
 func (m *MonitorRoute) atInt3() (at []place, err error) {
 	for v := range m.nvcpu {
 		var c xenctrl.HVMCPU
@@ -601,7 +596,14 @@ func (m *MonitorRoute) atInt3() (at []place, err error) {
 		was := m.been[c.RIP]
 		m.breaksMu.Unlock()
 		var b [1]byte
-		if was || m.read(c.CR3, c.RIP, b[:]) == nil && b[0] == int3 {
+		if !was && (m.read(c.CR3, c.RIP, b[:]) != nil || b[0] != int3) {
+			continue
+		}
+		var info xenctrl.VCPUInfo
+		if err := attempts(func() (err error) { info, err = m.hv.VCPUInfo(v); return err }); err != nil {
+			return nil, mapErr(err)
+		}
+		if !info.Blocked {
 			at = append(at, place{v, c})
 		}
 	}

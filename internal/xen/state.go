@@ -35,6 +35,7 @@ type shared struct {
 	counted                             bool   // undone is all of them
 	unsure                              bool   // MonitorRoute's: a process died while it told Xen of answers
 	port                                uint32 // MonitorRoute's: of the ring that a guardian may have mapped, or 0
+	released                            bool   // MonitorRoute's: no monitor may be attached, though breakpoints are in the guest
 
 	step sharedStep
 }

@@ -243,6 +243,16 @@ func (h hypervisor) SetVCPUExtState(vcpu int, s xenctrl.ExtState) error {
 	})
 }
 
+// VCPUInfo says of a vCPU that Park has at rest that it waits for an interrupt.
+func (h hypervisor) VCPUInfo(vcpu int) (info xenctrl.VCPUInfo, err error) {
+	err = h.m.do("get vcpu info", vcpu, func() error {
+		v := h.m.v[vcpu]
+		info.Online, info.Blocked = !v.offline, h.m.parked(v)
+		return nil
+	})
+	return info, err
+}
+
 func (h hypervisor) HVMCPU(vcpu int) (c xenctrl.HVMCPU, err error) {
 	m := h.m
 	err = m.do("get hvm cpu", vcpu, func() error {

@@ -116,6 +116,11 @@ func (m *Mortal) HVMCPU(v int) (c xenctrl.HVMCPU, err error) {
 	return c, err
 }
 
+func (m *Mortal) VCPUInfo(v int) (info xenctrl.VCPUInfo, err error) {
+	m.Call(func() { info, err = m.Hypervisor.VCPUInfo(v) })
+	return info, err
+}
+
 func (m *Mortal) MapFrames(writable bool, frames ...uint64) (mp xen.Mapping, err error) {
 	m.Call(func() { mp, err = m.Hypervisor.MapFrames(writable, frames...) })
 	return mp, err
