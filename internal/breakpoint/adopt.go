@@ -22,26 +22,33 @@ type Journal interface {
 	// Removed: the byte under the breakpoint is back; Cleaned: a slot is dead code again.
 	Removed(addr uint64) error
 	Cleaned(addr uint64) error
-	// Mark is where the engine notes which slot it is sending a vCPU to, in memory
+	// Marks is where the engine notes which slot it is sending a vCPU to, in memory
 	// that outlives this process.
-	Mark(vcpu int) *Mark
+	Marks(vcpu int) *Marks
 }
+
+// Marks are those of one vCPU. A process uses one of them. If it dies, and nobody knows
+// whether it has given its last answer, whoever takes over uses the next one: in an
+// interrupt handler the vCPU may be sent to the same slot again before that is known.
+type Marks [4]Mark
 
 // A Mark says that a vCPU is counted as in a slot though the answer that sends it there
 // may not have been given yet, or no longer though it may be at the slot's end still.
 type Mark struct {
 	Slot     uint64 // its address, or 0
-	SP       uint64 // the vCPU's stack pointer when it stopped
+	SP       uint64 // the vCPU's stack pointer at its breakpoint, or 0 if that isn't known
 	Back     bool   // it has come back
+	End      uint64 // then: its stack pointer at the slot's end
 	Counting bool   // the slot's counter is being made Count, and may be so or not
 	Count    int32
 }
 
-// count makes the slot's counter n, and m say what that means for a vCPU. The two are in
-// different places: whoever takes over finds either what was before, or what is to be.
-func (m *Mark) count(sl *slot, sp uint64, back bool, n int32) {
+// count makes the slot's counter n, and m say what to says: what that means for a vCPU. The
+// two are in different places: whoever takes over finds either what was before, or what is
+// to be.
+func (m *Mark) count(sl *slot, to Mark, n int32) {
 	atomic.StoreUint64(&m.Slot, 0)
-	m.SP, m.Back, m.Count, m.Counting = sp, back, n, true
+	m.SP, m.Back, m.End, m.Count, m.Counting = to.SP, to.Back, to.End, n, true
 	atomic.StoreUint64(&m.Slot, sl.addr) // last: whoever finds it finds the rest
 	sl.busy.Store(n)
 	m.Counting = false
@@ -49,29 +56,21 @@ func (m *Mark) count(sl *slot, sp uint64, back bool, n int32) {
 
 // finishCounting completes what a process that died was counting. Only one at a time counts in
 // the slots of a guest, so that the counter is as it left it.
-func (e *Engine) finishCounting(slots []LeftSlot, marks []Mark) {
-	for v, m := range marks {
-		if m.Slot == 0 || !m.Counting {
-			continue
-		}
-		for i := range slots {
-			if slots[i].Addr == m.Slot {
-				slots[i].Busy.Store(m.Count)
+func (e *Engine) finishCounting(slots []LeftSlot) {
+	for _, ms := range e.marks {
+		for i := range ms {
+			m := &ms[i]
+			if m.Slot == 0 || !m.Counting {
+				continue
 			}
-		}
-		if v < len(e.marks) {
-			e.marks[v].Counting = false
+			for j := range slots {
+				if slots[j].Addr == m.Slot {
+					slots[j].Busy.Store(m.Count)
+				}
+			}
+			m.Counting = false
 		}
 	}
-}
-
-// inDoubt reports whether nobody knows yet whether a process that died has sent a vCPU to
-// a slot, or away from one. What the mark says of it is needed by the next one who takes
-// over, whatever else the vCPU is answered until it has come: it may have taken an
-// interrupt before it got there.
-func (e *Engine) inDoubt(vcpu int) bool {
-	return slices.ContainsFunc(e.back, func(c came) bool { return c.vcpu == vcpu }) ||
-		slices.ContainsFunc(e.active, func(f *inflight) bool { return f.lost && f.slot != nil && f.vcpu == vcpu })
 }
 
 // A LeftBreak is a breakpoint that an engine had in its guest when its process died, or
@@ -119,7 +118,7 @@ type Adopter interface {
 // that the driver has found. What Adopt returns in told doesn't keep Close from doing that:
 // it is what isn't ours any more, because the guest has changed its code. If err isn't nil
 // Close must not be called, as it would leave bytes in the guest that e doesn't know of.
-func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) (told, err error) {
+func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot) (told, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	drv, ok := e.drv.(Adopter)
@@ -129,7 +128,7 @@ func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) (told
 	if err := e.retry(e.drv.Freeze); err != nil {
 		return nil, fmt.Errorf("pause the guest: %w", err)
 	}
-	e.finishCounting(slots, marks)
+	e.finishCounting(slots)
 	a := adoption{e: e, drv: drv, sites: make(map[uint64]*site)}
 	tell := func(why error, format string, args ...any) {
 		why = fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), why)
@@ -157,10 +156,17 @@ func (e *Engine) Adopt(breaks []LeftBreak, slots []LeftSlot, marks []Mark) (told
 			tell(err, "slot at %#x", slots[i].Addr)
 		}
 	}
-	for v, m := range marks {
-		if m.Slot != 0 && v < e.nvcpu {
-			if err := a.adoptMark(v, m); err != nil {
-				tell(err, "breakpoint of the copy at %#x", m.Slot)
+	for v, ms := range e.marks {
+		e.own[v] = nil
+		for i := range ms {
+			m := &ms[i]
+			if m.Slot != 0 {
+				if err := a.adoptMark(v, m); err != nil {
+					tell(err, "breakpoint of the copy at %#x", m.Slot)
+				}
+			}
+			if m.Slot == 0 && e.own[v] == nil {
+				e.own[v] = m
 			}
 		}
 	}
@@ -240,6 +246,11 @@ func (a *adoption) adoptSlot(l *LeftSlot) error {
 	// answered, whoever else is in it.
 	e.slotEnd[sl.end] = sl
 	e.adopted = append(e.adopted, sl)
+	if bytes.Equal(now[:], sl.code[:]) {
+		// Of use still: a breakpoint that vCPUs are waited for is not taken out because one
+		// that isn't waited for can't get past.
+		s.slot = sl
+	}
 	for range busy {
 		e.active = append(e.active, &inflight{vcpu: -1, site: s, slot: sl, lost: true})
 	}
@@ -247,24 +258,27 @@ func (a *adoption) adoptSlot(l *LeftSlot) error {
 }
 
 // adoptMark finds out whether a vCPU is in the slot in which it was counted.
-func (a *adoption) adoptMark(v int, m Mark) error {
+func (a *adoption) adoptMark(v int, m *Mark) error {
 	e := a.e
 	answered, known := a.drv.Answered(v)
 	if answered && known {
-		if e.marks != nil {
-			e.marks[v].Slot = 0 // what becomes of the vCPU next is another matter
-		}
+		m.Slot = 0 // what becomes of the vCPU next is another matter
 		return nil
 	}
 	if m.Back {
-		e.back = append(e.back, came{v, m, known})
+		i := slices.IndexFunc(e.adopted, func(sl *slot) bool { return sl.addr == m.Slot })
+		if i < 0 {
+			m.Slot = 0 // nothing of the slot is there
+			return nil
+		}
+		e.back = append(e.back, came{v, e.adopted[i], m, known})
 		return nil
 	}
 	for _, f := range e.active {
 		if f.slot == nil || f.slot.addr != m.Slot || f.vcpu >= 0 {
 			continue
 		}
-		f.vcpu, f.before.SP = v, m.SP
+		f.vcpu, f.before.SP, f.mark = v, m.SP, m
 		if known {
 			e.away(f)
 			return nil
@@ -272,6 +286,7 @@ func (a *adoption) adoptMark(v int, m Mark) error {
 		// It comes to its breakpoint again, or to the slot's end: here tells.
 		return a.rearm(f.site)
 	}
+	m.Slot = 0 // nobody is counted as in that slot
 	return nil
 }
 
@@ -294,27 +309,42 @@ func (a *adoption) rearm(s *site) error {
 // came is a vCPU whose return from a slot was counted by the process that died.
 type came struct {
 	vcpu int
-	mark Mark
+	slot *slot
+	mark *Mark
 	sure bool // that it comes to its end once more
 }
 
-// counted reports whether the return with s from sl was counted before.
+// counted reports whether the return with s from sl was counted before. If so that is
+// this process' to say from now on, as it is its answer that may not be given.
 func (e *Engine) counted(sl *slot, s *Stop) bool {
 	i := slices.IndexFunc(e.back, func(c came) bool {
-		return c.vcpu == s.VCPU && c.mark.Slot == sl.addr && c.mark.SP == s.Regs.SP
+		return c.vcpu == s.VCPU && c.slot == sl && c.mark.End == s.Regs.SP
 	})
 	if i < 0 {
 		return false
+	}
+	if own := e.own[s.VCPU]; own != nil {
+		m := e.back[i].mark
+		own.SP, own.Back, own.End, own.Counting = m.SP, true, m.End, false
+		atomic.StoreUint64(&own.Slot, sl.addr)
+		m.Slot = 0
 	}
 	e.back = slices.Delete(e.back, i, i+1)
 	return true
 }
 
-// here is told of each stop. It ends the hit of a vCPU that was counted as in a slot, and
-// is at the breakpoint still.
+// here is told of each stop. A vCPU that was counted as in a slot, or as back from it, and
+// is at the breakpoint, isn't there any more, or does not come back from it once more.
 func (e *Engine) here(s *Stop) {
+	e.back = slices.DeleteFunc(e.back, func(c came) bool {
+		if c.vcpu != s.VCPU || c.slot.site.addr != s.Regs.IP || c.mark.SP != s.Regs.SP && (c.mark.SP != 0 || !near(c.mark.End, s.Regs.SP)) {
+			return false
+		}
+		c.mark.Slot = 0
+		return true
+	})
 	for _, f := range e.active {
-		if f.lost && f.slot != nil && f.vcpu == s.VCPU && f.site.addr == s.Regs.IP && f.before.SP == s.Regs.SP {
+		if f.mark != nil && f.vcpu == s.VCPU && f.site.addr == s.Regs.IP && f.before.SP == s.Regs.SP {
 			e.away(f)
 			return
 		}
@@ -323,9 +353,7 @@ func (e *Engine) here(s *Stop) {
 
 // away says that f's vCPU isn't in the slot in which it was counted.
 func (e *Engine) away(f *inflight) {
-	if e.marks != nil {
-		e.marks[f.vcpu].Slot = 0 // first: one too many that is counted does no harm
-	}
+	f.mark.Slot = 0 // first: one too many that is counted does no harm
 	e.arrive(f)
 }
 
@@ -359,6 +387,9 @@ func (e *Engine) settleAdopted() {
 	e.adopted = slices.DeleteFunc(e.adopted, func(sl *slot) bool {
 		if sl.busy.Load() > 0 {
 			return false
+		}
+		if sl.site.slot == sl {
+			sl.site.slot = nil // whose breakpoint may be there still
 		}
 		if e.slotEnd[sl.end] == sl { // it isn't, if it was left with a jump
 			delete(e.slotEnd, sl.end)

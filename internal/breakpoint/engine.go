@@ -167,10 +167,11 @@ type inflight struct {
 	slot    *slot // nil: in place
 	owners  []owner
 	before  x86.Regs
-	post    bool // run post handlers
-	told    int  // owners that have counted it, or needn't
-	shifted int  // how many of the owners are; they are the first
-	lost    bool // taken over from a process that died; before isn't known, if it is in a slot
+	post    bool  // run post handlers
+	told    int   // owners that have counted it, or needn't
+	shifted int   // how many of the owners are; they are the first
+	lost    bool  // taken over from a process that died; before isn't known, if it is in a slot
+	mark    *Mark // of the process that died: the vCPU may not be in the slot
 }
 
 // An Engine owns the breakpoints of one guest.
@@ -186,10 +187,11 @@ type Engine struct {
 	lost    []*site // that are out, with probes that are registered
 	slotEnd map[uint64]*slot
 	free    []*slot
-	dirty   []*slot // to be filled with int3 again, which failed
-	adopted []*slot // taken over from a process that died
-	back    []came  // likewise: vCPUs that may come to the end of a slot once more
-	marks   []*Mark // of the vCPUs, or none
+	dirty   []*slot  // to be filled with int3 again, which failed
+	adopted []*slot  // taken over from a process that died
+	back    []came   // likewise: vCPUs that may come to the end of a slot once more
+	marks   []*Marks // of the vCPUs, or none
+	own     []*Mark  // those of marks that this process uses, or nil where none is free
 	scratch []region
 	active  []*inflight // on their way: a vCPU can have several, one for each interrupt level
 	idle    []*inflight // to be used again
@@ -233,7 +235,8 @@ func New(drv Driver, cfg Config) *Engine {
 	e.done = sync.NewCond(&e.mu)
 	if cfg.Journal != nil {
 		for v := range e.nvcpu {
-			e.marks = append(e.marks, cfg.Journal.Mark(v))
+			ms := cfg.Journal.Marks(v)
+			e.marks, e.own = append(e.marks, ms), append(e.own, &ms[0])
 		}
 	}
 	return e

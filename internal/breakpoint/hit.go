@@ -184,7 +184,7 @@ func (e *Engine) depart(f *inflight, sl *slot) {
 	if sl != nil {
 		n := sl.busy.Load() + 1
 		if e.marks != nil { // the answer may not be given any more
-			e.marks[f.vcpu].count(sl, f.before.SP, false, n)
+			e.own[f.vcpu].count(sl, Mark{SP: f.before.SP}, n)
 		}
 		sl.busy.Store(n)
 	}
@@ -205,8 +205,16 @@ func (e *Engine) arriveAt(f *inflight, s *Stop) {
 		e.arrive(f)
 		return
 	}
+	if f.mark != nil {
+		f.mark.Slot = 0 // it is in the slot
+	}
+	own := e.own[s.VCPU]
+	if own == nil {
+		e.arrive(f)
+		return
+	}
 	// The answer may not be given any more: then it stops there again.
-	e.marks[s.VCPU].count(f.slot, s.Regs.SP, true, f.slot.busy.Load()-1)
+	own.count(f.slot, Mark{SP: f.before.SP, Back: true, End: s.Regs.SP}, f.slot.busy.Load()-1)
 	e.forget(f)
 }
 
@@ -226,14 +234,14 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
 			continue
 		}
-		n := 2
-		if f.lost && f.vcpu >= 0 {
+		n, close := 2, near(f.before.SP, s.Regs.SP)
+		if f.mark != nil {
 			n = 1 // it may not be in the slot
 		}
-		if d := int64(f.before.SP - s.Regs.SP); d >= -64 && d <= 64 {
+		if close {
 			n += 8
 		}
-		if f.vcpu == s.VCPU {
+		if f.vcpu == s.VCPU && (close || f.mark == nil) {
 			n += 4
 		}
 		if n > score || n == score && f.before.SP == s.Regs.SP {
@@ -244,6 +252,12 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 		return nil
 	}
 	return best
+}
+
+// near reports whether two stack pointers may be those before and after one instruction.
+func near(a, b uint64) bool {
+	d := int64(a - b)
+	return d >= -64 && d <= 64
 }
 
 // wants reports whether o's registration is still there, and enabled.
@@ -408,7 +422,7 @@ func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 		return Continue, e.giveUp(f, s, fmt.Errorf("%#x (%s): %w: %d hits are on their way and haven't come back", st.addr, in.String(), ErrNoWayPast, maxActive))
 	}
 	f.before = s.Regs
-	if sl := st.slot; sl != nil {
+	if sl := st.slot; sl != nil && (e.marks == nil || e.own[f.vcpu] != nil) {
 		e.depart(f, sl)
 		s.Regs.IP = sl.addr
 		e.stats.OutOfLine++

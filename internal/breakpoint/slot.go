@@ -121,10 +121,11 @@ func inReach(a, b uint64) bool {
 	return d > -limit && d < limit
 }
 
-// freeSlot gives back the slot of s, at once or when the last vCPU leaves it.
+// freeSlot gives back the slot of s, at once or when the last vCPU leaves it. One that was
+// taken over is given back when the engine leaves the guest.
 func (e *Engine) freeSlot(s *site) {
 	sl := s.slot
-	if sl == nil || sl.busy.Load() > 0 {
+	if sl == nil || sl.busy.Load() > 0 || slices.Contains(e.adopted, sl) {
 		return
 	}
 	s.slot = nil

@@ -29,24 +29,24 @@ const (
 )
 
 // The state of a journal begins with how it is laid out: a checksum, which is not 0, the
-// number of vCPUs, and whether it was prepared before anything was done. The engine's follows: one mark for each vCPU, and how many are in each
-// slot. Then the driver's.
+// number of vCPUs, and whether it was prepared before anything was done. The engine's
+// follows: the marks of each vCPU, and how many are in each slot. Then the driver's.
 const (
-	headSize = 16
-	maxSlots = 4096
-	markSize = int(unsafe.Sizeof(breakpoint.Mark{}))
+	headSize  = 16
+	maxSlots  = 4096
+	marksSize = int(unsafe.Sizeof(breakpoint.Marks{}))
 )
 
 // stateSize is the size of the state for a guest with so many vCPUs, of which the
 // driver's part has driver bytes.
 func stateSize(vcpus, driver int) int { return engineSize(vcpus) + driver }
 
-func engineSize(vcpus int) int { return headSize + vcpus*markSize + 4*maxSlots }
+func engineSize(vcpus int) int { return headSize + vcpus*marksSize + 4*maxSlots }
 
 // layout tells programs apart that understand the state in different ways: those built of
 // different versions of this module may.
 var layout = sync.OnceValue(func() uint32 {
-	return journal.Layout(append(xen.StateTypes(), reflect.TypeFor[breakpoint.Mark]())...)
+	return journal.Layout(append(xen.StateTypes(), reflect.TypeFor[breakpoint.Marks]())...)
 })
 
 // Log keeps the journal of one guest. It implements breakpoint.Journal.
@@ -148,13 +148,13 @@ func (l *Log) Remove() error { return l.f.Remove() }
 // Close leaves the journal to whoever repairs the guest.
 func (l *Log) Close() error { return l.f.Close() }
 
-// Mark implements breakpoint.Journal.
-func (l *Log) Mark(vcpu int) *breakpoint.Mark {
-	return (*breakpoint.Mark)(unsafe.Pointer(&l.f.State()[headSize+vcpu*markSize]))
+// Marks implements breakpoint.Journal.
+func (l *Log) Marks(vcpu int) *breakpoint.Marks {
+	return (*breakpoint.Marks)(unsafe.Pointer(&l.f.State()[headSize+vcpu*marksSize]))
 }
 
 func (l *Log) counter(i int) *atomic.Int32 {
-	return (*atomic.Int32)(unsafe.Pointer(&l.f.State()[headSize+l.vcpus*markSize+4*i]))
+	return (*atomic.Int32)(unsafe.Pointer(&l.f.State()[headSize+l.vcpus*marksSize+4*i]))
 }
 
 // Break implements breakpoint.Journal.

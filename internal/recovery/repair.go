@@ -109,10 +109,6 @@ func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, ring xen.Ring, info
 		s.Busy = l.counter(s.index)
 		slots = append(slots, s.LeftSlot)
 	}
-	marks := make([]breakpoint.Mark, l.vcpus)
-	for v := range marks {
-		marks[v] = *l.Mark(v)
-	}
 	r.Breaks, r.Slots = len(breaks), len(slots)
 	for _, b := range breaks {
 		log.Debug("left: breakpoint", "addr", fmt.Sprintf("%#x", b.Addr), "insn", fmt.Sprintf("% x", b.Insn))
@@ -120,9 +116,11 @@ func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, ring xen.Ring, info
 	for _, s := range slots {
 		log.Debug("left: slot", "addr", fmt.Sprintf("%#x", s.Addr), "len", s.Len, "of", fmt.Sprintf("%#x", s.Break.Addr), "busy", s.Busy.Load())
 	}
-	for v, m := range marks {
-		if m.Slot != 0 {
-			log.Debug("left: on its way to a slot", "vcpu", v, "slot", fmt.Sprintf("%#x", m.Slot))
+	for v := range l.vcpus {
+		for _, m := range l.Marks(v) {
+			if m.Slot != 0 {
+				log.Debug("left: on its way to a slot", "vcpu", v, "slot", fmt.Sprintf("%#x", m.Slot), "sp", fmt.Sprintf("%#x", m.SP), "back", m.Back)
+			}
 		}
 	}
 
@@ -134,7 +132,7 @@ func (l *Log) repair(ctx context.Context, hv xen.Hypervisor, ring xen.Ring, info
 	}
 	r.StillPaused = others > 0
 	e := breakpoint.New(drv, breakpoint.Config{Journal: l, Logger: log})
-	if r.Changed, err = e.Adopt(breaks, slots, marks); err != nil {
+	if r.Changed, err = e.Adopt(breaks, slots); err != nil {
 		// The guest stays frozen, and has lost nothing.
 		return errors.Join(fmt.Errorf("find what was left in the guest: %w", err), frames.Close())
 	}
