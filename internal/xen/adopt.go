@@ -96,7 +96,6 @@ type takeover struct {
 }
 
 func (a *takeover) run() error {
-	a.tries++
 	if err := a.recount(); err != nil {
 		return err
 	}
@@ -209,7 +208,9 @@ func (a *takeover) recount() error {
 	case intentUnpause:
 		a.paid++
 	}
+	died := a.intent // in which the last one did: the tool, or a takeover
 	a.intent = intentNone
+	a.tries++
 	paused := func() (bool, error) {
 		var info xenctrl.DomainInfo
 		err := attempts(func() (err error) { info, err = a.hv.Info(); return err })
@@ -220,7 +221,15 @@ func (a *takeover) recount() error {
 		if err != nil {
 			return err
 		}
-		if !is {
+		switch {
+		case is:
+		case a.tries > 1 && (a.undone > 0 || died == intentUnpause):
+			// Who took over before has undone the last pause, and holds every vCPU by itself.
+			if died == intentUnpause {
+				a.undone, a.paid = a.undone+1, a.paid-1
+			}
+			a.counted = true
+		default:
 			// So no event was taken, and no pause made, that nobody wrote down, and
 			// nothing is left of those that were written down.
 			a.asked, a.maybe, a.paid = 0, 0, 0
@@ -229,13 +238,13 @@ func (a *takeover) recount() error {
 				return fmt.Errorf("pause the guest: %w", err)
 			}
 		}
-		for v := range a.nvcpu {
+		for v := 0; v < a.nvcpu && !a.counted; v++ {
 			if err := attempts(func() error { return a.hv.GdbsxPauseVCPU(v) }); err != nil {
 				return fmt.Errorf("hold vCPU %d: %w", v, err)
 			}
 		}
 		const most = 4096 // for what is worse than a few tools' pauses
-		for is = true; is; {
+		for is = !a.counted; is; {
 			if a.undone > most {
 				return fmt.Errorf("the domain is paused more than %d times", most)
 			}
