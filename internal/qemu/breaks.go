@@ -1,25 +1,36 @@
 package qemu
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+
+	"github.com/vmprobes/vmprobes/internal/x86"
 )
 
 // The methods here set and remove the stub's breakpoints while the VM is stopped;
 // v.mu is held. The stub counts a breakpoint that is set twice twice, so each is
 // set once.
 
+// planted is a breakpoint that the stub has set.
+type planted struct {
+	kind byte // '0' or '1', as in Z packets
+	insn x86.Insn
+}
+
+const int3 = 0xcc
+
 // plant has the stub set a breakpoint. KVM's are int3s in memory, which the stub
 // can plant only where the vCPU it happens to look through has the kernel mapped;
 // debug registers don't care.
-func (v *VM) plant(addr uint64) error {
+func (v *VM) plant(addr uint64, in *x86.Insn) error {
 	kind := byte('0')
 	var err error
 	if !v.info.KVM || !v.hardware {
 		err = v.callOK(breakPacket('Z', kind, addr))
 		if no := (*refused)(nil); !v.info.KVM || !errors.As(err, &no) {
 			if err == nil {
-				v.breaks[addr] = kind
+				v.breaks[addr] = planted{kind, *in}
 			}
 			return err
 		}
@@ -30,22 +41,42 @@ func (v *VM) plant(addr uint64) error {
 		return errors.Join(fmt.Errorf("the CPU's four debug registers are in use, by other probes or a watchpoint: remove one: %w", herr), err)
 	}
 	if herr == nil {
-		v.breaks[addr] = kind
+		v.breaks[addr] = planted{kind, *in}
 	}
 	return herr
 }
 
 // lift removes the breakpoint at addr, if there is one.
+//
+// Under KVM QEMU then puts back the byte that it found there. If the guest has changed the rest
+// of the instruction, the int3 is its own as well: text_poke_bp_batch
+// (arch/x86/kernel/alternative.c) begins with one, and vCPUs that come to it are sent on.
+// That byte over the rest of another instruction would be executed.
 func (v *VM) lift(addr uint64) error {
-	kind, ok := v.breaks[addr]
+	b, ok := v.breaks[addr]
 	if !ok {
 		return nil
 	}
-	if err := v.callOK(breakPacket('z', kind, addr)); err != nil {
+	theirs := v.shows(addr) && v.rewriting(addr, &b.insn)
+	if err := v.callOK(breakPacket('z', b.kind, addr)); err != nil {
 		return err
 	}
 	delete(v.breaks, addr)
+	if theirs {
+		return v.callOK(fmt.Sprintf("M%x,1:%02x", addr, int3))
+	}
 	return nil
+}
+
+// rewriting reports whether behind the int3 at addr isn't the rest of in. Nobody knows if it
+// can't be read.
+func (v *VM) rewriting(addr uint64, in *x86.Insn) bool {
+	var b [x86.MaxLen]byte
+	cur, thread := b[:in.Len], v.current
+	if thread == "" && len(v.threads) > 0 {
+		thread = v.threads[0]
+	}
+	return thread != "" && v.readVirt(thread, addr, cur) == nil && cur[0] == int3 && !bytes.Equal(cur[1:], in.Bytes()[1:])
 }
 
 // liftAll removes all breakpoints.
@@ -59,7 +90,7 @@ func (v *VM) liftAll() (errs error) {
 }
 
 // shows reports whether the breakpoint at addr is an int3 in the guest's memory.
-func (v *VM) shows(addr uint64) bool { return v.info.KVM && v.breaks[addr] == '0' }
+func (v *VM) shows(addr uint64) bool { return v.info.KVM && v.breaks[addr].kind == '0' }
 
 // breakPacket returns the packet that sets ('Z') or removes ('z') a breakpoint.
 func breakPacket(op, kind byte, addr uint64) string {

@@ -360,7 +360,7 @@ func (d *Driver) InsertBreak(addr uint64, in *x86.Insn) error {
 			return nil
 		}
 	}
-	if err := v.plant(addr); err != nil {
+	if err := v.plant(addr, in); err != nil {
 		return err
 	}
 	d.points[addr] = p

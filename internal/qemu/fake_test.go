@@ -40,6 +40,7 @@ type fakeStub struct {
 	trapped  bool                                    // an interrupt comes as a vCPU hits
 	onCont   func(f *fakeStub, packet string) string // the stop reply, "" for none
 	refuseZ0 bool
+	saved    byte   // under the breakpoint, with KVM
 	text     []byte // at fakeText
 	regs     [608]byte
 
@@ -245,6 +246,9 @@ func (f *fakeStub) handle(p string) {
 			f.send("E22")
 			return
 		}
+		if b := f.byteAt(p); f.kvm && f.breaks[p[1:]] == 0 && b != nil {
+			f.saved, *b = *b, int3 // kvm_arch_insert_sw_breakpoint
+		}
 		f.breaks[p[1:]]++
 		f.send("OK")
 	case p[0] == 'Z':
@@ -259,7 +263,19 @@ func (f *fakeStub) handle(p string) {
 			f.send("E22")
 			return
 		}
+		if b := f.byteAt(p); f.kvm && p[1] == '0' && b != nil {
+			if *b != int3 { // kvm_arch_remove_sw_breakpoint
+				f.send("E22")
+				return
+			}
+			*b = f.saved
+		}
 		delete(f.breaks, p[1:])
+		f.send("OK")
+	case p[0] == 'M':
+		var b byte
+		fmt.Sscanf(p[strings.IndexByte(p, ':')+1:], "%02x", &b)
+		*f.byteAt(p) = b
 		f.send("OK")
 	case p == "g":
 		f.send(hex.EncodeToString(f.regs[:]))
@@ -294,6 +310,20 @@ func (f *fakeStub) handle(p string) {
 	default:
 		f.send("")
 	}
+}
+
+// byteAt is the byte of text at the address that a packet begins with, or nil.
+func (f *fakeStub) byteAt(p string) *byte {
+	var addr uint64
+	_, after, ok := strings.Cut(p, ",")
+	if !ok || p[0] == 'M' {
+		after = p[1:]
+	}
+	fmt.Sscanf(after, "%x", &addr)
+	if addr -= fakeText; addr >= uint64(len(f.text)) {
+		return nil
+	}
+	return &f.text[addr]
 }
 
 func (f *fakeStub) hmp(cmd string) {
@@ -507,7 +537,7 @@ func armFake(t *testing.T, d *Driver) {
 	v := d.vm
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	require.NoError(t, d.held(func() error { return v.plant(fakeText) }))
+	require.NoError(t, d.held(func() error { return v.plant(fakeText, nop(t)) }))
 	d.points[fakeText] = &point{insn: *nop(t)}
 }
 
@@ -900,6 +930,40 @@ func TestDebugRegisters(t *testing.T) {
 	require.Error(t, d.InsertBreak(fakeText, &in), "twice")
 	require.NoError(t, d.Close())
 	assert.Zero(t, f.armed())
+}
+
+// TestRewriting: a breakpoint that the guest is about to overwrite begins with an int3 of the
+// guest's own, in KVM, which stays when ours is removed, however that is done.
+func TestRewriting(t *testing.T) {
+	rewritten := []byte{int3, 0xe9, 0x01, 0x02, 0x03, 0x90}
+	for _, test := range []struct {
+		name  string
+		text  []byte // that the guest has there by then
+		after []byte
+	}{
+		{"as it was", []byte{int3, 0x1f, 0x44, 0, 0, 0x90}, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x90}},
+		{"its tail is written", rewritten, rewritten},
+	} {
+		for _, how := range []string{"remove", "close"} {
+			t.Run(test.name+"/"+how, func(t *testing.T) {
+				f := newFake()
+				f.kvm = true
+				vm, d := attachFake(t, f)
+				armFake(t, d)
+				f.mu.Lock()
+				require.Equal(t, byte(int3), f.text[0])
+				copy(f.text, test.text)
+				f.mu.Unlock()
+				if how == "remove" {
+					require.NoError(t, d.RemoveBreak(fakeText))
+				}
+				require.NoError(t, d.Close())
+				require.NoError(t, vm.Close())
+				assert.Equal(t, test.after, f.text[:6])
+				assert.Zero(t, f.armed())
+			})
+		}
+	}
 }
 
 func TestToItself(t *testing.T) {

@@ -100,7 +100,7 @@ func (v *VM) run(packets ...string) error {
 // instruction there, while all other vCPUs stand still. Afterwards it is the current
 // thread.
 func (v *VM) step(thread string, addr uint64) error {
-	kind := v.breaks[addr]
+	kind := v.breaks[addr].kind
 	if v.info.KVM { // which would trap again at once; TCG doesn't while it steps
 		if err := v.callOK(breakPacket('z', kind, addr)); err != nil {
 			return err

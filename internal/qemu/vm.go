@@ -93,10 +93,10 @@ type VM struct {
 	trapOf    string    // its thread
 
 	// What the stub has been told (cpu.go, breaks.go, memory.go).
-	threads []string        // by number of vCPU
-	current string          // the thread that g, p, P and m are about; "" is unknown
-	physNow int             // PhyMemMode, -1 is unknown
-	breaks  map[uint64]byte // kind of the breakpoint at an address: '0' or '1', as in Z packets
+	threads []string           // by number of vCPU
+	current string             // the thread that g, p, P and m are about; "" is unknown
+	physNow int                // PhyMemMode, -1 is unknown
+	breaks  map[uint64]planted // by address
 
 	// What is known of the guest until it runs again.
 	regs   regFile // of the vCPU that stopped
