@@ -56,7 +56,7 @@ func dial(ctx context.Context, name string, given *Options) (_ *VM, err error) {
 	}
 	v := &VM{
 		target: t, timeout: opts.Timeout, log: opts.Logger, hardware: opts.DebugRegisters, physNow: -1,
-		breaks: make(map[uint64]planted), pages: make(map[paging.Frame][]byte),
+		breaks: make(map[uint64]planted), stuck: make(map[uint64]bool), pages: make(map[paging.Frame][]byte),
 	}
 	v.info.Socket = t.Address
 	v.changed.L = &v.mu

@@ -386,11 +386,11 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 			p.removed = true // until that has come back
 			return nil
 		}
-		if err := v.lift(addr); err != nil {
-			return err
+		err := d.lift(addr)
+		if err == nil || errors.Is(err, breakpoint.ErrTextChanged) {
+			delete(d.points, addr)
 		}
-		delete(d.points, addr)
-		return nil
+		return err
 	})
 }
 

@@ -932,17 +932,21 @@ func TestDebugRegisters(t *testing.T) {
 	assert.Zero(t, f.armed())
 }
 
-// TestRewriting: a breakpoint that the guest is about to overwrite begins with an int3 of the
-// guest's own, in KVM, which stays when ours is removed, however that is done.
+// TestRewriting: with KVM, a breakpoint that the guest is about to overwrite begins with an int3
+// of the guest's own, which stays when ours is removed, however that is done. One that it has
+// overwritten is out.
 func TestRewriting(t *testing.T) {
-	rewritten := []byte{int3, 0xe9, 0x01, 0x02, 0x03, 0x90}
+	rewritten := []byte{int3, 0x01, 0x02, 0x03, 0x04, 0x90}
+	other := []byte{0xe9, 0x01, 0x02, 0x03, 0x04, 0x90}
 	for _, test := range []struct {
 		name  string
 		text  []byte // that the guest has there by then
 		after []byte
+		err   error // of RemoveBreak
 	}{
-		{"as it was", []byte{int3, 0x1f, 0x44, 0, 0, 0x90}, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x90}},
-		{"its tail is written", rewritten, rewritten},
+		{"as it was", []byte{int3, 0x1f, 0x44, 0, 0, 0x90}, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x90}, nil},
+		{"its tail is written", rewritten, rewritten, nil},
+		{"all of it", other, other, breakpoint.ErrTextChanged},
 	} {
 		for _, how := range []string{"remove", "close"} {
 			t.Run(test.name+"/"+how, func(t *testing.T) {
@@ -955,15 +959,55 @@ func TestRewriting(t *testing.T) {
 				copy(f.text, test.text)
 				f.mu.Unlock()
 				if how == "remove" {
+					require.ErrorIs(t, d.RemoveBreak(fakeText), test.err)
 					require.NoError(t, d.RemoveBreak(fakeText))
 				}
 				require.NoError(t, d.Close())
 				require.NoError(t, vm.Close())
 				assert.Equal(t, test.after, f.text[:6])
-				assert.Zero(t, f.armed())
+				if test.err == nil {
+					assert.Zero(t, f.armed())
+				}
 			})
 		}
 	}
+}
+
+// TestStuck: QEMU doesn't remove a breakpoint that the guest has overwritten, and takes an int3
+// that the guest has there afterwards for it. The guest gets that all the same.
+func TestStuck(t *testing.T) {
+	f := newFake()
+	f.kvm = true
+	_, d := attachFake(t, f)
+	armFake(t, d)
+	f.mu.Lock()
+	f.text[0] = 0xe9
+	f.mu.Unlock()
+	require.ErrorIs(t, d.RemoveBreak(fakeText), breakpoint.ErrTextChanged)
+	require.NotZero(t, f.armed())
+	v := d.vm
+	v.mu.Lock()
+	require.ErrorIs(t, v.plant(fakeText, nop(t)), breakpoint.ErrTextChanged)
+	v.mu.Unlock()
+	f.mu.Lock()
+	f.text[0] = int3
+	f.mu.Unlock()
+	for !f.state() {
+		time.Sleep(time.Millisecond)
+	}
+	f.stop("T05thread:p01.01;")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for f.armed() != 0 && ctx.Err() == nil {
+		short, end := context.WithTimeout(ctx, 5*time.Millisecond)
+		require.ErrorIs(t, d.Wait(short, new(breakpoint.Stop)), context.DeadlineExceeded)
+		end()
+	}
+	assert.Zero(t, f.armed())
+	f.mu.Lock()
+	assert.Equal(t, byte(int3), f.text[0])
+	f.mu.Unlock()
+	require.NoError(t, d.Close())
 }
 
 func TestToItself(t *testing.T) {

@@ -23,8 +23,8 @@ func (d *Driver) take() error {
 	if !ok {
 		return nil
 	}
-	if len(d.points) == 0 {
-		return v.settle() // the breakpoint was removed meanwhile
+	if len(d.points) == 0 { // the breakpoint was removed meanwhile
+		return errors.Join(v.unstick(), v.settle())
 	}
 	if err := v.readRegs(thread); err != nil {
 		return err
@@ -33,7 +33,7 @@ func (d *Driver) take() error {
 	p := d.points[ip]
 	if p == nil || p.changed {
 		v.log.Debug("stop where no breakpoint is", "thread", thread, "rip", ip)
-		return v.settle()
+		return errors.Join(v.unstick(), v.settle())
 	}
 	n, err := v.vcpu(thread)
 	if err != nil {
@@ -149,12 +149,27 @@ func (d *Driver) rebooted(why string) error {
 	return nil
 }
 
+// lift removes a breakpoint. ErrTextChanged says that it isn't in the guest any more.
+func (d *Driver) lift(addr uint64) error {
+	v := d.vm
+	err := v.lift(addr)
+	if no := (*refused)(nil); !errors.As(err, &no) || !v.shows(addr) || !v.whole || d.kernel.Load() == 0 {
+		return err
+	}
+	// Not even a vCPU in user mode, which may lack the kernel, hides this.
+	var b [1]byte
+	if _, rerr := d.mem.Load().Read(paging.Root(d.kernel.Load()), paging.VAddr(addr), b[:]); errors.Is(rerr, paging.ErrNotMapped) {
+		return v.giveUp(addr)
+	}
+	return err
+}
+
 // takeOut removes a breakpoint of a guest that has something else there.
 func (d *Driver) takeOut(addr uint64, p *point) error {
 	if p.changed {
 		return nil
 	}
-	if err := d.vm.lift(addr); err != nil {
+	if err := d.lift(addr); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
 		return err
 	}
 	p.changed = true

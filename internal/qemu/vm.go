@@ -97,6 +97,7 @@ type VM struct {
 	current string             // the thread that g, p, P and m are about; "" is unknown
 	physNow int                // PhyMemMode, -1 is unknown
 	breaks  map[uint64]planted // by address
+	stuck   map[uint64]bool    // likewise: that QEMU has, and the guest has overwritten
 
 	// What is known of the guest until it runs again.
 	regs   regFile // of the vCPU that stopped
