@@ -41,6 +41,8 @@ type Mark struct {
 	End      uint64 // then: its stack pointer at the slot's end
 	Counting bool   // the slot's counter is being made Count, and may be so or not
 	Count    int32
+	Kept     bool // by who took over: the last answer to the vCPU is another one
+	Sure     bool // then: the vCPU comes to the slot's end once more
 }
 
 // count makes the slot's counter n, and m say what to says: what that means for a vCPU. The
@@ -48,7 +50,7 @@ type Mark struct {
 // to be.
 func (m *Mark) count(sl *slot, to Mark, n int32) {
 	atomic.StoreUint64(&m.Slot, 0)
-	m.SP, m.Back, m.End, m.Count, m.Counting = to.SP, to.Back, to.End, n, true
+	m.SP, m.Back, m.End, m.Kept, m.Count, m.Counting = to.SP, to.Back, to.End, false, n, true
 	atomic.StoreUint64(&m.Slot, sl.addr) // last: whoever finds it finds the rest
 	sl.busy.Store(n)
 	m.Counting = false
@@ -261,17 +263,21 @@ func (a *adoption) adoptSlot(l *LeftSlot) error {
 func (a *adoption) adoptMark(v int, m *Mark) error {
 	e := a.e
 	answered, known := a.drv.Answered(v)
-	if answered && known {
+	if answered && known && !m.Kept {
 		m.Slot = 0 // what becomes of the vCPU next is another matter
 		return nil
 	}
+	if m.Kept {
+		known = m.Sure
+	}
+	m.Sure, m.Kept = known, true
 	if m.Back {
 		i := slices.IndexFunc(e.adopted, func(sl *slot) bool { return sl.addr == m.Slot })
 		if i < 0 {
 			m.Slot = 0 // nothing of the slot is there
 			return nil
 		}
-		e.back = append(e.back, came{v, e.adopted[i], m, known})
+		e.back = append(e.back, came{e.adopted[i], m})
 		return nil
 	}
 	for _, f := range e.active {
@@ -308,24 +314,28 @@ func (a *adoption) rearm(s *site) error {
 
 // came is a vCPU whose return from a slot was counted by the process that died.
 type came struct {
-	vcpu int
 	slot *slot
 	mark *Mark
-	sure bool // that it comes to its end once more
+}
+
+// expected reports whether a vCPU may come to the end of a slot in which it isn't counted.
+func (e *Engine) expected(sl *slot) bool {
+	return slices.ContainsFunc(e.back, func(c came) bool { return c.slot == sl })
 }
 
 // counted reports whether the return with s from sl was counted before. If so that is
-// this process' to say from now on, as it is its answer that may not be given.
+// this process' to say from now on, as it is its answer that may not be given. The task may
+// have moved to another vCPU; its stack is its own.
 func (e *Engine) counted(sl *slot, s *Stop) bool {
 	i := slices.IndexFunc(e.back, func(c came) bool {
-		return c.vcpu == s.VCPU && c.slot == sl && c.mark.End == s.Regs.SP
+		return c.slot == sl && c.mark.End == s.Regs.SP
 	})
 	if i < 0 {
 		return false
 	}
 	if own := e.own[s.VCPU]; own != nil {
 		m := e.back[i].mark
-		own.SP, own.Back, own.End, own.Counting = m.SP, true, m.End, false
+		own.SP, own.Back, own.End, own.Kept, own.Counting = m.SP, true, m.End, false, false
 		atomic.StoreUint64(&own.Slot, sl.addr)
 		m.Slot = 0
 	}
@@ -337,14 +347,14 @@ func (e *Engine) counted(sl *slot, s *Stop) bool {
 // is at the breakpoint, isn't there any more, or does not come back from it once more.
 func (e *Engine) here(s *Stop) {
 	e.back = slices.DeleteFunc(e.back, func(c came) bool {
-		if c.vcpu != s.VCPU || c.slot.site.addr != s.Regs.IP || c.mark.SP != s.Regs.SP && (c.mark.SP != 0 || !near(c.mark.End, s.Regs.SP)) {
+		if c.slot.site.addr != s.Regs.IP || c.mark.SP != s.Regs.SP && (c.mark.SP != 0 || !near(c.mark.End, s.Regs.SP)) {
 			return false
 		}
 		c.mark.Slot = 0
 		return true
 	})
 	for _, f := range e.active {
-		if f.mark != nil && f.vcpu == s.VCPU && f.site.addr == s.Regs.IP && f.before.SP == s.Regs.SP {
+		if f.mark != nil && f.site.addr == s.Regs.IP && f.before.SP == s.Regs.SP {
 			e.away(f)
 			return
 		}
@@ -373,7 +383,8 @@ func (e *Engine) inside() error {
 	}
 	for _, sl := range e.adopted {
 		for _, ip := range ips {
-			if ip >= sl.addr && ip <= sl.end && e.slotEnd[sl.end] == sl {
+			// Xen has a PV guest's vCPU behind the int3 at the end.
+			if ip >= sl.addr && ip <= sl.end+1 && e.slotEnd[sl.end] == sl {
 				return fmt.Errorf("%w at %#x", errInside, sl.addr)
 			}
 		}
@@ -384,8 +395,11 @@ func (e *Engine) inside() error {
 // settleAdopted makes dead code of the slots that were taken over and that nobody is in.
 // The guest is frozen, and all that had stopped is answered.
 func (e *Engine) settleAdopted() {
+	if e.owing.Load() {
+		return
+	}
 	e.adopted = slices.DeleteFunc(e.adopted, func(sl *slot) bool {
-		if sl.busy.Load() > 0 {
+		if sl.busy.Load() > 0 || e.expected(sl) {
 			return false
 		}
 		if sl.site.slot == sl {
@@ -405,10 +419,9 @@ func (e *Engine) settleAdopted() {
 func (e *Engine) meet() {
 	waits := func() time.Duration {
 		switch {
-		case slices.ContainsFunc(e.back, func(c came) bool { return c.sure }):
+		case len(e.back) > 0:
 			return closeWait
-		case len(e.back) > 0,
-			slices.ContainsFunc(e.active, func(f *inflight) bool { return f.lost && f.slot != nil && f.vcpu >= 0 }):
+		case slices.ContainsFunc(e.active, func(f *inflight) bool { return f.mark != nil }):
 			return failWait
 		}
 		return 0

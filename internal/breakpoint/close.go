@@ -227,7 +227,7 @@ func (e *Engine) pollAll() error {
 // from leaving the guest: those vCPUs may come back later. It returns what was left in
 // the guest, now or before.
 func (e *Engine) endSlots() error {
-	if len(e.active) == 0 || e.owing.Load() || len(e.sites) > 0 {
+	if len(e.active)+len(e.back) == 0 || e.owing.Load() || len(e.sites) > 0 {
 		return e.ended
 	}
 	if err := e.retry(e.drv.Freeze); err != nil {
@@ -235,7 +235,7 @@ func (e *Engine) endSlots() error {
 	}
 	var errs error
 	for _, sl := range e.slotEnd {
-		if sl.busy.Load() > 0 {
+		if sl.busy.Load() > 0 || e.expected(sl) {
 			errs = errors.Join(errs, e.endWithJump(sl))
 		}
 	}

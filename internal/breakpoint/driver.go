@@ -63,6 +63,9 @@ type Stop struct {
 	// Addr is, of a Stepped stop, the address that StepOver was given, if the driver
 	// can have several under way; else 0.
 	Addr uint64
+	// Seq tells the stops of a vCPU apart, for a driver whose answers may fail and be given
+	// all the same: the vCPU may have stopped anew before it is tried again.
+	Seq  uint64
 	Regs x86.Regs
 }
 

@@ -136,6 +136,9 @@ func (e *Engine) settle(m mode) (v Verdict, errs error) {
 		e.retried = nil
 		e.owed = append(e.owed, owed[next:]...)
 		e.owing.Store(len(e.owed) > 0)
+		if len(e.owed) == 0 {
+			e.freeSlots()
+		}
 	}()
 	for next < len(owed) {
 		d := &owed[next]

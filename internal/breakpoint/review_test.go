@@ -1,6 +1,7 @@
 package breakpoint_test
 
 import (
+	"bytes"
 	"context"
 	"testing"
 	"time"
@@ -377,5 +378,33 @@ func TestPanicWinding(t *testing.T) {
 		require.NotZero(t, e.Stats().OutOfLine)
 		require.NoError(t, served(t, e, func() { quiesce(t, m) }))
 		assert.Equal(t, m.Executed(p.Addr)-base, p.Hits()+p.Missed())
+	})
+}
+
+// TestSlotOwed: a slot whose probe has gone isn't made dead code while a vCPU at its end can't
+// be answered. If this process died the vCPU would come there once more.
+func TestSlotOwed(t *testing.T) {
+	one(t, func(t *testing.T, cfg xentest.Config) {
+		m, d, e := engine(t, cfg, breakpoint.Config{MayFault: xentest.NoFaults, Method: breakpoint.OutOfLine})
+		p := &breakpoint.Probe{Addr: outOfLine(t, m), Post: func(*breakpoint.Context) breakpoint.Verdict {
+			d.resume = func() error { return errInjected }
+			return breakpoint.Continue
+		}}
+		require.NoError(t, e.Register(p))
+		slot := e.Sites()[0].Slot
+		require.NotZero(t, slot)
+		before := m.Peek(slot, 8)
+		m.Release()
+		_, err := e.Serve(t.Context(), true)
+		require.ErrorIs(t, err, errInjected)
+		require.NoError(t, e.Unregister(p))
+		assert.Equal(t, before, m.Peek(slot, 8))
+		d.resume = nil
+		require.NoError(t, served(t, e, func() {
+			for i := 0; i < 2000 && m.Peek(slot, 1)[0] != 0xcc; i++ {
+				time.Sleep(time.Millisecond)
+			}
+		}))
+		assert.Equal(t, bytes.Repeat([]byte{0xcc}, 8), m.Peek(slot, 8))
 	})
 }

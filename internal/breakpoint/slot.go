@@ -121,16 +121,27 @@ func inReach(a, b uint64) bool {
 	return d > -limit && d < limit
 }
 
-// freeSlot gives back the slot of s, at once or when the last vCPU leaves it. One that was
-// taken over is given back when the engine leaves the guest.
+// freeSlot gives back the slot of s, at once or when the last vCPU leaves it. It waits while
+// answers are owed: one may be to a vCPU at the slot's end, and if this process dies the vCPU
+// comes there once more. A slot that was taken over is given back when the engine leaves the
+// guest.
 func (e *Engine) freeSlot(s *site) {
 	sl := s.slot
-	if sl == nil || sl.busy.Load() > 0 || slices.Contains(e.adopted, sl) {
+	if sl == nil || sl.busy.Load() > 0 || e.owing.Load() || slices.Contains(e.adopted, sl) {
 		return
 	}
 	s.slot = nil
 	delete(e.slotEnd, sl.end)
 	e.clean(sl)
+}
+
+// freeSlots gives back the slots that could not be while answers were owed.
+func (e *Engine) freeSlots() {
+	for _, sl := range e.slotEnd {
+		if s := sl.site; !s.armed && s.slot == sl {
+			e.freeSlot(s)
+		}
+	}
 }
 
 // clean makes a slot dead code again. If that fails Close tries it again.
@@ -191,6 +202,7 @@ func (e *Engine) endWithJump(sl *slot) error {
 	}
 	delete(e.slotEnd, sl.end)
 	e.active = slices.DeleteFunc(e.active, func(f *inflight) bool { return f.slot == sl })
+	e.back = slices.DeleteFunc(e.back, func(c came) bool { return c.slot == sl })
 	e.ended = errors.Join(e.ended, fmt.Errorf("a vCPU is still executing the copy of %#x in dead code at %#x; the %d bytes there were left, as harmless code",
 		sl.site.addr, sl.addr, slotSize))
 	return nil

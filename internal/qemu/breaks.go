@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
+	"github.com/vmprobes/vmprobes/paging"
 )
 
 // The methods here set and remove the stub's breakpoints while the VM is stopped;
@@ -15,8 +16,10 @@ import (
 
 // planted is a breakpoint that the stub has set.
 type planted struct {
-	kind byte // '0' or '1', as in Z packets
-	insn x86.Insn
+	kind   byte // '0' or '1', as in Z packets
+	insn   x86.Insn
+	lifted bool // the stub has removed it, and an int3 is to be put back
+	theirs bool
 }
 
 const int3 = 0xcc
@@ -25,7 +28,7 @@ const int3 = 0xcc
 // can plant only where the vCPU it happens to look through has the kernel mapped;
 // debug registers don't care.
 func (v *VM) plant(addr uint64, in *x86.Insn) error {
-	if v.stuck[addr] {
+	if _, ok := v.stuck[addr]; ok {
 		return fmt.Errorf("%#x: %w: QEMU keeps a breakpoint there that the guest had overwritten: close the VM and open it again", addr, breakpoint.ErrTextChanged)
 	}
 	kind := byte('0')
@@ -34,7 +37,7 @@ func (v *VM) plant(addr uint64, in *x86.Insn) error {
 		err = v.callOK(breakPacket('Z', kind, addr))
 		if no := (*refused)(nil); !v.info.KVM || !errors.As(err, &no) {
 			if err == nil {
-				v.breaks[addr] = planted{kind, *in}
+				v.breaks[addr] = planted{kind: kind, insn: *in}
 			}
 			return err
 		}
@@ -45,94 +48,114 @@ func (v *VM) plant(addr uint64, in *x86.Insn) error {
 		return errors.Join(fmt.Errorf("the CPU's four debug registers are in use, by other probes or a watchpoint: remove one: %w", herr), err)
 	}
 	if herr == nil {
-		v.breaks[addr] = planted{kind, *in}
+		v.breaks[addr] = planted{kind: kind, insn: *in}
 	}
 	return herr
 }
 
-// lift removes the breakpoint at addr, if there is one.
+// lift removes the breakpoint at addr, if there is one. look reads the guest's code.
 //
 // Under KVM QEMU then puts back the byte that it found there. If the guest has changed the rest
 // of the instruction, the int3 is its own as well: text_poke_bp_batch
 // (arch/x86/kernel/alternative.c) begins with one, and vCPUs that come to it are sent on.
 // That byte over the rest of another instruction would be executed.
-func (v *VM) lift(addr uint64) error {
+//
+// ErrTextChanged says that the int3 isn't in the guest any more. QEMU before 6.0 doesn't
+// remove the breakpoint then, and no QEMU does where nothing is mapped.
+func (v *VM) lift(addr uint64, look func(addr uint64, b []byte) error) error {
 	b, ok := v.breaks[addr]
 	if !ok {
 		return nil
 	}
-	theirs := v.shows(addr) && v.rewriting(addr, &b.insn)
-	err := v.callOK(breakPacket('z', b.kind, addr))
-	switch no := (*refused)(nil); {
-	case errors.As(err, &no) && v.shows(addr) && v.overwrote(addr):
-		return v.giveUp(addr)
-	case err != nil:
-		return err
-	}
-	delete(v.breaks, addr)
-	if theirs {
-		return v.putInt3(addr)
-	}
-	return nil
-}
-
-// giveUp leaves the breakpoint at addr to QEMU: the guest has overwritten its int3, and QEMU
-// removes only what it finds.
-func (v *VM) giveUp(addr uint64) error {
-	delete(v.breaks, addr)
-	v.stuck[addr] = true
-	return fmt.Errorf("%w: the guest has overwritten the breakpoint", breakpoint.ErrTextChanged)
-}
-
-// unstick is called when a vCPU has stopped where no breakpoint is. Where one was given up
-// QEMU takes an int3 of the guest's own for it, and removes it by now, so that it can be put
-// back as the guest's.
-func (v *VM) unstick() error {
-	for addr := range v.stuck {
-		err := v.callOK(breakPacket('z', '0', addr))
-		if no := (*refused)(nil); errors.As(err, &no) {
-			continue
+	var gone error
+	if !b.lifted {
+		var theirs bool
+		if v.shows(addr) {
+			var buf [x86.MaxLen]byte
+			cur, orig := buf[:b.insn.Len], b.insn.Bytes()
+			err := look(addr, cur)
+			if errors.Is(err, paging.ErrNotMapped) || err == nil && cur[0] != int3 {
+				gone = fmt.Errorf("%w: the guest has overwritten the breakpoint", breakpoint.ErrTextChanged)
+			}
+			theirs = err == nil && cur[0] == int3 && !bytes.Equal(cur[1:], orig[1:])
+		}
+		err := v.callOK(breakPacket('z', b.kind, addr))
+		if no := (*refused)(nil); errors.As(err, &no) && gone != nil {
+			v.stuck[addr], err = false, nil
 		}
 		if err != nil {
 			return err
 		}
-		delete(v.stuck, addr)
+		b.lifted, b.theirs = true, theirs
+		v.breaks[addr] = b
+	}
+	if b.theirs {
 		if err := v.putInt3(addr); err != nil {
 			return err
 		}
 	}
+	delete(v.breaks, addr)
+	return gone
+}
+
+// unstick has QEMU forget breakpoints of which the guest had overwritten the int3, and has an
+// int3 of its own there now, which QEMU takes for the breakpoint's.
+func (v *VM) unstick() error {
+	for addr, lifted := range v.stuck {
+		if !lifted {
+			var b [1]byte
+			if v.peek(addr, b[:]) != nil || b[0] != int3 {
+				continue // without an int3 there nothing comes of it
+			}
+			err := v.callOK(breakPacket('z', '0', addr))
+			if no := (*refused)(nil); errors.As(err, &no) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			v.stuck[addr] = true
+		}
+		if err := v.putInt3(addr); err != nil {
+			return err
+		}
+		delete(v.stuck, addr)
+	}
 	return nil
 }
 
-func (v *VM) putInt3(addr uint64) error { return v.callOK(fmt.Sprintf("M%x,1:%02x", addr, int3)) }
-
-// rewriting reports whether behind the int3 at addr isn't the rest of in. Nobody knows if it
-// can't be read.
-func (v *VM) rewriting(addr uint64, in *x86.Insn) bool {
-	var b [x86.MaxLen]byte
-	cur := b[:in.Len]
-	return v.peek(addr, cur) && cur[0] == int3 && !bytes.Equal(cur[1:], in.Bytes()[1:])
+// putInt3 puts back an int3 of the guest's.
+func (v *VM) putInt3(addr uint64) error {
+	return v.anyThread(func(string) error { return v.callOK(fmt.Sprintf("M%x,1:%02x", addr, int3)) })
 }
 
-// overwrote reports whether something else than an int3 is at addr.
-func (v *VM) overwrote(addr uint64) bool {
-	var b [1]byte
-	return v.peek(addr, b[:]) && b[0] != int3
+// peek reads what some vCPU has at addr.
+func (v *VM) peek(addr uint64, b []byte) error {
+	return v.anyThread(func(thread string) error { return v.readVirt(thread, addr, b) })
 }
 
-// peek reads what some vCPU sees at addr, and reports whether it could.
-func (v *VM) peek(addr uint64, b []byte) bool {
-	thread := v.current
-	if thread == "" && len(v.threads) > 0 {
-		thread = v.threads[0]
+// anyThread calls f with virtual addresses being those of one thread after the other, until it
+// succeeds: one in user mode may lack the kernel.
+func (v *VM) anyThread(f func(thread string) error) error {
+	err := v.physical(0)
+	if err != nil {
+		return err
 	}
-	return thread != "" && v.readVirt(thread, addr, b) == nil
+	err = errors.New("no vCPU is known")
+	for _, t := range v.threads {
+		if err = v.choose(t); err == nil {
+			if err = f(t); err == nil {
+				return nil
+			}
+		}
+	}
+	return err
 }
 
 // liftAll removes all breakpoints.
-func (v *VM) liftAll() (errs error) {
+func (v *VM) liftAll(look func(addr uint64, b []byte) error) (errs error) {
 	for addr := range v.breaks {
-		if err := v.lift(addr); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
+		if err := v.lift(addr, look); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
 			errs = errors.Join(errs, fmt.Errorf("remove breakpoint at %#x: %w", addr, err))
 		}
 	}

@@ -386,7 +386,7 @@ func (d *Driver) RemoveBreak(addr uint64) error {
 			p.removed = true // until that has come back
 			return nil
 		}
-		err := d.lift(addr)
+		err := v.lift(addr, d.look)
 		if err == nil || errors.Is(err, breakpoint.ErrTextChanged) {
 			delete(d.points, addr)
 		}
@@ -446,7 +446,7 @@ func (d *Driver) detach() error {
 
 // clear removes all breakpoints of the stopped VM.
 func (d *Driver) clear() error {
-	err := d.vm.liftAll()
+	err := d.vm.liftAll(d.look)
 	for addr := range d.points {
 		if _, still := d.vm.breaks[addr]; !still {
 			delete(d.points, addr)

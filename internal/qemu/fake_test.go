@@ -40,7 +40,10 @@ type fakeStub struct {
 	trapped  bool                                    // an interrupt comes as a vCPU hits
 	onCont   func(f *fakeStub, packet string) string // the stop reply, "" for none
 	refuseZ0 bool
+	before6  bool   // QEMU before 6.0 doesn't remove a breakpoint that the guest has overwritten
 	saved    byte   // under the breakpoint, with KVM
+	physical bool   // addresses are
+	failM    int    // so many writes fail
 	text     []byte // at fakeText
 	regs     [608]byte
 
@@ -264,15 +267,22 @@ func (f *fakeStub) handle(p string) {
 			return
 		}
 		if b := f.byteAt(p); f.kvm && p[1] == '0' && b != nil {
-			if *b != int3 { // kvm_arch_remove_sw_breakpoint
+			switch { // kvm_arch_remove_sw_breakpoint
+			case *b == int3:
+				*b = f.saved
+			case f.before6:
 				f.send("E22")
 				return
 			}
-			*b = f.saved
 		}
 		delete(f.breaks, p[1:])
 		f.send("OK")
 	case p[0] == 'M':
+		if f.physical || f.failM > 0 {
+			f.failM--
+			f.send("E14")
+			return
+		}
 		var b byte
 		fmt.Sscanf(p[strings.IndexByte(p, ':')+1:], "%02x", &b)
 		*f.byteAt(p) = b
@@ -305,6 +315,9 @@ func (f *fakeStub) handle(p string) {
 		}
 		f.send("OK")
 		f.running = true
+	case strings.HasPrefix(p, "Qqemu.PhyMemMode:"):
+		f.physical = p[len(p)-1] == '1'
+		f.send("OK")
 	case p[0] == 'P', p[0] == 'H', strings.HasPrefix(p, "Qqemu."):
 		f.send("OK")
 	default:
@@ -942,22 +955,38 @@ func TestRewriting(t *testing.T) {
 		name  string
 		text  []byte // that the guest has there by then
 		after []byte
+		qemu5 bool
+		failM int
 		err   error // of RemoveBreak
 	}{
-		{"as it was", []byte{int3, 0x1f, 0x44, 0, 0, 0x90}, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x90}, nil},
-		{"its tail is written", rewritten, rewritten, nil},
-		{"all of it", other, other, breakpoint.ErrTextChanged},
+		{"as it was", []byte{int3, 0x1f, 0x44, 0, 0, 0x90}, []byte{0x0f, 0x1f, 0x44, 0, 0, 0x90}, false, 0, nil},
+		{"its tail is written", rewritten, rewritten, false, 0, nil},
+		{"its tail is written, and that fails", rewritten, rewritten, false, 1, nil},
+		{"all of it", other, other, false, 0, breakpoint.ErrTextChanged},
+		{"all of it, QEMU 5", other, other, true, 0, breakpoint.ErrTextChanged},
 	} {
 		for _, how := range []string{"remove", "close"} {
 			t.Run(test.name+"/"+how, func(t *testing.T) {
 				f := newFake()
-				f.kvm = true
+				f.kvm, f.before6 = true, test.qemu5
 				vm, d := attachFake(t, f)
+				d.SetKernelRoot(0) // the fake has no page tables
 				armFake(t, d)
 				f.mu.Lock()
 				require.Equal(t, byte(int3), f.text[0])
 				copy(f.text, test.text)
+				f.failM = test.failM
 				f.mu.Unlock()
+				d.vm.mu.Lock()
+				require.NoError(t, d.held(func() error { return d.vm.physical(1) })) // as after a read
+				d.vm.mu.Unlock()
+				if test.failM > 0 {
+					if how == "remove" {
+						require.Error(t, d.RemoveBreak(fakeText))
+					} else {
+						require.Error(t, d.Close())
+					}
+				}
 				if how == "remove" {
 					require.ErrorIs(t, d.RemoveBreak(fakeText), test.err)
 					require.NoError(t, d.RemoveBreak(fakeText))
@@ -965,7 +994,7 @@ func TestRewriting(t *testing.T) {
 				require.NoError(t, d.Close())
 				require.NoError(t, vm.Close())
 				assert.Equal(t, test.after, f.text[:6])
-				if test.err == nil {
+				if !test.qemu5 {
 					assert.Zero(t, f.armed())
 				}
 			})
@@ -973,12 +1002,13 @@ func TestRewriting(t *testing.T) {
 	}
 }
 
-// TestStuck: QEMU doesn't remove a breakpoint that the guest has overwritten, and takes an int3
+// TestStuck: QEMU 5 doesn't remove a breakpoint that the guest has overwritten, and takes an int3
 // that the guest has there afterwards for it. The guest gets that all the same.
 func TestStuck(t *testing.T) {
 	f := newFake()
-	f.kvm = true
+	f.kvm, f.before6 = true, true
 	_, d := attachFake(t, f)
+	d.SetKernelRoot(0)
 	armFake(t, d)
 	f.mu.Lock()
 	f.text[0] = 0xe9

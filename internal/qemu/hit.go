@@ -50,7 +50,7 @@ func (d *Driver) take() error {
 		d.setMode(mode)
 	}
 	if err := d.check(ip, p); err != nil {
-		return err
+		return errors.Join(err, v.settle()) // it comes to the breakpoint again
 	}
 	if p.changed {
 		return v.settle()
@@ -149,18 +149,13 @@ func (d *Driver) rebooted(why string) error {
 	return nil
 }
 
-// lift removes a breakpoint. ErrTextChanged says that it isn't in the guest any more.
-func (d *Driver) lift(addr uint64) error {
-	v := d.vm
-	err := v.lift(addr)
-	if no := (*refused)(nil); !errors.As(err, &no) || !v.shows(addr) || !v.whole || d.kernel.Load() == 0 {
-		return err
+// look reads the kernel's code, whatever the vCPUs are doing.
+func (d *Driver) look(addr uint64, b []byte) error {
+	root := d.kernel.Load()
+	if root == 0 {
+		return d.vm.peek(addr, b)
 	}
-	// Not even a vCPU in user mode, which may lack the kernel, hides this.
-	var b [1]byte
-	if _, rerr := d.mem.Load().Read(paging.Root(d.kernel.Load()), paging.VAddr(addr), b[:]); errors.Is(rerr, paging.ErrNotMapped) {
-		return v.giveUp(addr)
-	}
+	_, err := d.here.Load().Read(paging.Root(root), paging.VAddr(addr), b)
 	return err
 }
 
@@ -169,7 +164,7 @@ func (d *Driver) takeOut(addr uint64, p *point) error {
 	if p.changed {
 		return nil
 	}
-	if err := d.lift(addr); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
+	if err := d.vm.lift(addr, d.look); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
 		return err
 	}
 	p.changed = true

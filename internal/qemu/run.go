@@ -157,7 +157,7 @@ func (v *VM) stopped(data []byte) error {
 		}
 		v.current = thread
 		if !v.served {
-			return v.settle()
+			return errors.Join(v.unstick(), v.settle())
 		}
 		v.trap, v.trapOf = newTrap, thread
 		return nil

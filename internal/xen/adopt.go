@@ -167,12 +167,12 @@ func (a *takeover) contexts() error {
 // commit makes the account that of a driver that has attached just now: all pauses but
 // one have been undone, and that one is owed.
 func (a *takeover) commit() error {
+	debugged := a.attached && a.unknown+a.paid > 0 // perhaps: the guest by itself
 	if a.tries > 1 {
 		a.unknown = 0 // one of those who tried before may have made it
 	}
-	paid := a.paid
 	a.owed, a.frozen, a.undone, a.latched, a.asked, a.maybe, a.paid, a.tries, a.counted = 1, 0, 0, 0, 0, 0, 0, 0, false
-	if a.unknown+paid > 0 && a.attached {
+	if debugged {
 		n, err := a.giveDebugExceptions()
 		if err != nil {
 			return err

@@ -95,7 +95,7 @@ func (d *Debugger) takeDebugException() error {
 	}
 	n, err := d.giveDebugExceptions()
 	if err != nil {
-		return err
+		return errors.Join(err, d.payFor(n))
 	}
 	if d.debug.quiet = n == 0; d.debug.quiet {
 		d.debug.next = time.Now().Add(again)
@@ -106,7 +106,7 @@ func (d *Debugger) takeDebugException() error {
 }
 
 // giveDebugExceptions gives the guest the debug exceptions of its own, and returns
-// how many: each has paused the domain once.
+// how many: each has paused the domain once, which the caller pays for.
 func (d *Debugger) giveDebugExceptions() (n int, err error) {
 	for v := range d.nvcpu {
 		c := &d.want
@@ -131,7 +131,7 @@ func (d *Debugger) giveDebugExceptions() (n int, err error) {
 			continue
 		}
 		if err != nil {
-			return n, errors.Join(fmt.Errorf("vCPU %d: give back a debug exception: %w", v, err), d.payFor(n))
+			return n, fmt.Errorf("vCPU %d: give back a debug exception: %w", v, err)
 		}
 		s.saved, s.entering, s.dirty = false, false, false
 		s.dr6 = 0 // the guest clears it
@@ -157,8 +157,5 @@ func (d *Debugger) lastDebugExceptions() error {
 		return nil
 	}
 	n, err := d.giveDebugExceptions()
-	if err != nil {
-		return err
-	}
-	return d.payFor(n)
+	return errors.Join(err, d.payFor(n))
 }

@@ -364,6 +364,7 @@ func (d *Debugger) takeStop(n int) {
 	}
 	if v < d.nvcpu {
 		d.owed, d.latched = d.tookOwed, d.tookLatched
+		d.vcpus[v].saved, d.vcpus[v].entering = false, false
 		d.vcpus[v].setting, d.vcpus[v].stopped = settingNone, true
 	}
 	d.intent = intentNone

@@ -57,6 +57,7 @@ type monitored struct {
 	stopped   bool
 	responded bool
 	injected  bool
+	seq       uint64 // of its stops
 }
 
 // ringSlots is how many requests are in the ring at a time: 8 of 400 bytes in a page
@@ -289,6 +290,7 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 		}
 		if fresh {
 			v.ev, v.stopped, v.responded, v.injected = *ev, true, false, false
+			v.seq++
 			if known { // in this order: who finds it told finds it stopped
 				k := &m.known[ev.VCPU]
 				k.told = false
@@ -296,7 +298,7 @@ func (m *MonitorRoute) poll(s *breakpoint.Stop) (bool, error) {
 				k.again = false
 			}
 		}
-		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3}
+		*s = breakpoint.Stop{VCPU: ev.VCPU, Regs: regsOfEvent(&ev.Regs), User: ev.Regs.CS&3 == 3, Seq: v.seq}
 		switch {
 		case !known:
 			if err := m.answer(v, ev, 0); err != nil { // let it go on
@@ -383,19 +385,22 @@ func (m *MonitorRoute) flush() error {
 	return nil
 }
 
-func (m *MonitorRoute) stopOf(s *breakpoint.Stop) (*monitored, error) {
+// stopOf returns the vCPU of a stop. answered says that this stop has been answered, and the
+// vCPU has stopped anew since.
+func (m *MonitorRoute) stopOf(s *breakpoint.Stop) (v *monitored, answered bool, err error) {
 	if s.VCPU < 0 || s.VCPU >= m.nvcpu {
-		return nil, fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
+		return nil, false, fmt.Errorf("vCPU %d isn't stopped", s.VCPU)
 	}
-	return &m.vcpus[s.VCPU], nil
+	v = &m.vcpus[s.VCPU]
+	return v, s.Seq != v.seq, nil
 }
 
 // Resume implements breakpoint.Driver.
 func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	v, err := m.stopOf(s)
-	if err != nil {
+	v, answered, err := m.stopOf(s)
+	if err != nil || answered {
 		return err
 	}
 	var flags xenctrl.EventFlags
@@ -423,8 +428,8 @@ func (m *MonitorRoute) Resume(s *breakpoint.Stop) error {
 func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	v, err := m.stopOf(s)
-	if err != nil {
+	v, answered, err := m.stopOf(s)
+	if err != nil || answered {
 		return err
 	}
 	p := m.breakAt(addr)
@@ -475,8 +480,8 @@ func (m *MonitorRoute) StepOver(s *breakpoint.Stop, addr uint64) error {
 func (m *MonitorRoute) Reinject(s *breakpoint.Stop) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	v, err := m.stopOf(s)
-	if err != nil {
+	v, answered, err := m.stopOf(s)
+	if err != nil || answered {
 		return err
 	}
 	if v.stopped && !v.responded && !v.injected {

@@ -138,7 +138,7 @@ func TestPassingFailure(t *testing.T) {
 func TestNewcomer(t *testing.T) {
 	for _, fails := range []struct{ respond, notify int }{{}, {respond: 3}, {notify: 3}, {respond: 6, notify: 6}} {
 		m := xentest.New(xentest.Config{Kind: xentest.HVM, VCPUs: 2, IRQEvery: -1})
-		hv := &newcomer{Hypervisor: m.Hypervisor(), respond: fails.respond, notify: fails.notify}
+		hv := &newcomer{Hypervisor: m.Hypervisor(), respond: fails.respond, notify: fails.notify, requests: []int{2}}
 		drv, err := m.Attach(hv)
 		require.NoError(t, err)
 		for range 5 {
@@ -155,11 +155,32 @@ func TestNewcomer(t *testing.T) {
 	}
 }
 
+// TestToldLater has Xen be told of an answer only after that has failed, when the vCPU is let
+// go and stops anew: the answer that is tried again isn't that to the new stop.
+func TestToldLater(t *testing.T) {
+	m := xentest.New(xentest.Config{Kind: xentest.HVM, VCPUs: 1, IRQEvery: -1})
+	hv := &newcomer{Hypervisor: m.Hypervisor(), notify: 3, requests: []int{0, 0}}
+	drv, err := m.Attach(hv)
+	require.NoError(t, err)
+	var first, second breakpoint.Stop
+	require.NoError(t, drv.Wait(t.Context(), &first))
+	require.Error(t, drv.Resume(&first))
+	require.NoError(t, drv.Wait(t.Context(), &second))
+	for range 2 {
+		require.NoError(t, drv.Resume(&first))
+		assert.Len(t, hv.responses, 1)
+	}
+	require.NoError(t, drv.Resume(&second))
+	assert.Len(t, hv.responses, 2)
+	require.NoError(t, drv.Freeze())
+	require.NoError(t, drv.Close())
+}
+
 type newcomer struct {
 	xen.Hypervisor
 	xen.Monitor
 	respond, notify int // how often these fail yet
-	came            bool
+	requests        []int // vCPUs
 	untold          int
 	responses       []xenctrl.Event
 }
@@ -175,11 +196,11 @@ func (n *newcomer) Wait(ctx context.Context) error {
 }
 
 func (n *newcomer) Next(e *xenctrl.Event) (bool, error) {
-	if n.came {
+	if len(n.requests) == 0 {
 		return false, nil
 	}
-	n.came = true
-	*e = xenctrl.Event{VCPU: 2, Reason: xenctrl.ReasonSoftwareBreakpoint, Flags: xenctrl.EventVCPUPaused | xenctrl.EventAlternateP2M}
+	*e = xenctrl.Event{VCPU: n.requests[0], Reason: xenctrl.ReasonSoftwareBreakpoint, Flags: xenctrl.EventVCPUPaused | xenctrl.EventAlternateP2M}
+	n.requests = n.requests[1:]
 	return true, nil
 }
 
