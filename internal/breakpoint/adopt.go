@@ -277,8 +277,12 @@ func (a *adoption) adoptMark(v int, m *Mark) error {
 			m.Slot = 0 // nothing of the slot is there
 			return nil
 		}
-		e.back = append(e.back, came{e.adopted[i], m})
-		return nil
+		sl := e.adopted[i]
+		e.back = append(e.back, came{sl, m})
+		if known {
+			return nil
+		}
+		return a.rearm(sl.site) // if it has gone on it may come by, which tells
 	}
 	for _, f := range e.active {
 		if f.slot == nil || f.slot.addr != m.Slot || f.vcpu >= 0 {

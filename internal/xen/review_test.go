@@ -179,7 +179,7 @@ func TestToldLater(t *testing.T) {
 type newcomer struct {
 	xen.Hypervisor
 	xen.Monitor
-	respond, notify int // how often these fail yet
+	respond, notify int   // how often these fail yet
 	requests        []int // vCPUs
 	untold          int
 	responses       []xenctrl.Event
