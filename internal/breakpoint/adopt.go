@@ -337,8 +337,16 @@ func (e *Engine) counted(sl *slot, s *Stop) bool {
 	if i < 0 {
 		return false
 	}
+	m := e.back[i].mark
+	if slices.ContainsFunc(e.active, func(f *inflight) bool {
+		return f.slot == sl && !f.lost && f.vcpu == s.VCPU && sameStack(f.before.SP, s.Regs.SP)
+	}) {
+		// It had gone on, and came by where its stack pointer wasn't known.
+		m.Slot = 0
+		e.back = slices.Delete(e.back, i, i+1)
+		return false
+	}
 	if own := e.own[s.VCPU]; own != nil {
-		m := e.back[i].mark
 		own.SP, own.Back, own.End, own.Kept, own.Counting = m.SP, true, m.End, false, false
 		atomic.StoreUint64(&own.Slot, sl.addr)
 		m.Slot = 0

@@ -260,6 +260,13 @@ func near(a, b uint64) bool {
 	return d >= -64 && d <= 64
 }
 
+// sameStack reports whether two stack pointers may be of one stack of the kernel's, which has
+// 16 KiB (THREAD_SIZE, arch/x86/include/asm/page_64_types.h).
+func sameStack(a, b uint64) bool {
+	d := int64(a - b)
+	return d > -1<<14 && d < 1<<14
+}
+
 // wants reports whether o's registration is still there, and enabled.
 func (o owner) wants(st *site) bool {
 	return o.site == st && o.Probe.gen == o.gen && o.Enabled()

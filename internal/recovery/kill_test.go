@@ -91,11 +91,13 @@ func TestKilled(t *testing.T) {
 	}
 	// Seeds that found something: two deaths in the middle of calls, a breakpoint that was
 	// hit just before it was removed, a POPF that was stepped, a vCPU that had come back from
-	// the guest's own int3.
+	// the guest's own int3; two deaths, of which the second was in an unpause; a vCPU back from a
+	// slot, whose stack pointer nobody knew.
 	found := map[string][]uint64{
-		"pv/1": {5669080580335978074, 16388405188449809901},
-		"pv/2": {12931728158109400755},
-		"pv/4": {12082286825210121787},
+		"pv/1":     {5669080580335978074, 16388405188449809901},
+		"pv/2":     {12931728158109400755, 7433053235200183982},
+		"pv/4":     {12082286825210121787, 10724209782721860034},
+		"hvm-tf/2": {7158404733053840141},
 	}
 	for i, cfg := range cfgs {
 		kind := []string{"pv", "hvm-tf", "hvm-mtf"}[i%3]

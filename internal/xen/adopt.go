@@ -326,8 +326,8 @@ func (a *takeover) taken(back bool) (vcpu, score int) {
 	vcpu = -1
 	for v := range a.vcpus {
 		s := &a.vcpus[v]
-		if s.stopped || s.ctx.Flags&vgcfInKernel == 0 {
-			continue
+		if s.stopped || s.ctx.Flags&vgcfInKernel == 0 || v+1 == a.shared.step.vcpu && a.stepMade() {
+			continue // the last one is behind the instruction that it has stepped over
 		}
 		n := a.behind(s.ctx.CtrlReg[3], s.ctx.User.RIP-1)
 		if n < 3 && n > 0 && s.setting == settingDone && sameRegs(&s.want, &s.ctx.User) {
