@@ -449,8 +449,9 @@ func (f failBind) openEvents() (eventLib, error) {
 	return l, err
 }
 
-// TestMonitorGone closes a monitor whose domain was destroyed.
-func TestMonitorGone(t *testing.T) {
+// watching is a monitor that delivers breakpoints.
+func watching(t *testing.T) (*fakeLib, *Monitor) {
+	t.Helper()
 	f := newFakeLib()
 	m, err := newHandle(f).OpenMonitor(5)
 	if err != nil {
@@ -459,6 +460,12 @@ func TestMonitorGone(t *testing.T) {
 	if err := m.SetSoftwareBreakpoint(true); err != nil {
 		t.Fatal(err)
 	}
+	return f, m
+}
+
+// TestMonitorGone closes a monitor whose domain was destroyed.
+func TestMonitorGone(t *testing.T) {
+	f, m := watching(t)
 	f.fail["swbp off"], f.fail["monitorDisable"] = syscall.ESRCH, syscall.ESRCH
 	if err := m.Close(); err != nil {
 		t.Error(err)

@@ -128,14 +128,7 @@ func TestReleaseBusy(t *testing.T) {
 // TestCloseMonitorAgain: a monitor that Xen couldn't disable is attached still, and Close
 // doesn't say otherwise the second time.
 func TestCloseMonitorAgain(t *testing.T) {
-	f := newFakeLib()
-	m, err := newHandle(f).OpenMonitor(5)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.SetSoftwareBreakpoint(true); err != nil {
-		t.Fatal(err)
-	}
+	f, m := watching(t)
 	for _, errno := range []syscall.Errno{syscall.ENOMEM, syscall.EBUSY} {
 		f.fail["monitorDisable"] = errno
 		for range 2 {

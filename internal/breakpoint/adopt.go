@@ -49,11 +49,25 @@ type Mark struct {
 // two are in different places: whoever takes over finds either what was before, or what is
 // to be.
 func (m *Mark) count(sl *slot, to Mark, n int32) {
-	atomic.StoreUint64(&m.Slot, 0)
-	m.SP, m.Back, m.End, m.Kept, m.Count, m.Counting = to.SP, to.Back, to.End, false, n, true
-	atomic.StoreUint64(&m.Slot, sl.addr) // last: whoever finds it finds the rest
+	to.Count, to.Counting = n, true
+	m.set(sl, to)
 	sl.busy.Store(n)
 	m.Counting = false
+}
+
+// set makes m say what to says, of a slot.
+func (m *Mark) set(sl *slot, to Mark) {
+	atomic.StoreUint64(&m.Slot, 0)
+	m.SP, m.Back, m.End, m.Kept, m.Sure, m.Count, m.Counting = to.SP, to.Back, to.End, to.Kept, to.Sure, to.Count, to.Counting
+	atomic.StoreUint64(&m.Slot, sl.addr) // last: whoever finds it finds the rest
+}
+
+// mark is the one that this process uses for a vCPU, or nil if it has none.
+func (e *Engine) mark(vcpu int) *Mark {
+	if e.own == nil {
+		return nil
+	}
+	return e.own[vcpu]
 }
 
 // finishCounting completes what a process that died was counting. Only one at a time counts in
@@ -338,20 +352,18 @@ func (e *Engine) counted(sl *slot, s *Stop) bool {
 		return false
 	}
 	m := e.back[i].mark
+	e.back = slices.Delete(e.back, i, i+1)
 	if slices.ContainsFunc(e.active, func(f *inflight) bool {
 		return f.slot == sl && !f.lost && f.vcpu == s.VCPU && sameStack(f.before.SP, s.Regs.SP)
 	}) {
 		// It had gone on, and came by where its stack pointer wasn't known.
 		m.Slot = 0
-		e.back = slices.Delete(e.back, i, i+1)
 		return false
 	}
-	if own := e.own[s.VCPU]; own != nil {
-		own.SP, own.Back, own.End, own.Kept, own.Counting = m.SP, true, m.End, false, false
-		atomic.StoreUint64(&own.Slot, sl.addr)
+	if own := e.mark(s.VCPU); own != nil {
+		own.set(sl, Mark{SP: m.SP, Back: true, End: m.End})
 		m.Slot = 0
 	}
-	e.back = slices.Delete(e.back, i, i+1)
 	return true
 }
 

@@ -156,28 +156,14 @@ func TestChangedInStep(t *testing.T) {
 	})
 }
 
-// stubborn is a driver that fails to remove a breakpoint so often.
-type stubborn struct {
-	*notices
-	left int
-}
-
-func (d *stubborn) RemoveBreak(addr uint64) error {
-	if d.left > 0 {
-		d.left--
-		return errors.New("injected")
-	}
-	return d.notices.RemoveBreak(addr)
-}
-
 // TestLostWhileClosing: what Close notices itself it tells, too.
 func TestLostWhileClosing(t *testing.T) {
 	one(t, func(t *testing.T, cfg xentest.Config) {
 		m := xentest.New(cfg)
 		drv, err := m.Attach(nil)
 		require.NoError(t, err)
-		d := &stubborn{&notices{Driver: drv, then: func() {}}, 3}
-		e := breakpoint.New(d, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
+		d := &notices{Driver: drv, then: func() {}}
+		e := breakpoint.New(&hooked{Driver: d, remove: failing(3)}, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
 		p := &breakpoint.Probe{Addr: m.Symbol("nop5")}
 		require.NoError(t, e.Register(p))
 		m.Poke(p.Addr, []byte{0xe9, 1, 2, 3, 4})

@@ -182,11 +182,11 @@ func (e *Engine) give(f *inflight) { e.idle = append(e.idle, f) }
 func (e *Engine) depart(f *inflight, sl *slot) {
 	f.slot = sl
 	if sl != nil {
-		n := sl.busy.Load() + 1
-		if e.marks != nil { // the answer may not be given any more
-			e.own[f.vcpu].count(sl, Mark{SP: f.before.SP}, n)
+		if own := e.mark(f.vcpu); own != nil { // the answer may not be given any more
+			own.count(sl, Mark{SP: f.before.SP}, sl.busy.Load()+1)
+		} else {
+			sl.busy.Add(1)
 		}
-		sl.busy.Store(n)
 	}
 	e.active = append(e.active, f)
 }
@@ -201,14 +201,10 @@ func (e *Engine) arrive(f *inflight) {
 
 // arriveAt is arrive for a vCPU that has stopped at the end of its slot.
 func (e *Engine) arriveAt(f *inflight, s *Stop) {
-	if e.marks == nil {
-		e.arrive(f)
-		return
-	}
 	if f.mark != nil {
 		f.mark.Slot = 0 // it is in the slot
 	}
-	own := e.own[s.VCPU]
+	own := e.mark(s.VCPU)
 	if own == nil {
 		e.arrive(f)
 		return
@@ -234,14 +230,14 @@ func (e *Engine) find(s *Stop, sl *slot) *inflight {
 		if f.slot != sl || s.Addr != 0 && s.Addr != f.site.addr {
 			continue
 		}
-		n, close := 2, near(f.before.SP, s.Regs.SP)
+		n, nearby := 2, near(f.before.SP, s.Regs.SP)
 		if f.mark != nil {
 			n = 1 // it may not be in the slot
 		}
-		if close {
+		if nearby {
 			n += 8
 		}
-		if f.vcpu == s.VCPU && (close || f.mark == nil) {
+		if f.vcpu == s.VCPU && (nearby || f.mark == nil) {
 			n += 4
 		}
 		if n > score || n == score && f.before.SP == s.Regs.SP {
@@ -429,7 +425,7 @@ func (e *Engine) execute(f *inflight, s *Stop, m mode) (Verdict, error) {
 		return Continue, e.giveUp(f, s, fmt.Errorf("%#x (%s): %w: %d hits are on their way and haven't come back", st.addr, in.String(), ErrNoWayPast, maxActive))
 	}
 	f.before = s.Regs
-	if sl := st.slot; sl != nil && (e.marks == nil || e.own[f.vcpu] != nil) {
+	if sl := st.slot; sl != nil && (e.own == nil || e.mark(f.vcpu) != nil) {
 		e.depart(f, sl)
 		s.Regs.IP = sl.addr
 		e.stats.OutOfLine++

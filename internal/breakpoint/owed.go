@@ -49,8 +49,8 @@ func (e *Engine) owe(d debt, why error) error {
 // resume answers s. A vCPU is not left behind because a call failed.
 func (e *Engine) resume(s *Stop) error {
 	err := e.retry(func() error { return e.drv.Resume(s) })
-	if err == nil && e.marks != nil && e.own[s.VCPU] != nil {
-		e.own[s.VCPU].Slot = 0
+	if own := e.mark(s.VCPU); err == nil && own != nil {
+		own.Slot = 0
 	}
 	if err == nil || errors.Is(err, ErrGone) {
 		return err

@@ -16,10 +16,8 @@ import (
 
 // planted is a breakpoint that the stub has set.
 type planted struct {
-	kind   byte // '0' or '1', as in Z packets
-	insn   x86.Insn
-	lifted bool // the stub has removed it, and an int3 is to be put back
-	theirs bool
+	kind byte // '0' or '1', as in Z packets
+	insn x86.Insn
 }
 
 const int3 = 0xcc
@@ -37,7 +35,7 @@ func (v *VM) plant(addr uint64, in *x86.Insn) error {
 		err = v.callOK(breakPacket('Z', kind, addr))
 		if no := (*refused)(nil); !v.info.KVM || !errors.As(err, &no) {
 			if err == nil {
-				v.breaks[addr] = planted{kind: kind, insn: *in}
+				v.breaks[addr] = planted{kind, *in}
 			}
 			return err
 		}
@@ -48,7 +46,7 @@ func (v *VM) plant(addr uint64, in *x86.Insn) error {
 		return errors.Join(fmt.Errorf("the CPU's four debug registers are in use, by other probes or a watchpoint: remove one: %w", herr), err)
 	}
 	if herr == nil {
-		v.breaks[addr] = planted{kind: kind, insn: *in}
+		v.breaks[addr] = planted{kind, *in}
 	}
 	return herr
 }
@@ -65,37 +63,29 @@ func (v *VM) plant(addr uint64, in *x86.Insn) error {
 func (v *VM) lift(addr uint64, look func(addr uint64, b []byte) error) error {
 	b, ok := v.breaks[addr]
 	if !ok {
-		return nil
+		return v.putInt3(addr)
 	}
 	var gone error
-	if !b.lifted {
-		var theirs bool
-		if v.shows(addr) {
-			var buf [x86.MaxLen]byte
-			cur, orig := buf[:b.insn.Len], b.insn.Bytes()
-			err := look(addr, cur)
-			if errors.Is(err, paging.ErrNotMapped) || err == nil && cur[0] != int3 {
-				gone = fmt.Errorf("%w: the guest has overwritten the breakpoint", breakpoint.ErrTextChanged)
-			}
-			theirs = err == nil && cur[0] == int3 && !bytes.Equal(cur[1:], orig[1:])
+	theirs := false
+	if v.shows(addr) {
+		var buf [x86.MaxLen]byte
+		cur, orig := buf[:b.insn.Len], b.insn.Bytes()
+		err := look(addr, cur)
+		if errors.Is(err, paging.ErrNotMapped) || err == nil && cur[0] != int3 {
+			gone = fmt.Errorf("%w: the guest has overwritten the breakpoint", breakpoint.ErrTextChanged)
 		}
-		err := v.callOK(breakPacket('z', b.kind, addr))
-		if no := (*refused)(nil); errors.As(err, &no) && gone != nil {
-			v.stuck[addr], err = false, nil
-		}
-		if err != nil {
-			return err
-		}
-		b.lifted, b.theirs = true, theirs
-		v.breaks[addr] = b
+		theirs = err == nil && cur[0] == int3 && !bytes.Equal(cur[1:], orig[1:])
 	}
-	if b.theirs {
-		if err := v.putInt3(addr); err != nil {
-			return err
-		}
+	switch err, no := v.callOK(breakPacket('z', b.kind, addr)), (*refused)(nil); {
+	case errors.As(err, &no) && gone != nil:
+		v.stuck[addr] = false
+	case err != nil:
+		return err
+	case theirs:
+		v.stuck[addr] = true
 	}
 	delete(v.breaks, addr)
-	return gone
+	return errors.Join(gone, v.putInt3(addr))
 }
 
 // unstick has QEMU forget breakpoints of which the guest had overwritten the int3, and has an
@@ -119,24 +109,30 @@ func (v *VM) unstick() error {
 		if err := v.putInt3(addr); err != nil {
 			return err
 		}
-		delete(v.stuck, addr)
 	}
 	return nil
 }
 
-// putInt3 puts back an int3 of the guest's.
+// putInt3 puts back an int3 of the guest's, if one is to be put back.
 func (v *VM) putInt3(addr uint64) error {
-	return v.anyThread(func(string) error { return v.callOK(fmt.Sprintf("M%x,1:%02x", addr, int3)) })
+	if !v.stuck[addr] {
+		return nil
+	}
+	err := v.anyThread(func() error { return v.callOK(fmt.Sprintf("M%x,1:%02x", addr, int3)) })
+	if err == nil {
+		delete(v.stuck, addr)
+	}
+	return err
 }
 
 // peek reads what some vCPU has at addr.
 func (v *VM) peek(addr uint64, b []byte) error {
-	return v.anyThread(func(thread string) error { return v.readVirt(thread, addr, b) })
+	return v.anyThread(func() error { return v.readMem(addr, b) })
 }
 
 // anyThread calls f with virtual addresses being those of one thread after the other, until it
 // succeeds: one in user mode may lack the kernel.
-func (v *VM) anyThread(f func(thread string) error) error {
+func (v *VM) anyThread(f func() error) error {
 	err := v.physical(0)
 	if err != nil {
 		return err
@@ -144,7 +140,7 @@ func (v *VM) anyThread(f func(thread string) error) error {
 	err = errors.New("no vCPU is known")
 	for _, t := range v.threads {
 		if err = v.choose(t); err == nil {
-			if err = f(t); err == nil {
+			if err = f(); err == nil {
 				return nil
 			}
 		}
@@ -152,14 +148,14 @@ func (v *VM) anyThread(f func(thread string) error) error {
 	return err
 }
 
-// liftAll removes all breakpoints.
+// liftAll removes all breakpoints, and what was left to be done for those removed before.
 func (v *VM) liftAll(look func(addr uint64, b []byte) error) (errs error) {
 	for addr := range v.breaks {
 		if err := v.lift(addr, look); err != nil && !errors.Is(err, breakpoint.ErrTextChanged) {
 			errs = errors.Join(errs, fmt.Errorf("remove breakpoint at %#x: %w", addr, err))
 		}
 	}
-	return errs
+	return errors.Join(errs, v.unstick())
 }
 
 // shows reports whether the breakpoint at addr is an int3 in the guest's memory.

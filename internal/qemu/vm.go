@@ -97,7 +97,7 @@ type VM struct {
 	current string             // the thread that g, p, P and m are about; "" is unknown
 	physNow int                // PhyMemMode, -1 is unknown
 	breaks  map[uint64]planted // by address
-	stuck   map[uint64]bool    // likewise: that the guest has overwritten, and QEMU has; or that has been removed, and an int3 is to be put back
+	stuck   map[uint64]bool    // breakpoints that QEMU has, and the guest has overwritten; or that are removed, and an int3 is to be put back
 
 	// What is known of the guest until it runs again.
 	regs   regFile // of the vCPU that stopped
@@ -164,7 +164,7 @@ func (v *VM) Close() error {
 // detach clears the stopped VM and, unless somebody else has stopped it, lets it
 // run. v.mu is held.
 func (v *VM) detach() error {
-	errs := errors.Join(v.liftAll(v.peek), v.unstick())
+	errs := v.liftAll(v.peek)
 	if v.gone || v.err != nil {
 		// Without "D" a VM that somebody else has paused stays so.
 		return errs

@@ -65,23 +65,8 @@ func (r refusingRing) SetSoftwareBreakpoint(on bool) error {
 // orphan is a guest at rest with breakpoints in it, all over or at one place, whose tool
 // has died; its journal is at path.
 func orphan(t *testing.T, vcpus int, at ...uint64) (m *xentest.Machine, before []byte, ring xen.Ring, path string) {
-	m = xentest.New(xentest.Config{Kind: xentest.HVM, AVX: true, VCPUs: vcpus, Seed: 1})
-	before = m.Text()
-	m.Start()
-	t.Cleanup(m.Stop)
-	require.NoError(t, m.Quiesce(t.Context()))
-	hv := m.Hypervisor()
-	ring, err := hv.MapRing()
-	require.NoError(t, err)
-	mortal := xentest.NewMortal(hv)
-	info, err := mortal.Info()
-	require.NoError(t, err)
-	dir := filepath.Join(t.TempDir(), "vmprobes")
-	l, err := recovery.Create(dir, "domain-1", recovery.Identity("a3guest", "", info), vcpus, xen.StateSize(vcpus))
-	require.NoError(t, err)
-	drv, err := xen.OpenMonitor(mortal, xen.NewFrames(mortal), xen.Config{State: l.DriverState()})
-	require.NoError(t, err)
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Journal: l})
+	o := ringed(t, xentest.Config{VCPUs: vcpus, Seed: 1}, breakpoint.Auto)
+	m = o.m
 	if at == nil {
 		for _, in := range m.Insns() {
 			if in.Func != "int3_entry" && in.Func != "main" {
@@ -90,16 +75,10 @@ func orphan(t *testing.T, vcpus int, at ...uint64) (m *xentest.Machine, before [
 		}
 	}
 	for _, addr := range at {
-		_ = e.Register(&breakpoint.Probe{Addr: addr})
+		_ = o.e.Register(&breakpoint.Probe{Addr: addr})
 	}
-	require.NotEmpty(t, e.Sites())
-	var b []byte
-	mortal.Die(0, false, func() { b, _ = os.ReadFile(journal.Path(dir, "domain-1")) })
-	ended := make(chan struct{})
-	go func() { defer close(ended); _ = mortal.Pause() }()
-	<-ended
-	require.NoError(t, l.Close())
-	return m, before, ring, writeJournal(t, b)
+	require.NotEmpty(t, o.e.Sites())
+	return m, o.before, o.ring, writeJournal(t, o.dies(t))
 }
 
 func writeJournal(t *testing.T, b []byte) (path string) {

@@ -21,12 +21,13 @@ import (
 // then whoever takes over can't know whether Xen was told.
 type doubtful struct {
 	xen.Hypervisor
-	respond, notify func() // die, if it is time
+	respond bool   // when it gives one
+	die     func() // if it is time
 }
 
 type doubtfulRing struct {
 	xen.Monitor
-	respond, notify func()
+	d doubtful
 }
 
 func (d doubtful) OpenMonitor() (xen.Monitor, error) {
@@ -34,16 +35,20 @@ func (d doubtful) OpenMonitor() (xen.Monitor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return doubtfulRing{mon, d.respond, d.notify}, nil
+	return doubtfulRing{mon, d}, nil
 }
 
 func (r doubtfulRing) Respond(e *xenctrl.Event) error {
-	r.respond()
+	if r.d.respond {
+		r.d.die()
+	}
 	return r.Monitor.Respond(e)
 }
 
 func (r doubtfulRing) Notify() error {
-	r.notify()
+	if !r.d.respond {
+		r.d.die()
+	}
 	return r.Monitor.Notify()
 }
 
@@ -124,7 +129,7 @@ func killInDoubt(t *testing.T, cfg xentest.Config, respond bool, at func(*breakp
 	v.method, v.many = breakpoint.OutOfLine, true
 	left := 20 + r.IntN(200)
 	v.wrap = func(hv xen.Hypervisor) xen.Hypervisor {
-		die := func() {
+		return doubtful{hv, respond, func() {
 			if left--; left < 0 && at(&v.log.Marks(0)[0]) {
 				v.mortal.Die(0, undo == nil && left%2 == 0, func() {
 					if undo != nil {
@@ -135,11 +140,7 @@ func killInDoubt(t *testing.T, cfg xentest.Config, respond bool, at func(*breakp
 					v.dead()
 				})
 			}
-		}
-		if respond {
-			return doubtful{hv, die, func() {}}
-		}
-		return doubtful{hv, func() {}, die}
+		}}
 	}
 	if !v.dies(t, r) {
 		return

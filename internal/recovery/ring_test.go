@@ -76,45 +76,70 @@ func killWithRing(t *testing.T, cfg xentest.Config, seed uint64) {
 // four vCPUs wait for room.
 func waiting(t *testing.T, mtf bool, taken int) (m *xentest.Machine, ring xen.Ring, b []byte, before []byte) {
 	const vcpus = 12
-	m = xentest.New(xentest.Config{Kind: xentest.HVM, MTF: mtf, AVX: true, VCPUs: vcpus, Seed: uint64(taken)})
-	before = m.Text()
-	m.Start()
-	t.Cleanup(m.Stop)
-	require.NoError(t, m.Quiesce(t.Context()))
-	hv := m.Hypervisor()
-	ring, err := hv.MapRing()
-	require.NoError(t, err)
-	mortal := xentest.NewMortal(hv)
-	info, err := mortal.Info()
-	require.NoError(t, err)
-	dir := filepath.Join(t.TempDir(), "vmprobes")
-	l, err := recovery.Create(dir, "domain-1", recovery.Identity("a3guest", "", info), vcpus, xen.StateSize(vcpus))
-	require.NoError(t, err)
-	drv, err := xen.OpenMonitor(mortal, xen.NewFrames(mortal), xen.Config{State: l.DriverState()})
-	require.NoError(t, err)
-	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: breakpoint.OutOfLine, Journal: l})
+	o := ringed(t, xentest.Config{MTF: mtf, VCPUs: vcpus, Seed: uint64(taken)}, breakpoint.OutOfLine)
+	m = o.m
 	for _, in := range m.Insns() { // every vCPU comes to each of them
 		if in.Func != "int3_entry" {
-			_ = e.Register(&breakpoint.Probe{Addr: in.VA})
+			_ = o.e.Register(&breakpoint.Probe{Addr: in.VA})
 		}
 	}
-	require.Greater(t, len(e.Sites()), 20)
+	require.Greater(t, len(o.e.Sites()), 20)
 	m.Release()
 	require.Eventually(t, func() bool { return len(m.Stuck()) == vcpus }, time.Minute, time.Millisecond, "%s", m.State())
 	// The tool takes requests, and dies before it answers the last of them.
 	var s breakpoint.Stop
 	for range taken {
-		require.NoError(t, drv.Wait(t.Context(), &s))
+		require.NoError(t, o.drv.Wait(t.Context(), &s))
 	}
-	mortal.Die(0, false, func() { b, _ = os.ReadFile(journal.Path(dir, "domain-1")) })
+	return m, o.ring, o.dies(t), o.before
+}
+
+// owner is a tool that is attached to an HVM guest at rest, whose ring somebody else has
+// mapped before.
+type owner struct {
+	m      *xentest.Machine
+	before []byte // the guest's text
+	ring   xen.Ring
+	tool   *xentest.Mortal
+	drv    *xen.MonitorRoute
+	e      *breakpoint.Engine
+	l      *recovery.Log
+	dir    string
+}
+
+func ringed(t *testing.T, cfg xentest.Config, method breakpoint.Method) *owner {
+	cfg.Kind, cfg.AVX = xentest.HVM, true
+	m := xentest.New(cfg)
+	o := &owner{m: m, before: m.Text(), dir: filepath.Join(t.TempDir(), "vmprobes")}
+	m.Start()
+	t.Cleanup(m.Stop)
+	require.NoError(t, m.Quiesce(t.Context()))
+	hv := m.Hypervisor()
+	var err error
+	o.ring, err = hv.MapRing()
+	require.NoError(t, err)
+	o.tool = xentest.NewMortal(hv)
+	info, err := o.tool.Info()
+	require.NoError(t, err)
+	o.l, err = recovery.Create(o.dir, "domain-1", recovery.Identity("a3guest", "", info), cfg.VCPUs, xen.StateSize(cfg.VCPUs))
+	require.NoError(t, err)
+	o.drv, err = xen.OpenMonitor(o.tool, xen.NewFrames(o.tool), xen.Config{State: o.l.DriverState()})
+	require.NoError(t, err)
+	o.e = breakpoint.New(o.drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults, Method: method, Journal: o.l})
+	return o
+}
+
+// dies kills the tool, and returns its journal.
+func (o *owner) dies(t *testing.T) (b []byte) {
+	o.tool.Die(0, false, func() { b, _ = os.ReadFile(journal.Path(o.dir, "domain-1")) })
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = mortal.Pause()
+		_ = o.tool.Pause()
 	}()
 	<-done
-	require.NoError(t, l.Close())
-	return m, ring, b, before
+	require.NoError(t, o.l.Close())
+	return b
 }
 
 // TestTwelveWaitWithRing: who has the ring lets all of them go on.

@@ -211,53 +211,13 @@ func (a *takeover) recount() error {
 	died := a.intent // in which the last one did: the tool, or a takeover
 	a.intent = intentNone
 	a.tries++
-	paused := func() (bool, error) {
-		var info xenctrl.DomainInfo
-		err := attempts(func() (err error) { info, err = a.hv.Info(); return err })
-		return info.Flags&xenctrl.DomainPaused != 0, err
-	}
 	if !a.counted {
-		is, err := paused()
-		if err != nil {
+		if err := a.undo(died); err != nil {
 			return err
-		}
-		switch {
-		case is:
-		case a.tries > 1 && (a.undone > 0 || died == intentUnpause):
-			// Who took over before has undone the last pause, and holds every vCPU by itself.
-			if died == intentUnpause {
-				a.undone, a.paid = a.undone+1, a.paid-1
-			}
-			a.counted = true
-		default:
-			// So no event was taken, and no pause made, that nobody wrote down, and
-			// nothing is left of those that were written down.
-			a.asked, a.maybe, a.paid = 0, 0, 0
-			a.owed, a.frozen = 0, 0
-			if err := attempts(a.Freeze); err != nil {
-				return fmt.Errorf("pause the guest: %w", err)
-			}
-		}
-		for v := 0; v < a.nvcpu && !a.counted; v++ {
-			if err := attempts(func() error { return a.hv.GdbsxPauseVCPU(v) }); err != nil {
-				return fmt.Errorf("hold vCPU %d: %w", v, err)
-			}
-		}
-		const most = 4096 // for what is worse than a few tools' pauses
-		for is = !a.counted; is; {
-			if a.undone > most {
-				return fmt.Errorf("the domain is paused more than %d times", most)
-			}
-			if err := attempts(func() error { return a.account(intentUnpause, a.unpause, &a.undone, 1) }); err != nil {
-				return fmt.Errorf("unpause: %w", err)
-			}
-			if is, err = paused(); err != nil {
-				return err
-			}
 		}
 		a.counted = true
 	}
-	switch is, err := paused(); {
+	switch is, err := a.isPaused(); {
 	case err != nil:
 		return err
 	case !is:
@@ -292,6 +252,54 @@ func (a *takeover) recount() error {
 		}
 	}
 	return nil
+}
+
+// undo undoes all pauses of the domain, and counts them, while every vCPU is held by itself.
+func (a *takeover) undo(died intent) error {
+	is, err := a.isPaused()
+	switch {
+	case err != nil:
+		return err
+	case is:
+	case a.tries > 1 && (a.undone > 0 || died == intentUnpause):
+		// Who took over before has undone the last one, and holds every vCPU.
+		if died == intentUnpause {
+			a.undone, a.paid = a.undone+1, a.paid-1
+		}
+		return nil
+	default:
+		// So no event was taken, and no pause made, that nobody wrote down, and
+		// nothing is left of those that were written down.
+		a.asked, a.maybe, a.paid = 0, 0, 0
+		a.owed, a.frozen = 0, 0
+		if err := attempts(a.Freeze); err != nil {
+			return fmt.Errorf("pause the guest: %w", err)
+		}
+	}
+	for v := range a.nvcpu {
+		if err := attempts(func() error { return a.hv.GdbsxPauseVCPU(v) }); err != nil {
+			return fmt.Errorf("hold vCPU %d: %w", v, err)
+		}
+	}
+	const most = 4096 // for what is worse than a few tools' pauses
+	for is = true; is; {
+		if a.undone > most {
+			return fmt.Errorf("the domain is paused more than %d times", most)
+		}
+		if err := attempts(func() error { return a.account(intentUnpause, a.unpause, &a.undone, 1) }); err != nil {
+			return fmt.Errorf("unpause: %w", err)
+		}
+		if is, err = a.isPaused(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *takeover) isPaused() (bool, error) {
+	var info xenctrl.DomainInfo
+	err := attempts(func() (err error) { info, err = a.hv.Info(); return err })
+	return info.Flags&xenctrl.DomainPaused != 0, err
 }
 
 // stop says that a vCPU has stopped since its last answer.

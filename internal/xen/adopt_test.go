@@ -16,16 +16,23 @@ import (
 	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
+// resting starts a PV guest with one vCPU, which is at rest.
+func resting(t *testing.T, cfg xentest.Config) (m *xentest.Machine, before []byte) {
+	cfg.Kind, cfg.GDBSX, cfg.AVX, cfg.VCPUs, cfg.Seed = xentest.PV, true, true, 1, 7
+	m = xentest.New(cfg)
+	before = m.Text()
+	m.Start()
+	t.Cleanup(m.Stop)
+	require.NoError(t, m.Quiesce(t.Context()))
+	return m, before
+}
+
 // TestDiesCounting has a tool die between the stores by which it counts a stop, at an int3 of
 // the guest's own: the stop is neither lost nor counted twice.
 func TestDiesCounting(t *testing.T) {
 	for with := range 4 {
 		t.Run(fmt.Sprint(with), func(t *testing.T) {
-			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: 1, Seed: 7})
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
+			m, before := resting(t, xentest.Config{})
 			mem := make([]byte, xen.StateSize(1))
 			tool := xentest.NewMortal(m.Hypervisor())
 			d, err := xen.OpenDebugger(tool, xen.NewFrames(tool), xen.Config{State: mem, Lookup: m.Lookup})
@@ -49,20 +56,26 @@ func TestDiesCounting(t *testing.T) {
 	}
 }
 
-// calls is a tool to which something happens before some of its calls.
-type calls struct {
+// dying is a tool that dies at some of its calls.
+type dying struct {
 	*xentest.Mortal
-	domStatus, unpause func()
+	asks           func() bool // whether it dies when it asks for an event, which it has then
+	unpauses, made bool        // whether it dies when it unpauses, and has
+	die            func(made bool)
 }
 
-func (c calls) GdbsxDomStatus() (xenctrl.DomStatus, error) {
-	c.domStatus()
-	return c.Mortal.GdbsxDomStatus()
+func (d dying) GdbsxDomStatus() (xenctrl.DomStatus, error) {
+	if d.asks != nil && d.asks() {
+		d.die(true)
+	}
+	return d.Mortal.GdbsxDomStatus()
 }
 
-func (c calls) Unpause() error {
-	c.unpause()
-	return c.Mortal.Unpause()
+func (d dying) Unpause() error {
+	if d.unpauses {
+		d.die(d.made)
+	}
+	return d.Mortal.Unpause()
 }
 
 // TestDiesUnpausing has a tool die when it has taken the event of an int3 of the guest's own,
@@ -71,20 +84,16 @@ func (c calls) Unpause() error {
 func TestDiesUnpausing(t *testing.T) {
 	for _, made := range []bool{false, true} {
 		t.Run(fmt.Sprintf("made=%v", made), func(t *testing.T) {
-			m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: 1, Seed: 7})
-			before := m.Text()
-			m.Start()
-			defer m.Stop()
-			require.NoError(t, m.Quiesce(t.Context()))
+			m, before := resting(t, xentest.Config{})
 			mem := make([]byte, xen.StateSize(1))
-			mem = dies(t, m, mem, asks(func() bool { return true }), func(hv xen.Hypervisor, mem []byte) {
+			mem = dies(t, m, mem, dying{asks: func() bool { return m.Pauses() > 0 }}, func(hv xen.Hypervisor, mem []byte) {
 				d, err := xen.OpenDebugger(hv, xen.NewFrames(hv), xen.Config{State: mem, Lookup: m.Lookup})
 				if assert.NoError(t, err) {
 					m.Release()
 					assert.NoError(t, d.Wait(t.Context(), new(breakpoint.Stop)))
 				}
 			})
-			mem = dies(t, m, mem, unpauses(made), func(hv xen.Hypervisor, mem []byte) {
+			mem = dies(t, m, mem, dying{unpauses: true, made: made}, func(hv xen.Hypervisor, mem []byte) {
 				_, _, err := xen.AdoptDebugger(hv, xen.NewFrames(hv), xen.Left{State: mem})
 				assert.NoError(t, err)
 			})
@@ -97,17 +106,13 @@ func TestDiesUnpausing(t *testing.T) {
 // an instruction of one byte: it is not taken for one that stands at that breakpoint, whatever
 // becomes of who takes over.
 func TestDiesAfterStep(t *testing.T) {
-	m := xentest.New(xentest.Config{Kind: xentest.PV, GDBSX: true, AVX: true, VCPUs: 1, IRQEvery: -1, Seed: 7})
-	before := m.Text()
-	m.Start()
-	defer m.Stop()
-	require.NoError(t, m.Quiesce(t.Context()))
+	m, before := resting(t, xentest.Config{IRQEvery: -1})
 	left := xen.Left{Breaks: []breakpoint.LeftBreak{{Addr: m.Symbol("push_rbp"), Insn: m.Peek(m.Symbol("push_rbp"), 1)}}}
 	b := left.Breaks[0]
 	require.Equal(t, []byte{0x55}, b.Insn)
 	mem := make([]byte, xen.StateSize(1))
-	lifted := func() bool { return m.Peek(b.Addr, 1)[0] == b.Insn[0] }
-	mem = dies(t, m, mem, asks(lifted), func(hv xen.Hypervisor, mem []byte) {
+	stepped := func() bool { return m.Pauses() > 0 && m.Peek(b.Addr, 1)[0] == b.Insn[0] }
+	mem = dies(t, m, mem, dying{asks: stepped}, func(hv xen.Hypervisor, mem []byte) {
 		d, err := xen.OpenDebugger(hv, xen.NewFrames(hv), xen.Config{State: mem, Lookup: m.Lookup})
 		require.NoError(t, err)
 		e := breakpoint.New(d, breakpoint.Config{Method: breakpoint.InPlace, MayFault: xentest.NoFaults})
@@ -118,7 +123,7 @@ func TestDiesAfterStep(t *testing.T) {
 		}
 	})
 	left.State = mem
-	mem = dies(t, m, mem, unpauses(false), func(hv xen.Hypervisor, mem []byte) {
+	mem = dies(t, m, mem, dying{unpauses: true}, func(hv xen.Hypervisor, mem []byte) {
 		_, _, _ = xen.AdoptDebugger(hv, xen.NewFrames(hv), left)
 	})
 	left.State = mem
@@ -139,43 +144,23 @@ func TestDiesAfterStep(t *testing.T) {
 }
 
 // dies has a tool run until it dies, and returns its memory as it was then.
-func dies(t *testing.T, m *xentest.Machine, mem []byte, when func(*xentest.Machine, calls, func(after bool)) calls, f func(hv xen.Hypervisor, mem []byte)) (left []byte) {
+func dies(t *testing.T, m *xentest.Machine, mem []byte, tool dying, f func(hv xen.Hypervisor, mem []byte)) (left []byte) {
 	t.Helper()
 	died := make(chan struct{})
-	tool := xentest.NewMortal(m.Hypervisor())
-	die := func(after bool) {
-		tool.Die(0, after, func() {
+	tool.Mortal = xentest.NewMortal(m.Hypervisor())
+	tool.die = func(made bool) {
+		tool.Die(0, made, func() {
 			left = bytes.Clone(mem) // what else the dead tool runs still has its own
 			close(died)
 		})
 	}
-	go f(when(m, calls{tool, func() {}, func() {}}, die), mem)
+	go f(tool, mem)
 	select {
 	case <-died:
 	case <-time.After(20 * time.Second):
 		t.Fatalf("the tool doesn't die: %s", m.State())
 	}
 	return left
-}
-
-// asks has a tool die when it asks for an event while the domain is paused, and it is time.
-func asks(now func() bool) func(*xentest.Machine, calls, func(after bool)) calls {
-	return func(m *xentest.Machine, c calls, die func(after bool)) calls {
-		c.domStatus = func() {
-			if m.Pauses() > 0 && now() {
-				die(true)
-			}
-		}
-		return c
-	}
-}
-
-// unpauses has a tool die at its first unpause, which may be made.
-func unpauses(made bool) func(*xentest.Machine, calls, func(after bool)) calls {
-	return func(_ *xentest.Machine, c calls, die func(after bool)) calls {
-		c.unpause = func() { die(made) }
-		return c
-	}
 }
 
 // reinjected takes over a guest of which a vCPU stands at an int3 of its own, and gives it that.
