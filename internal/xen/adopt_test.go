@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,10 +87,12 @@ func TestDiesUnpausing(t *testing.T) {
 		t.Run(fmt.Sprintf("made=%v", made), func(t *testing.T) {
 			m, before := resting(t, xentest.Config{})
 			mem := make([]byte, xen.StateSize(1))
-			mem = dies(t, m, mem, dying{asks: func() bool { return m.Pauses() > 0 }}, func(hv xen.Hypervisor, mem []byte) {
+			var released atomic.Bool
+			mem = dies(t, m, mem, dying{asks: func() bool { return released.Load() && paused(t, m) }}, func(hv xen.Hypervisor, mem []byte) {
 				d, err := xen.OpenDebugger(hv, xen.NewFrames(hv), xen.Config{State: mem, Lookup: m.Lookup})
 				if assert.NoError(t, err) {
 					m.Release()
+					released.Store(true)
 					assert.NoError(t, d.Wait(t.Context(), new(breakpoint.Stop)))
 				}
 			})
@@ -111,12 +114,14 @@ func TestDiesAfterStep(t *testing.T) {
 	b := left.Breaks[0]
 	require.Equal(t, []byte{0x55}, b.Insn)
 	mem := make([]byte, xen.StateSize(1))
-	stepped := func() bool { return m.Pauses() > 0 && m.Peek(b.Addr, 1)[0] == b.Insn[0] }
+	var registered atomic.Bool
+	stepped := func() bool { return registered.Load() && m.Peek(b.Addr, 1)[0] == b.Insn[0] && paused(t, m) }
 	mem = dies(t, m, mem, dying{asks: stepped}, func(hv xen.Hypervisor, mem []byte) {
 		d, err := xen.OpenDebugger(hv, xen.NewFrames(hv), xen.Config{State: mem, Lookup: m.Lookup})
 		require.NoError(t, err)
 		e := breakpoint.New(d, breakpoint.Config{Method: breakpoint.InPlace, MayFault: xentest.NoFaults})
 		require.NoError(t, e.Register(&breakpoint.Probe{Addr: b.Addr}))
+		registered.Store(true)
 		m.Release()
 		for {
 			_, _ = e.Serve(t.Context(), true)
@@ -161,6 +166,14 @@ func dies(t *testing.T, m *xentest.Machine, mem []byte, tool dying, f func(hv xe
 		t.Fatalf("the tool doesn't die: %s", m.State())
 	}
 	return left
+}
+
+// paused waits until the domain is, so that the next one who asks is told why.
+func paused(t *testing.T, m *xentest.Machine) bool {
+	for m.Pauses() == 0 && t.Context().Err() == nil {
+		time.Sleep(20 * time.Microsecond)
+	}
+	return true
 }
 
 // reinjected takes over a guest of which a vCPU stands at an int3 of its own, and gives it that.
