@@ -342,6 +342,10 @@ func labGuest(t *testing.T, h *Handle, d DomainInfo) {
 	}
 
 	labDirect(t, h, d)
+	// The guest ran in between.
+	if err := h.VCPUContext(id, 0, &c); err != nil {
+		t.Fatal(err)
+	}
 
 	if w, err := h.GuestWidth(id); d.Flags&DomainHVM != 0 {
 		if !errors.Is(err, ErrNotSupported) {
