@@ -64,6 +64,11 @@ type Config struct {
 	// leaves the event mask as it is and puts a wrong one into the frame, as
 	// one must that does not know where struct vcpu_info is.
 	AnyMask bool
+	// Returns has the guest's kernel do what is hard on a tool that follows calls to
+	// their returns, in each loop: it recurses, ends functions in jumps to others, leaves
+	// several behind at once, and switches between tasks, which move from one vCPU to
+	// another and die inside a call. See returns.go. For eight vCPUs at the most.
+	Returns bool
 }
 
 // timesliceMax is the most instructions that one vCPU executes in a row.
@@ -202,6 +207,7 @@ type Machine struct {
 	mult    []uint32 // executions of an instruction per count of its function
 	perMain [ctrMax]uint64
 	perIRQ  [ctrMax]uint64
+	inside  map[string]uint64 // calls that had begun when the counters were 0
 
 	started bool
 	stop    chan struct{}
@@ -239,7 +245,7 @@ func New(cfg Config) *Machine {
 	m.mem = newMemory(cfg.Kind == PV, cfg.PhysPages, m.rng)
 	runtime.AddCleanup(m, (*memory).free, m.mem)
 	m.shared = m.mem.alloc()
-	m.roots = m.mem.layout(cfg.VCPUs)
+	m.roots = m.mem.layout(cfg.VCPUs, cfg.tasks())
 	m.mem.put64(m.mem.offset(m.shared)+sharedP2MCR3, m.mem.frame(m.mem.root)<<12)
 
 	p := assemble(&m.cfg)
@@ -290,6 +296,7 @@ func New(cfg Config) *Machine {
 		m.write64(pc+pcOwn, p.own[0]+1)
 		m.v = append(m.v, v)
 	}
+	m.makeTasks()
 	m.calibrate()
 	return m
 }
@@ -329,7 +336,6 @@ func (v *vcpu) percpu() uint64 { return percpuBase + uint64(v.id)*pageSize }
 // in the registers that the guest expects, and how often each instruction is
 // executed.
 func (m *Machine) calibrate() {
-	m.counted = make([]uint32, textSize)
 	run := func(v *vcpu, to uint64) {
 		sp := m.top(v)
 		for n := 0; ; n++ {
@@ -348,12 +354,23 @@ func (m *Machine) calibrate() {
 			c[i] = m.counter(m.v[0], i)
 		}
 	}
-	for _, v := range m.v {
+	loop := func(v *vcpu) {
 		run(v, m.check)
 		for j := range v.r {
 			m.write64(v.percpu()+pcExpect+8*uint64(j), v.r[j])
 		}
 		run(v, m.main)
+	}
+	for _, v := range m.v {
+		// Tasks begin in the first loops. From then on each loop is like the one before.
+		for range m.cfg.warmUp() {
+			loop(v)
+		}
+	}
+	m.zero()
+	m.counted = make([]uint32, textSize)
+	for _, v := range m.v {
+		loop(v)
 	}
 	get(&c0)
 	v := m.v[0]
@@ -380,15 +397,23 @@ func (m *Machine) calibrate() {
 		}
 	}
 	m.counted = nil
+	m.zero()
+	for _, v := range m.v {
+		m.nextIRQ(v)
+	}
+	m.inside = m.insides()
+	m.steps = 0
+}
+
+// zero sets everything that the guest counts to 0.
+func (m *Machine) zero() {
 	for _, v := range m.v {
 		for i := range uint64(ctrMax) {
 			m.write64(v.percpu()+pcCount+8*i, 0)
 		}
-		m.nextIRQ(v)
 	}
 	m.write64(DataBase+dInc, 0)
 	m.write64(DataBase+dXadd, 0)
-	m.steps = 0
 }
 
 func (p *program) symbol(va uint64) *Symbol {

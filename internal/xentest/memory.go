@@ -59,6 +59,7 @@ type memory struct {
 	data   []uint64
 	percpu []uint64
 	stack  [][2]uint64
+	tasks  []uint64 // stacks of tasks, see Config.Returns
 }
 
 func newMemory(pv bool, frames int, rng *rand.Rand) *memory {
@@ -148,8 +149,9 @@ func (mem *memory) mapPage(va uint64, pfn int, bits uint64) {
 	mem.put64(mem.entry(mem.root, va, 1), mem.frame(pfn)<<12|bits|mem.user()|pteP)
 }
 
-// layout builds the page tables, and one root for each vCPU.
-func (mem *memory) layout(vcpus int) (roots []int) {
+// layout builds the page tables, and one root for each vCPU. tasks is how many tasks have
+// a stack of their own.
+func (mem *memory) layout(vcpus, tasks int) (roots []int) {
 	mem.root = mem.table()
 	textPFN := mem.next
 	if !mem.pv {
@@ -177,6 +179,9 @@ func (mem *memory) layout(vcpus int) (roots []int) {
 		mem.percpu = append(mem.percpu, one(percpuBase+i*pageSize))
 		va := StackBase + i*StackStride
 		mem.stack = append(mem.stack, [2]uint64{one(va), one(va + pageSize)})
+	}
+	for i := range uint64(tasks) {
+		mem.tasks = append(mem.tasks, one(taskStacks+i*taskStride))
 	}
 	if mem.pv {
 		for pfn := range mem.frames {
@@ -238,6 +243,8 @@ func (mem *memory) translate(va uint64, write bool) (off uint64, n int, ok bool)
 			return 0, 0, false
 		}
 		return uint64(i)*pageSize + in, int(pageSize - in), true
+	case va-taskStacks < uint64(len(mem.tasks))*taskStride && va%taskStride < pageSize:
+		t, page = mem.tasks, int((va-taskStacks)/taskStride)
 	default:
 		return 0, 0, false
 	}

@@ -32,7 +32,7 @@ const (
 	ctrIRQ
 	ctrInt3
 	ctrFirst
-	ctrMax = 64
+	ctrMax = 128
 )
 
 // An Insn is an instruction of the guest's kernel.
@@ -49,6 +49,7 @@ type Symbol struct {
 	Size uint64
 
 	counter int
+	of      string // the function that it is a part of
 }
 
 type fixup struct {
@@ -66,6 +67,7 @@ type program struct {
 	syms   []Symbol
 	gaps   []Symbol
 	nctr   int
+	funcs  []function
 	own    []uint64 // addresses of the guest's own int3
 }
 
@@ -111,11 +113,18 @@ func (p *program) align(n int) {
 
 // fn begins a function that counts by itself.
 func (p *program) fn(name string) int {
+	c := p.counter()
+	p.sub(name, c)
+	p.funcs = append(p.funcs, function{name: name, entered: c, returned: c, unwound: never, died: never})
+	return c
+}
+
+// counter makes one more counter.
+func (p *program) counter() int {
 	p.nctr++
 	if p.nctr > ctrMax {
 		panic("xentest: too many functions")
 	}
-	p.sub(name, p.nctr-1)
 	return p.nctr - 1
 }
 
@@ -126,7 +135,7 @@ func (p *program) sub(name string, counter int) {
 	}
 	p.align(16)
 	p.label(name)
-	p.syms = append(p.syms, Symbol{name, p.here(), 0, counter})
+	p.syms = append(p.syms, Symbol{name, p.here(), 0, counter, name})
 }
 
 func (p *program) gap() {
@@ -206,6 +215,9 @@ var generalRegs = []int{rbx, rbp, r12, r13, r14, r15, r8, r9, r10, r11, rsi, rdi
 func assemble(cfg *Config) *program {
 	p := &program{cfg: cfg, labels: map[string]int{}, nctr: ctrFirst}
 	funcs := p.functions()
+	if cfg.Returns {
+		funcs = append(funcs, p.returning()...)
+	}
 
 	p.sub("main", ctrMain)
 	for _, r := range generalRegs {
@@ -240,6 +252,9 @@ func assemble(cfg *Config) *program {
 	p.count(ctrIRQ)
 	for _, f := range []string{"nop5", "push_rbp", "sub_rsp", "xor_test", "call_leaf", "jumps", "mov_riprel", "rep_stosb", "inc_mem", "lea_rip"} {
 		p.call(f)
+	}
+	if cfg.Returns {
+		p.recurse()
 	}
 	for i := range generalRegs {
 		p.popReg(generalRegs[len(generalRegs)-1-i])
@@ -388,9 +403,9 @@ func (p *program) functions() (names []string) {
 	p.unfinished(DataBase + dPointer)
 	p.mix()
 	p.ret()
-	p.sub("bare_ret", c)
+	p.plain("bare_ret", c)
 	p.ret()
-	p.sub("indirect", c)
+	p.plain("indirect", c)
 	p.i(0x48, 0x83, 0xc0, 0x01)
 	p.i(0xf3, 0xc3) // rep ret
 

@@ -22,6 +22,13 @@ func (m *Machine) Check() error {
 			names[s.counter] = s.Name
 		}
 	}
+	for _, f := range m.prog.funcs {
+		for end, c := range map[string]int{"returns": f.returned, "unwinds": f.unwound, "deaths": f.died} {
+			if _, ok := names[c]; !ok {
+				names[c] = end + " of " + f.name
+			}
+		}
+	}
 	var inc, xadd uint64
 	for _, v := range m.v {
 		loops, irqs := m.counter(v, ctrMain), m.counter(v, ctrIRQ)
