@@ -93,6 +93,10 @@ func FuzzDiscover(f *testing.F) {
 		for _, c := range calls {
 			requirePrintable(t, c.String())
 		}
+		ref, err := k.CurrentRef(s.Get64(s.Sym["__per_cpu_offset"]))
+		printable(err)
+		_, err = k.TaskAlive(ref)
+		printable(err)
 		_, err = k.FtraceSites()
 		printable(err)
 		places := 0
@@ -109,6 +113,15 @@ func FuzzDiscover(f *testing.F) {
 			}
 			k.ExpectedFault(addr)
 			printable(k.FaultsKnown(addr))
+			exits, err := k.Exits(addr)
+			printable(err)
+			require.LessOrEqual(t, len(exits.At)+len(exits.Tails), 64)
+			printable(k.Returnable(addr))
+			ends, err := k.ReturnAt(addr, false)
+			printable(err)
+			for _, at := range ends {
+				require.NoError(t, k.Blacklisted(at))
+			}
 		}
 		for _, name := range []string{"fn_0700", "sys_openat", "demo_run", "older:older_run", "demo_init@2", "gone:demo_run", "fn_07OO", "sys_getpod"} {
 			sym, err := k.Lookup(name)

@@ -129,6 +129,10 @@ type Kernel struct {
 	booted  atomic.Bool // system_state was seen to be beyond booting
 	started atomic.Bool // the machine was seen to have run, or can't tell
 	overlay atomic.Pointer[func(addr uint64, b []byte)]
+
+	taskRefs    atomic.Pointer[taskRefs] // how a TaskRef is read; nil until one was
+	trampOnce   sync.Once
+	trampolines []span // that replace return addresses
 }
 
 // A Rung is one step of Discover.

@@ -22,8 +22,10 @@ type places struct {
 	locks  []site   // LOCK prefixes that it may put back, by address
 	trace  []site   // entries of functions that ftrace may rewrite, by address
 	boot   []span   // what only booting rewrites, by start, if it hasn't begun yet
-	jumps  []uint64 // where the jump labels among the sites may lead, by address
+	labels []branch // the jump labels among the sites, by address
+	jumps  []uint64 // where they may lead, by address
 	faults []uint64 // instructions whose fault is expected, by address
+	fixups []branch // where the kernel goes on behind such a fault, by the instruction's address
 
 	unknown  reasons // why a table that exists isn't known, for each such table
 	noTrace  error   // why trace isn't known
@@ -64,6 +66,10 @@ type site struct {
 	addr uint64
 	kind siteKind
 }
+
+// branch is where the instruction at addr may lead beside to the next one: a jump label
+// while it isn't a NOP, or an instruction whose fault is expected.
+type branch struct{ addr, to uint64 }
 
 type siteKind uint8
 
@@ -173,6 +179,15 @@ func within(sites []site, addr, size uint64) (site, bool) {
 	return sites[i], true
 }
 
+// branchAt returns where the instruction at addr may lead.
+func branchAt(branches []branch, addr uint64) (to uint64, ok bool) {
+	i, found := slices.BinarySearchFunc(branches, addr, func(b branch, a uint64) int { return cmp.Compare(b.addr, a) })
+	if !found {
+		return 0, false
+	}
+	return branches[i].to, true
+}
+
 // siteSize returns the length of the instruction at a site. Since 5.14 (ab3257042c26)
 // a jump label is JMP rel8, or the NOP of 2 bytes, where its target is near; since 6.3
 // (923510c88d2b) a static call may be Jcc rel32.
@@ -197,6 +212,9 @@ func (p *places) sort() {
 	}
 	for _, s := range [][]site{p.sites, p.locks, p.trace} {
 		slices.SortFunc(s, func(a, b site) int { return cmp.Compare(a.addr, b.addr) })
+	}
+	for _, s := range [][]branch{p.labels, p.fixups} {
+		slices.SortFunc(s, func(a, b branch) int { return cmp.Compare(a.addr, b.addr) })
 	}
 	slices.Sort(p.jumps)
 	slices.Sort(p.faults)
@@ -498,10 +516,13 @@ func (p *places) add(base uint64, table []byte, entry uint64, kind siteKind) (n 
 		switch kind {
 		case 0:
 			p.faults = append(p.faults, addr)
+			p.fixups = append(p.fixups, branch{addr, relative32(base, table, off+4)})
 		case smpLock:
 			p.locks = append(p.locks, site{addr, kind})
 		case jumpLabel:
-			p.jumps = append(p.jumps, relative32(base, table, off+4))
+			to := relative32(base, table, off+4)
+			p.jumps = append(p.jumps, to)
+			p.labels = append(p.labels, branch{addr, to})
 			p.sites = append(p.sites, site{addr, kind})
 		default:
 			p.sites = append(p.sites, site{addr, kind})
@@ -517,7 +538,7 @@ func relative32(base uint64, table []byte, off uint64) uint64 {
 }
 
 // readFaults reads the exception table: struct exception_table_entry { int insn,
-// fixup, data }, relative as well (arch/x86/include/asm/extable.h; the third
+// fixup, data }, the first two relative as well (arch/x86/include/asm/extable.h; the third
 // member is called handler before 5.16, and isn't there before 4.6).
 func (o *op) readFaults(p *places) (int, error) {
 	base, size, err := o.section("__start___ex_table", "__stop___ex_table", maxExTable)

@@ -279,20 +279,29 @@ func (k *Kernel) beyond(p *places, text kernelText, f *function, addr, at uint64
 // 2.5).
 const cr4CET = 1 << 23
 
-// tracked returns an error if a vCPU may track indirect branches. PV guests can't: Xen
-// owns their CR4.
+// tracked returns an error if a vCPU may track indirect branches.
 func (k *Kernel) tracked() error {
-	cpus, err := k.machine.CPUs()
-	if err != nil {
+	switch on, err := k.CET(); {
+	case err != nil:
 		return fmt.Errorf("whether indirect branches are tracked can't be told: %w", err)
-	}
-	if len(cpus) == 0 {
-		return errors.New("whether indirect branches are tracked can't be told: no vCPU has registers")
-	}
-	for _, c := range cpus {
-		if !c.PV && c.CR4&cr4CET != 0 {
-			return errors.New("indirect branches are tracked (CR4.CET)")
-		}
+	case on:
+		return errors.New("indirect branches are tracked (CR4.CET)")
 	}
 	return nil
+}
+
+// CET reports whether control-flow enforcement is on in a vCPU (CR4.CET), which is a condition of
+// indirect branch tracking and of shadow stacks. PV guests can't turn it on: Xen owns their CR4.
+func (k *Kernel) CET() (bool, error) {
+	if k == nil {
+		return false, ErrNoKernel
+	}
+	cpus, err := k.machine.CPUs()
+	if err != nil {
+		return false, err
+	}
+	if len(cpus) == 0 {
+		return false, errors.New("no vCPU has registers")
+	}
+	return slices.ContainsFunc(cpus, func(c CPU) bool { return !c.PV && c.CR4&cr4CET != 0 }), nil
 }

@@ -120,6 +120,7 @@ func TestKernelFile(t *testing.T) {
 			t.Run("sites", func(t *testing.T) { testSites(vmlinux{t, g, f}, k) })
 			t.Run("faults", func(t *testing.T) { testFaults(vmlinux{t, g, f}, k) })
 			t.Run("ftrace", func(t *testing.T) { testFtrace(vmlinux{t, g, f}, k, sites) })
+			t.Run("returns", func(t *testing.T) { testReturns(vmlinux{t, g, f}, k) })
 			t.Run("dead code", func(t *testing.T) { testDeadCode(vmlinux{t, g, f}, k) })
 			t.Log(rung(k, "probeable"))
 		})

@@ -352,33 +352,39 @@ func (k *Kernel) Current(base uint64) (Task, error) {
 // current_task, which was part of struct pcpu_hot from 6.2 to 6.14. A kernel whose
 // symbols are only functions shows in its code where it is.
 func (k *Kernel) currentTask(base uint64) (uint64, error) {
-	at, err := k.symbol("current_task")
-	if k == nil {
-		return 0, err
-	}
+	at, err := k.currentVariable()
 	if err != nil {
-		hot, herr := k.symbol("pcpu_hot")
-		if herr != nil {
-			at, cerr := k.currentByCode()
-			if cerr != nil {
-				return 0, fmt.Errorf("%w; %w", err, cerr)
-			}
-			return k.pointer(at + base)
-		}
-		t, err := k.Types()
-		if err != nil {
-			return 0, err
-		}
-		f, err := t.Offset("pcpu_hot.current_task")
-		if err != nil {
-			return 0, err
-		}
-		at = hot + f.Offset
+		return 0, err
 	}
 	if at += base; k.bits == 32 {
 		at &= 1<<32 - 1
 	}
 	return k.pointer(at)
+}
+
+// currentVariable returns the address of that variable, to which the base is added.
+func (k *Kernel) currentVariable() (uint64, error) {
+	at, err := k.symbol("current_task")
+	if k == nil || err == nil {
+		return at, err
+	}
+	hot, herr := k.symbol("pcpu_hot")
+	if herr != nil {
+		at, cerr := k.currentByCode()
+		if cerr != nil {
+			return 0, fmt.Errorf("%w; %w", err, cerr)
+		}
+		return at, nil
+	}
+	t, err := k.Types()
+	if err != nil {
+		return 0, err
+	}
+	f, err := t.Offset("pcpu_hot.current_task")
+	if err != nil {
+		return 0, err
+	}
+	return hot + f.Offset, nil
 }
 
 // PerCPU returns the base of the per-CPU variables of a CPU, by the kernel's own

@@ -87,13 +87,19 @@ func (f *function) boundary(addr uint64) error {
 // and REP (SDM 2A, 2.1.1).
 var prefixes = []byte{0x2e, 0x3e, 0x66, 0xf2, 0xf3}
 
+// bare returns an instruction without its prefixes, as far as a branch may have them.
+func bare(b []byte) []byte {
+	for len(b) > 1 && (slices.Contains(prefixes, b[0]) || b[0]&0xf0 == 0x40) {
+		b = b[1:]
+	}
+	return b
+}
+
 // leaves reports whether the processor never goes on past an instruction,
 // so that int3 there stop speculation or are padding (SDM 2A and 2B: RET, IRET, JMP,
 // HLT, UD0 to UD2, SYSRET, SYSEXIT).
 func leaves(b []byte) bool {
-	for len(b) > 1 && (slices.Contains(prefixes, b[0]) || b[0]&0xf0 == 0x40) {
-		b = b[1:]
-	}
+	b = bare(b)
 	switch b[0] {
 	case 0xc2, 0xc3, 0xca, 0xcb, 0xcf, 0xe9, 0xeb, 0xf4:
 		return true

@@ -26,6 +26,9 @@ type Layout struct {
 	WeakBanner bool
 	// NoStaticCalls is a kernel that has none (before 5.10).
 	NoStaticCalls bool
+	// ErrorInjection is a kernel that lists functions for it, and OldInjection one that
+	// numbers their kinds as 6.1 does.
+	ErrorInjection, OldInjection bool
 }
 
 // Where things are in a Synthetic guest.
@@ -229,6 +232,9 @@ const (
 	TaskCgroups    = 0x178
 	TaskFlags      = 0x180
 	TaskWorker     = 0x188 // worker_private
+	TaskStack      = 0x190
+	TaskCanary     = 0x198
+	TaskState      = 0x1a0 // __state, or state in Layout.CoreLayout
 	KthreadName    = 0x18  // in struct kthread
 	taskSize       = 0x200
 	MMPgd          = 72
@@ -303,6 +309,14 @@ func (s *Synthetic) structs() map[string]struct {
 		"ftrace_page":            {24, []synField{{0, "next", "*ftrace_page"}, {8, "records", "*dyn_ftrace"}, {16, "index", "int"}}},
 		"syscall_metadata":       {48, []synField{{0, "name", "*char"}, {8, "syscall_nr", "int"}, {12, "nb_args", "u8"}, {16, "types", "*"}, {24, "args", "*"}}},
 	}
+	task := m["task_struct"]
+	task.fields = append(task.fields, synField{TaskStack, "stack", "*"}, synField{TaskCanary, "stack_canary", "u64"})
+	if s.layout.CoreLayout {
+		task.fields = append(task.fields, synField{TaskState, "state", "u64"})
+	} else {
+		task.fields = append(task.fields, synField{TaskState, "__state", "u32"})
+	}
+	m["task_struct"] = task
 	if s.layout.OtherPlaces {
 		m["kprobe_blacklist_entry"] = st{40, []synField{{0, "list", "list_head"}, {24, "start_addr", "u64"}, {32, "end_addr", "u64"}}}
 		m["dyn_ftrace"] = st{24, []synField{{8, "ip", "u64"}, {16, "flags", "u64"}}}
@@ -452,6 +466,10 @@ func (s *Synthetic) places() {
 	asmSym("ftrace_call")
 	asmSym("bpf_dispatcher_xdp_func")
 	asmSym("fn_0200.part.0")
+	for _, name := range []string{"__x86_return_thunk", "__x86_indirect_thunk_rax", "__pi___x86_indirect_thunk_rbx", "arch_rethook_trampoline", "return_to_handler", "__switch_to_asm"} {
+		asmSym(name)
+	}
+	s.code(s.Sym["__switch_to_asm"], 0xc3)
 
 	moved := uint64(0)
 	if s.layout.OtherPlaces {
@@ -509,6 +527,19 @@ func (s *Synthetic) places() {
 	s.code(Fn(530), append([]byte{0xc3}, 0xcc, 0xcc, 0x90)...)  // int3 as padding
 	s.sym('t', "__pfx_fn_0540", Fn(540)-8)
 
+	if s.layout.ErrorInjection {
+		asmSym("within_error_injection_list")
+		s.sym('d', "error_injection_list", s.data(16))
+		first := uint32(0)
+		if s.layout.OldInjection {
+			first = 1
+		}
+		for i, kind := range []uint32{0, 1, 2, 3, 9} {
+			s.Sym[fmt.Sprintf("injectable %d", i)] = s.injectable(Fn(700+uint64(i)), first+kind)
+		}
+		s.injectable(s.Sym["__x64_sys_getpid"], first+1)
+	}
+
 	start, page, page2 := s.data(8), s.data(24), s.data(24)
 	s.sym('d', "ftrace_pages_start", start)
 	s.Sym["ftrace page"], s.Sym["ftrace page 2"] = page, page2
@@ -553,6 +584,16 @@ func (s *Synthetic) blacklist(start, end uint64) uint64 {
 	s.append(s.Sym["kprobe_blacklist"], entry)
 	s.Put64(entry+16+moved, start)
 	s.Put64(entry+24+moved, end)
+	return entry
+}
+
+// injectable adds a struct ei_entry to the kernel's list.
+func (s *Synthetic) injectable(start uint64, kind uint32) uint64 {
+	entry := s.data(48)
+	s.append(s.Sym["error_injection_list"], entry)
+	s.Put64(entry+16, start)
+	s.Put64(entry+24, start+16)
+	s.Put32(entry+32, kind)
 	return entry
 }
 
@@ -612,6 +653,9 @@ func (s *Synthetic) syscalls() {
 // SyntheticArgs is the command line of init.
 var SyntheticArgs = []string{"/sbin/init", "--flag", ""}
 
+// SyntheticStack returns where the stack of a task begins. There is no memory.
+func SyntheticStack(pid uint32) uint64 { return 0xffffc90000000000 + uint64(pid)<<16 }
+
 // tasks makes the processes: swapper (0), init (1), kthreadd (2), kworker (3), a
 // daemon with two threads (40, 41) in a cgroup, and a zombie (50).
 func (s *Synthetic) tasks() {
@@ -654,6 +698,8 @@ func (s *Synthetic) tasks() {
 		}
 		s.Put32(task+TaskPID, t.pid)
 		s.Put32(task+TaskPID+4, t.tgid)
+		s.Put64(task+TaskStack, SyntheticStack(t.pid))
+		s.Put64(task+TaskCanary, 0x5eed5eed00000000|uint64(t.pid)<<8)
 		s.Put64(task+TaskParent, s.Sym[fmt.Sprintf("task %d", t.parent)])
 		s.Put64(task+TaskCred, cred)
 		s.Put32(cred+24, t.uid)
