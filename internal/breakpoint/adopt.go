@@ -228,7 +228,7 @@ func (a *adoption) adoptBreak(b LeftBreak) error {
 		there, err := a.drv.AdoptBreak(s.addr, &s.insn)
 		if there && err == nil {
 			s.armed = true
-			a.e.sites[s.addr] = s
+			a.e.enlist(s)
 		}
 		return err
 	})
@@ -326,7 +326,7 @@ func (a *adoption) rearm(s *site) error {
 		return err
 	}
 	s.armed = true
-	a.e.sites[s.addr] = s
+	a.e.enlist(s)
 	return nil
 }
 

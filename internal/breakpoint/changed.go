@@ -39,12 +39,13 @@ func (e *Engine) lose(s *site, why error) {
 		return
 	}
 	e.keepLost(s, why)
+	e.orphan(s, why)
 }
 
 // keepLost keeps the probes of s, whose breakpoint is out, until their owners are told: by
 // Close, if that has taken them already.
 func (e *Engine) keepLost(s *site, why error) {
-	e.log.Warn("the guest has changed its code at a probe, which is out now", "addr", hex(s.addr), "why", why)
+	e.log.Warn("the guest has changed its code at a breakpoint, which is out now", "addr", hex(s.addr), "why", why)
 	if len(s.owners) == 0 && !e.closing {
 		return
 	}
@@ -75,7 +76,7 @@ func (e *Engine) noneLeft() error {
 		return nil
 	}
 	for _, s := range e.sites {
-		if s.armed {
+		if s.armed && len(s.owners) > 0 {
 			return nil
 		}
 	}

@@ -34,6 +34,7 @@ func (e *Engine) Close() (terr error) {
 		return nil
 	}
 	e.closing = true
+	e.forgetCalls(nil)
 	e.meet()
 	told := e.tellLost()
 	defer func() { terr = errors.Join(terr, e.tellLost()) }() // what was noticed meanwhile
@@ -228,7 +229,7 @@ func (e *Engine) pollAll() error {
 // the guest, now or before.
 func (e *Engine) endSlots() error {
 	if len(e.active)+len(e.back) == 0 || e.owing.Load() || len(e.sites) > 0 {
-		return e.ended
+		return e.endLeft
 	}
 	if err := e.retry(e.drv.Freeze); err != nil {
 		return err
@@ -239,7 +240,7 @@ func (e *Engine) endSlots() error {
 			errs = errors.Join(errs, e.endWithJump(sl))
 		}
 	}
-	return errors.Join(e.ended, errs, e.thaw())
+	return errors.Join(e.endLeft, errs, e.thaw())
 }
 
 // standStill freezes the guest, answers what has stopped, and returns with the

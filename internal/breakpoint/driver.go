@@ -27,11 +27,17 @@
 // because of a failed call, and Close does not report success while anything of
 // ours is left in it.
 //
+// # A return
+//
+// A return probe follows the calls that begin at its address: [Returns]. The engine knows
+// a call by where on the stack its return address is, and notices its return by a
+// breakpoint at that address or at the function's last instructions, which has no probe
+// of its own.
+//
 // # Later
 //
-// A return probe is a site whose address comes from the stack, with one owner
-// per call in flight; memory-access traps and altp2m views are further Reasons of
-// a Stop and another InsertBreak.
+// Memory-access traps and altp2m views are further Reasons of a Stop and another
+// InsertBreak.
 package breakpoint
 
 import (
@@ -85,6 +91,8 @@ type Caps struct {
 	// copied out of line, and where nobody wants to see the result it is made by
 	// StepOn, without a Stepped stop.
 	CheapStep bool
+	// AllStop says that no vCPU runs while one is stopped.
+	AllStop bool
 }
 
 // A Driver is one guest under one hypervisor.

@@ -1,6 +1,7 @@
 package breakpoint
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,12 +33,29 @@ type Probe struct {
 	At uint64
 	// Pre runs before the instruction, Post after it; either may be nil.
 	Pre, Post func(*Context) Verdict
+	// Ret makes this a return probe: Pre is at the entry of each call that isn't missed.
+	Ret *Returns
+	// Want says which executions are hits, before anything is counted or a handler runs. It is
+	// called with the engine's lock held: it must not call the engine, nor read the guest. Nil:
+	// all are. The task is the zero Task unless WantTask is set, and where it isn't known.
+	Want     func(r *x86.Regs, vcpu int, t *Task) bool
+	WantTask bool
+	// Limit has the probe taken out after so many hits, PerSecond when it has more in a second.
+	// 0: no limit. Neither ends what a return probe follows already.
+	Limit, PerSecond uint64
 
 	disabled     atomic.Bool
+	disables     atomic.Uint32 // how often it was
 	armed        atomic.Bool
 	hits, missed atomic.Uint64
-	site         *site  // nil unless registered; Engine.mu
-	gen          uint64 // counts registrations; Engine.mu
+	skipped      atomic.Uint64
+	filtered     atomic.Uint64
+	over         atomic.Uint32 // Over
+	second       time.Time     // Engine.mu: when the second began that PerSecond counts in
+	inSecond     uint64        // … and the hits in it
+	limitBase    uint64        // … hits before it was registered
+	site         *site         // nil unless registered; Engine.mu
+	gen          uint64        // counts registrations; Engine.mu
 }
 
 // at returns the address of the breakpoint.
@@ -52,8 +70,13 @@ func (p *Probe) at() uint64 {
 // whose executions are hits.
 func (p *Probe) shifted() bool { return p.at() != p.Addr }
 
-// SetEnabled makes the probe's handlers run, or not; the breakpoint stays.
-func (p *Probe) SetEnabled(on bool) { p.disabled.Store(!on) }
+// SetEnabled makes the probe's handlers run, or not; the breakpoint stays. The calls that a
+// return probe follows when it is disabled are dropped.
+func (p *Probe) SetEnabled(on bool) {
+	if was := p.disabled.Swap(!on); !was && !on {
+		p.disables.Add(1)
+	}
+}
 
 // Enabled reports whether the handlers run.
 func (p *Probe) Enabled() bool { return !p.disabled.Load() }
@@ -76,6 +99,26 @@ func (p *Probe) Armed() bool { return p.armed.Load() }
 func (p *Probe) Hits() uint64   { return p.hits.Load() }
 func (p *Probe) Missed() uint64 { return p.missed.Load() }
 
+// Skipped is how often a handler of another probe at the address had the function return
+// before this one's handlers ran. It is a part of neither Hits nor Missed.
+func (p *Probe) Skipped() uint64 { return p.skipped.Load() }
+
+// Filtered is how often the guest executed the address and Want said that it isn't a hit.
+func (p *Probe) Filtered() uint64 { return p.filtered.Load() }
+
+// Over says which limit a probe has reached.
+type Over uint8
+
+// Limits.
+const (
+	NotOver Over = iota
+	OverLimit
+	OverPerSecond
+)
+
+// Over says which limit has ended, or is about to end, the registration of p.
+func (p *Probe) Over() Over { return Over(p.over.Load()) }
+
 // A Context is what a handler sees of a hit. It is valid until the handler returns.
 type Context struct {
 	Probe *Probe
@@ -87,8 +130,13 @@ type Context struct {
 	Regs *x86.Regs
 	// Post is set while a Post handler runs.
 	Post bool
+	// Call is, of a return probe, the call that begins or, in Returns.Return, ends.
+	Call *Activation
+	// Return is set while Returns.Return runs.
+	Return bool
 
-	e *Engine
+	skip, moved bool
+	e           *Engine
 }
 
 // Leave tells the engine that what the handler does from here on is not the
@@ -98,6 +146,18 @@ func (c *Context) Leave() {
 	defer c.e.mu.Unlock()
 	c.e.handled()
 }
+
+// SkipCall says that a Pre handler has had the function return that the vCPU is at the first
+// instruction of: Regs are those that its caller goes on with. No other Pre handler runs, and the
+// calls that are followed have returned.
+func (c *Context) SkipCall() { c.skip = true }
+
+// CallSkipped reports whether SkipCall was called.
+func (c *Context) CallSkipped() bool { return c.skip }
+
+// Moved reports whether another Pre handler of this hit has sent the vCPU elsewhere, though
+// Regs.IP is at the probe.
+func (c *Context) Moved() bool { return c.moved }
 
 // Method says how the instructions under breakpoints are executed.
 type Method uint8
@@ -127,6 +187,8 @@ type Config struct {
 	// Journal is told of every change of the guest's text before it is made. Nil:
 	// nobody is.
 	Journal Journal
+	// Hooks are for return probes.
+	Hooks Hooks
 	// Method is Auto except in tests.
 	Method Method
 	Logger *slog.Logger
@@ -152,6 +214,16 @@ type site struct {
 	armed  bool // the breakpoint is in the guest
 	slot   *slot
 	lost   error // why it is out, though probes are registered: the guest has changed its code
+
+	filters             int       // owners with Want
+	wantTask            bool      // one of them had WantTask
+	rets                int       // owners that are return probes
+	live                int       // calls that are under way and return here
+	warm                time.Time // when the last one did, or the breakpoint was made for one; 0: no return is expected
+	idle                int       // returns to here since then
+	exitOf              []*Probe  // whose calls end here, followed to exits
+	by                  []*Probe  // whose calls were followed to here
+	own, foreign, tried uint64    // returns to here that were followed, and others; when exits were tried last
 }
 
 // owner is one registration of a probe.
@@ -170,6 +242,7 @@ type inflight struct {
 	post    bool  // run post handlers
 	told    int   // owners that have counted it, or needn't
 	shifted int   // how many of the owners are; they are the first
+	skipped bool  // a handler has had the function return
 	lost    bool  // taken over from a process that died; before isn't known, if it is in a slot
 	mark    *Mark // of the process that died: the vCPU may not be in the slot
 }
@@ -184,6 +257,7 @@ type Engine struct {
 
 	mu      sync.Mutex
 	sites   map[uint64]*site
+	order   []*site // those of sites, by address
 	lost    []*site // that are out, with probes that are registered
 	slotEnd map[uint64]*slot
 	free    []*slot
@@ -197,13 +271,31 @@ type Engine struct {
 	idle    []*inflight // to be used again
 	owed    []debt
 	thaws   int   // Thaws that failed, which thawLater makes
-	ended   error // slots that Close had to leave behind
+	endLeft error // slots that Close had to leave behind
 	nvcpu   int
 	cheap   bool // Caps.CheapStep
 	hidden  bool // Caps.Hidden
+	allStop bool // Caps.AllStop
 	stats   Stats
 	closing bool // no probe may be registered any more
 	closed  bool
+
+	// Of return probes.
+	calls       map[uint64]*call   // by slot
+	tasks       map[uint64][]*call // by Task.Addr, from the top of the stack down
+	activations int                // in calls
+	depths      map[taskProbe]int  // how many of them are of one probe by one task
+	plans       map[uint64]plan    // by return address
+	held        []time.Duration    // while calls were under way, by vCPU, or the first one's for all
+	ended       []endedCall        // whose handlers are to run
+	made        bool               // breakpoints at return addresses may be there
+	sweeps      uint64
+	swept       time.Time
+	quiet       uint64      // sweeps after a Wait that found nothing
+	stops       uint64      // that were served
+	following   atomic.Bool // there is something to sweep, to tell or to take out
+	spent       []*Probe    // whose limits are reached
+	spentErr    error       // of the last one
 
 	owing   atomic.Bool // owed isn't empty
 	retried *debt       // that is being tried again
@@ -213,9 +305,14 @@ type Engine struct {
 	server  uint64      // the goroutine that runs handlers
 
 	// Of the goroutine in Serve.
-	stop Stop
-	ctx  Context
-	buf  [x86.MaxLen]byte
+	stop   Stop
+	ctx    Context
+	moved  bool // a Pre handler of the hit in hand has sent the vCPU elsewhere
+	buf    [x86.MaxLen]byte
+	now    present
+	inHand []*Activation // that begin or end with the stop, and of which nothing is counted yet
+	noTask Task
+	tick   tick
 }
 
 // New returns an engine for the guest that drv is attached to.
@@ -228,9 +325,14 @@ func New(drv Driver, cfg Config) *Engine {
 		drv: drv, cfg: cfg, log: cfg.Logger,
 		sites:   make(map[uint64]*site),
 		slotEnd: make(map[uint64]*slot),
+		calls:   make(map[uint64]*call),
+		tasks:   make(map[uint64][]*call),
+		depths:  make(map[taskProbe]int),
+		plans:   make(map[uint64]plan),
 		nvcpu:   caps.VCPUs,
 		cheap:   caps.CheapStep,
 		hidden:  caps.Hidden,
+		allStop: caps.AllStop,
 	}
 	e.done = sync.NewCond(&e.mu)
 	if cfg.Journal != nil {
@@ -262,23 +364,14 @@ type Site struct {
 func (e *Engine) Sites() []Site {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	out := make([]Site, 0, len(e.sites))
-	for _, s := range e.sites {
+	out := make([]Site, 0, len(e.order))
+	for _, s := range e.order {
 		x := Site{Addr: s.addr, Orig: s.insn.Bytes(), Armed: s.armed, Owners: len(s.owners)}
 		if s.slot != nil {
 			x.Slot = s.slot.addr
 		}
 		out = append(out, x)
 	}
-	slices.SortFunc(out, func(a, b Site) int {
-		switch {
-		case a.Addr < b.Addr:
-			return -1
-		case a.Addr > b.Addr:
-			return 1
-		}
-		return 0
-	})
 	return out
 }
 
@@ -293,6 +386,7 @@ func (e *Engine) Register(probes ...*Probe) error {
 	if err != nil {
 		return err
 	}
+	given := probes
 	for i, p := range probes {
 		if err = e.add(p); err != nil {
 			probes = probes[:i]
@@ -308,10 +402,47 @@ func (e *Engine) Register(probes ...*Probe) error {
 	for _, q := range slices.Backward(probes) { // the guest is frozen still
 		err = errors.Join(err, e.drop(q, true))
 	}
+	err = errors.Join(err, e.removeColdOf(given))
 	if !all {
 		err = errors.Join(err, e.thaw())
 	}
 	return err
+}
+
+// RegisterEach arms those of probes that can be, and returns for each why it isn't, or nil.
+func (e *Engine) RegisterEach(probes ...*Probe) []error {
+	errs := make([]error, len(probes))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	err := ErrClosed
+	if !e.closing {
+		err = e.freeze()
+	}
+	for i, p := range probes {
+		if errs[i] = err; err == nil {
+			errs[i] = e.add(p)
+		}
+	}
+	if err != nil {
+		return errs
+	}
+	if slices.ContainsFunc(errs, func(err error) bool { return err != nil }) {
+		if err := e.removeColdOf(probes); err != nil {
+			e.log.Debug("breakpoints of probes that could not be registered stay for a while", "err", err)
+		}
+	}
+	if err = e.thaw(); err == nil {
+		return errs
+	}
+	for i, p := range slices.Backward(probes) { // the guest is frozen still
+		if errs[i] == nil {
+			errs[i] = errors.Join(err, e.drop(p, true))
+		}
+	}
+	if err := e.removeColdOf(probes); err != nil {
+		errs[0] = errors.Join(errs[0], err)
+	}
+	return errs
 }
 
 // Unregister removes probes; those that aren't registered are ignored. The
@@ -333,7 +464,16 @@ func (e *Engine) Unregister(probes ...*Probe) (err error) {
 	for _, p := range probes {
 		err = errors.Join(err, e.drop(p, false))
 	}
-	return err
+	return errors.Join(err, e.removeColdOf(probes))
+}
+
+// removeColdOf removes the breakpoints that only return probes had among probes, which have been
+// dropped.
+func (e *Engine) removeColdOf(probes []*Probe) error {
+	if !slices.ContainsFunc(probes, func(p *Probe) bool { return p.Ret != nil }) {
+		return nil
+	}
+	return e.removeAllCold()
 }
 
 // Quiesce waits until no handler of the probes runs, unless it is called by one.
@@ -414,34 +554,84 @@ func (e *Engine) add(p *Probe) error {
 	s := e.sites[at]
 	if s == nil {
 		var err error
-		if s, err = e.newSite(at); err != nil {
+		if s, err = e.insertSite(at); err != nil {
 			return err
 		}
-		if s.slot == nil { // with one it has been told
-			if _, err := e.tell(s, nil); err != nil {
-				return err
-			}
-		}
-		if err := e.drv.InsertBreak(s.addr, &s.insn); err != nil {
-			e.over(s.addr)
-			e.freeSlot(s)
-			return fmt.Errorf("insert breakpoint at %#x: %w", s.addr, err)
-		}
-		s.armed = true
-		e.sites[s.addr] = s
-		e.log.Debug("breakpoint inserted", "addr", hex(s.addr), "insn", s.insn.String())
 	}
 	p.gen++
 	p.site = s
-	i := len(s.owners)
+	p.over.Store(uint32(NotOver))
+	p.second, p.inSecond, p.limitBase = time.Time{}, 0, p.Hits()
+	if s.wantTask = s.wantTask || p.WantTask; p.Want != nil {
+		s.filters++
+	}
+	from, to := s.shifted(), len(s.owners)
 	if p.shifted() {
-		i = s.shifted()
+		from, to = 0, from
+	}
+	if p.Ret != nil { // its Pre comes before what may send the vCPU elsewhere
+		s.rets++
+		for to > from && s.owners[to-1].Ret == nil {
+			to--
+		}
+		p.Ret.active, p.Ret.lost, p.Ret.told = 0, nil, nil
+		p.Ret.exits, p.Ret.exiting = nil, false // another engine's, which was closed
 	}
 	// Handlers may be iterating over the old slice.
-	s.owners = slices.Insert(slices.Clone(s.owners), i, owner{p, p.gen})
+	s.owners = slices.Insert(slices.Clone(s.owners), to, owner{p, p.gen})
 	p.armed.Store(true)
+	if r := p.Ret; r != nil && (r.Follow == AtExits || r.Follow == FollowAuto && r.ExitsFirst) {
+		if err := e.useExits(p); err != nil && r.Follow == AtExits {
+			return errors.Join(err, e.drop(p, true))
+		}
+	}
 	return nil
 }
+
+// insertSite makes a breakpoint; the guest is frozen.
+func (e *Engine) insertSite(addr uint64) (*site, error) {
+	s, err := e.newSite(addr)
+	if err != nil {
+		return nil, err
+	}
+	if s.slot == nil { // with one it has been told
+		if _, err := e.tell(s, nil); err != nil {
+			return nil, err
+		}
+	}
+	if err := e.drv.InsertBreak(s.addr, &s.insn); err != nil {
+		e.over(s.addr)
+		e.freeSlot(s)
+		return nil, fmt.Errorf("insert breakpoint at %#x: %w", s.addr, err)
+	}
+	s.armed = true
+	e.enlist(s)
+	e.log.Debug("breakpoint inserted", "addr", hex(s.addr), "insn", s.insn.String())
+	return s, nil
+}
+
+// enlist enters s in the books, and delist takes it out.
+func (e *Engine) enlist(s *site) {
+	e.sites[s.addr] = s
+	i, found := slices.BinarySearchFunc(e.order, s.addr, byAddr)
+	if found {
+		e.order[i] = s
+		return
+	}
+	e.order = slices.Insert(e.order, i, s)
+}
+
+func (e *Engine) delist(s *site) {
+	if e.sites[s.addr] != s {
+		return
+	}
+	delete(e.sites, s.addr)
+	if i, found := slices.BinarySearchFunc(e.order, s.addr, byAddr); found {
+		e.order = slices.Delete(e.order, i, i+1)
+	}
+}
+
+func byAddr(s *site, addr uint64) int { return cmp.Compare(s.addr, addr) }
 
 // shifted returns how many of the owners are.
 func (s *site) shifted() int {
@@ -464,16 +654,28 @@ func (e *Engine) drop(p *Probe, force bool) error {
 		if len(s.owners) == 0 {
 			e.lost = slices.DeleteFunc(e.lost, func(l *site) bool { return l == s })
 		}
+		if p.Ret != nil {
+			e.endCalls(p)
+		}
 		return s.lost
 	}
 	var err error
-	if len(s.owners) == 1 {
+	if len(s.owners) == 1 && s.live == 0 && !slices.ContainsFunc(s.exitOf, func(q *Probe) bool { return q != p }) {
 		if err = e.removeSite(s); err != nil && s.armed && !force {
 			return err
 		}
 	}
 	e.disown(p)
+	if p.Ret != nil {
+		e.endCalls(p)
+	}
 	return err
+}
+
+// endCalls ends what p, which isn't registered any more, follows. Its breakpoints stay, cold.
+func (e *Engine) endCalls(p *Probe) {
+	e.forgetCalls(p)
+	e.leaveExits(p)
 }
 
 // disown makes p a probe that isn't registered.
@@ -481,6 +683,12 @@ func (e *Engine) disown(p *Probe) {
 	s := p.site
 	p.site = nil
 	p.armed.Store(false)
+	if p.Ret != nil {
+		s.rets--
+	}
+	if p.Want != nil {
+		s.filters--
+	}
 	s.owners = slices.DeleteFunc(slices.Clone(s.owners), func(o owner) bool { return o.Probe == p })
 }
 
@@ -488,7 +696,7 @@ func (e *Engine) disown(p *Probe) {
 // are served, and it can be tried again.
 func (e *Engine) removeSite(s *site) error {
 	if !s.armed {
-		delete(e.sites, s.addr)
+		e.delist(s)
 		return nil
 	}
 	err := e.retry(func() error { return e.drv.RemoveBreak(s.addr) })
@@ -499,7 +707,7 @@ func (e *Engine) removeSite(s *site) error {
 			return err
 		}
 	}
-	delete(e.sites, s.addr)
+	e.delist(s)
 	s.armed = false
 	e.over(s.addr)
 	e.freeSlot(s)
@@ -562,7 +770,8 @@ func (e *Engine) newSite(addr uint64) (*site, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, o := range e.sites {
+	i, _ := slices.BinarySearchFunc(e.order, addr, byAddr) // they don't overlap one another
+	for _, o := range e.order[max(i-1, 0):min(i+1, len(e.order))] {
 		if addr > o.addr && addr < o.addr+uint64(o.insn.Len) || o.addr > addr && o.addr < addr+uint64(in.Len) {
 			return nil, fmt.Errorf("%#x and %#x: %w", addr, o.addr, ErrOverlap)
 		}
@@ -650,9 +859,13 @@ func (e *Engine) overlay(addr uint64, b []byte) {
 	if e.hidden {
 		return
 	}
-	for _, s := range e.sites {
+	i, _ := slices.BinarySearchFunc(e.order, addr, byAddr)
+	for _, s := range e.order[i:] {
 		off := s.addr - addr
-		if !s.armed || off >= uint64(len(b)) || b[off] != int3 {
+		if off >= uint64(len(b)) {
+			break
+		}
+		if !s.armed || b[off] != int3 {
 			continue
 		}
 		orig := s.insn.Bytes()

@@ -50,14 +50,29 @@ func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
 	if m == serving {
 		e.mu.Lock()
 		err := e.noneLeft()
+		if err == nil {
+			err = e.allSpent()
+		}
 		e.mu.Unlock()
 		if err != nil {
 			return Continue, err
 		}
 	}
+	defer e.tick.stop()
 	for {
 		if err := ctx.Err(); err != nil {
 			return Continue, err
+		}
+		wait, ticking := ctx, false
+		if m == serving && e.following.Load() {
+			if v, err := e.tend(); v != Continue || err != nil {
+				return v, err
+			}
+			var over bool
+			ticking = true
+			if wait, over = e.tick.of(ctx); over {
+				e.sweep(false)
+			}
 		}
 		if e.owing.Load() {
 			if v, err := e.serveOwing(ctx, m); v != Continue || err != nil {
@@ -65,7 +80,15 @@ func (e *Engine) serve(ctx context.Context, m mode) (Verdict, error) {
 			}
 			continue
 		}
-		if err := e.drv.Wait(ctx, &e.stop); err != nil {
+		if err := e.drv.Wait(wait, &e.stop); err != nil {
+			if ticking && wait.Err() != nil && errors.Is(err, wait.Err()) {
+				if err := ctx.Err(); err != nil {
+					return Continue, err
+				}
+				e.tick.next()
+				e.sweep(true)
+				continue
+			}
 			if err = e.changed(err); err != nil {
 				return Continue, err
 			}
@@ -114,9 +137,16 @@ func (e *Engine) postsDue() bool {
 func (e *Engine) handle(s *Stop, m mode) (Verdict, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	defer e.attend()
+	e.stops++
 	if s.VCPU < 0 || s.VCPU >= e.nvcpu {
 		return Continue, fmt.Errorf("stop of vCPU %d, of %d", s.VCPU, e.nvcpu)
 	}
+	e.now = present{}
+	if e.activations > 0 {
+		e.now.time = time.Now()
+	}
+	defer func() { e.hold(s.VCPU) }()
 	switch s.Reason {
 	case Stepped:
 		return e.stepped(s, m)
@@ -292,11 +322,7 @@ func (e *Engine) hit(s *Stop, m mode) (v Verdict, err error) {
 	}
 	f := e.take(st, s)
 	e.stats.Hits++
-	if m != serving {
-		f.miss(f.owners)
-		return e.execute(f, s, m)
-	}
-	// If a handler panics the hit is still completed.
+	// If a handler panics, or a hook, the hit is still completed.
 	finished := false
 	defer func() {
 		if !finished {
@@ -308,22 +334,58 @@ func (e *Engine) hit(s *Stop, m mode) (v Verdict, err error) {
 			}
 		}
 	}()
+	if st.follows() || st.wantTask {
+		e.look(s)
+	}
+	if st.filters > 0 || len(e.spent) > 0 {
+		e.filter(f, s)
+	}
+	if m != serving {
+		err := e.passBy(st, s, m)
+		finished = true
+		f.miss(f.owners)
+		v, xerr := e.execute(f, s, m)
+		return v, errors.Join(err, xerr)
+	}
+	v, bad := e.returned(st, s, m)
+	e.enter(st, s)
 	shifted, others := f.owners[:f.shifted], f.owners[f.shifted:]
-	v, moved := e.pre(f, shifted, s, Continue)
+	v, moved := e.pre(f, shifted, s, v)
 	if !moved && v == Continue {
 		v = e.post(f, shifted, s)
 	}
 	if s.Regs.IP == st.addr { // else the vCPU doesn't come to the instruction of the others
 		v, _ = e.pre(f, others, s, v)
 	}
+	w, badExit := e.exited(st, s, m)
+	if f.skipped || e.leftByHand(f, s) {
+		w, badExit = e.skipped(f, s, m)
+	}
+	v = first(v, w)
 	finished = true
 	f.post = v == Continue
-	bad := e.checkRegs(&f.before, s)
-	w, err := e.execute(f, s, m)
-	if v == Continue {
-		v = w
+	bad = errors.Join(bad, badExit, e.checkRegs(&f.before, s))
+	w, err = e.execute(f, s, m)
+	return first(v, w), errors.Join(bad, err)
+}
+
+// first returns the verdict that counts.
+func first(a, b Verdict) Verdict {
+	if a != Continue {
+		return a
 	}
-	return v, errors.Join(bad, err)
+	return b
+}
+
+// passBy is for a hit that no handler sees: the calls that end with it are abandoned.
+func (e *Engine) passBy(st *site, s *Stop, m mode) error {
+	if !st.follows() {
+		return nil
+	}
+	_, err := e.returned(st, s, m)
+	e.enter(st, s)
+	_, exitErr := e.exited(st, s, m)
+	return errors.Join(err, exitErr)
 }
 
 // checkRegs takes back what handlers have left in s.Regs, if no vCPU can have it.
@@ -349,15 +411,24 @@ func (e *Engine) pre(f *inflight, owners []owner, s *Stop, v Verdict) (_ Verdict
 		switch {
 		case !o.wants(st):
 			continue
+		case f.skipped:
+			o.skipped.Add(1)
+			continue
 		case v != Continue:
 			o.missed.Add(1)
 			continue
 		}
-		o.hits.Add(1)
 		s.Regs.IP = o.Addr
-		v = e.call(o.Probe, o.Pre, s, false)
+		e.moved = moved
+		if o.Ret != nil {
+			v = e.follow(o, s)
+		} else {
+			e.tally(o.Probe)
+			v = e.call(o.Probe, o.Pre, s, false)
+		}
 		if s.Regs.IP != o.Addr && !moved {
 			to, moved = s.Regs.IP, true
+			f.skipped = e.ctx.skip
 		}
 	}
 	s.Regs.IP = to
@@ -377,13 +448,19 @@ func (e *Engine) post(f *inflight, owners []owner, s *Stop) (v Verdict) {
 	return v
 }
 
-// call runs a handler of p, without the engine's lock.
+// call runs a handler of p for a stop.
 func (e *Engine) call(p *Probe, handler func(*Context) Verdict, s *Stop, post bool) Verdict {
+	return e.run(Context{Probe: p, VCPU: s.VCPU, Regs: &s.Regs, Post: post, e: e}, handler)
+}
+
+// run runs a handler, without the engine's lock.
+func (e *Engine) run(c Context, handler func(*Context) Verdict) Verdict {
 	if handler == nil {
 		return Continue
 	}
-	e.running = p
-	e.ctx = Context{Probe: p, VCPU: s.VCPU, Regs: &s.Regs, Post: post, e: e}
+	e.running = c.Probe
+	c.moved = e.moved
+	e.ctx = c
 	e.mu.Unlock()
 	defer func() {
 		e.mu.Lock()
@@ -496,14 +573,24 @@ func (e *Engine) giveUp(f *inflight, s *Stop, why error) error {
 		return errors.Join(why, e.owe(debt{duty: dutyGiveUp, stop: *s, f: f}, err))
 	}
 	e.give(f)
+	e.orphan(st, cmp.Or(why, err, ErrNoWayPast))                   // at a later try it was told before
 	if lost := cmp.Or(why, err); errors.Is(lost, ErrTextChanged) { // that one ends, and no other
 		e.keepLost(st, lost)
 		return errors.Join(e.resume(s), e.noneLeft())
 	}
+	followed := false
 	for _, o := range st.owners {
-		if o.site == st {
-			e.disown(o.Probe)
+		if o.site != st {
+			continue
 		}
+		e.disown(o.Probe)
+		if o.Ret != nil {
+			e.endCalls(o.Probe)
+			followed = true
+		}
+	}
+	if followed {
+		e.dropUnwanted()
 	}
 	return errors.Join(why, err, e.resume(s))
 }

@@ -101,6 +101,7 @@ func (e *Engine) stepOver(f *inflight, s *Stop) error {
 // pay does what is owed. If it fails there is a new debt.
 func (e *Engine) pay(d *debt, m mode) (Verdict, error) {
 	s := &d.stop
+	e.now = present{}
 	switch d.duty {
 	case dutyResume:
 		return Continue, e.resume(s)

@@ -203,7 +203,7 @@ func (e *Engine) endWithJump(sl *slot) error {
 	delete(e.slotEnd, sl.end)
 	e.active = slices.DeleteFunc(e.active, func(f *inflight) bool { return f.slot == sl })
 	e.back = slices.DeleteFunc(e.back, func(c came) bool { return c.slot == sl })
-	e.ended = errors.Join(e.ended, fmt.Errorf("a vCPU is still executing the copy of %#x in dead code at %#x; the %d bytes there were left, as harmless code",
+	e.endLeft = errors.Join(e.endLeft, fmt.Errorf("a vCPU is still executing the copy of %#x in dead code at %#x; the %d bytes there were left, as harmless code",
 		sl.site.addr, sl.addr, slotSize))
 	return nil
 }

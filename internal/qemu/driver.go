@@ -109,7 +109,7 @@ func (d *Driver) setMode(mode paging.Mode) {
 // Caps implements breakpoint.Driver.
 func (d *Driver) Caps() breakpoint.Caps {
 	return breakpoint.Caps{
-		VCPUs: maxVCPUs, Step: true, CheapStep: true,
+		VCPUs: maxVCPUs, Step: true, CheapStep: true, AllStop: true,
 		Hidden: !d.vm.info.KVM, // TCG's breakpoints are in no memory
 		LA57:   d.mem.Load().Mode().Kind == paging.FiveLevel,
 	}

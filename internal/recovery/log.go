@@ -210,8 +210,9 @@ func (l *Log) over(kind uint8, addr uint64) error {
 }
 
 // maxGone is how many breakpoints are remembered that were removed. A vCPU may have hit
-// one just before, and nobody have heard of it.
-const maxGone = 64
+// one just before, and nobody have heard of it. Return probes have up to 4096, and remove
+// them all at once.
+const maxGone = 1 << 13
 
 // remove says that a breakpoint isn't there any more.
 func (l *Log) remove(addr uint64) {
@@ -220,6 +221,8 @@ func (l *Log) remove(addr uint64) {
 		return
 	}
 	delete(l.breaks, addr)
+	// One of a return probe comes and goes.
+	l.gone = slices.DeleteFunc(l.gone, func(b breakpoint.LeftBreak) bool { return b.Addr == addr })
 	if len(l.gone) == maxGone {
 		l.gone = slices.Delete(l.gone, 0, 1)
 	}
@@ -230,7 +233,7 @@ func (l *Log) remove(addr uint64) {
 // isn't there any more; l.mu is held. The guest may have an int3 of its own there by now.
 func (l *Log) append(r journal.Record) error {
 	const long = 256 << 10
-	if l.behind || l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots))) {
+	if l.behind || l.f.Size() > long && l.f.Size() > int64(400*(len(l.breaks)+len(l.slots)+len(l.gone))) {
 		if err := l.f.Replace(l.all()...); err != nil {
 			return err
 		}

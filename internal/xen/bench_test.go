@@ -147,3 +147,64 @@ func benchmarkHit(b *testing.B, cfg xentest.Config, method breakpoint.Method, in
 	calls := float64(c.n-before) - own*float64(e.Stats().Reinjected-reinjected)
 	b.ReportMetric(calls/float64(b.N), "hypercalls/hit")
 }
+
+// BenchmarkReturn counts what a call costs in calls of the hypervisor that a return probe
+// follows, to its return address and to its exits. The breakpoint at the return address is there
+// already, but for the first call from each place.
+func BenchmarkReturn(b *testing.B) {
+	for _, h := range []struct {
+		name string
+		cfg  xentest.Config
+	}{
+		{"pv", xentest.Config{Kind: xentest.PV, GDBSX: true, IRQEvery: -1, Returns: true}},
+		{"hvm", xentest.Config{Kind: xentest.HVM, IRQEvery: -1, Returns: true}},
+	} {
+		for name, how := range map[string]breakpoint.Follow{"at-return": breakpoint.AtReturn, "at-exits": breakpoint.AtExits} {
+			b.Run(h.name+"/"+name, func(b *testing.B) { benchmarkReturn(b, h.cfg, how) })
+		}
+	}
+}
+
+func benchmarkReturn(b *testing.B, cfg xentest.Config, how breakpoint.Follow) {
+	m := xentest.New(cfg)
+	m.Start()
+	defer m.Stop()
+	c := &counter{Hypervisor: m.Hypervisor()}
+	drv, err := m.Attach(c)
+	if err != nil {
+		b.Fatal(err)
+	}
+	e := breakpoint.New(drv, breakpoint.Config{Scratch: m.Scratch, MayFault: xentest.NoFaults})
+	defer e.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	before := c.n
+	e.Serve(ctx, true)
+	cancel()
+	own := float64(c.n-before) / float64(e.Stats().Reinjected)
+
+	f := m.Function("tail_b")
+	exits, _ := m.Exits("tail_b")
+	p := &breakpoint.Probe{Addr: f.Entry, Ret: &breakpoint.Returns{Follow: how, Exits: exits}}
+	n := 0
+	p.Ret.Return = func(*breakpoint.Context) breakpoint.Verdict {
+		if n++; n >= b.N {
+			return 1
+		}
+		return breakpoint.Continue
+	}
+	if err := e.Register(p); err != nil {
+		b.Fatal(err)
+	}
+	start := e.Stats()
+	before = c.n
+	b.ResetTimer()
+	if _, err := e.Serve(context.Background(), true); err != nil {
+		b.Fatal(err)
+	}
+	b.StopTimer()
+	end := e.Stats()
+	calls := float64(c.n-before) - own*float64(end.Reinjected-start.Reinjected)
+	b.ReportMetric(calls/float64(b.N), "hypercalls/call")
+	b.ReportMetric(float64(end.Hits-start.Hits)/float64(b.N), "stops/call")
+	b.ReportMetric(float64(e.Counts(p).Foreign)/float64(b.N), "foreign/call")
+}

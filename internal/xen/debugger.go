@@ -174,7 +174,7 @@ func (d *Debugger) currentRoots() ([]paging.Root, error) {
 
 // Caps implements breakpoint.Driver.
 func (d *Debugger) Caps() breakpoint.Caps {
-	return breakpoint.Caps{VCPUs: d.nvcpu, Step: true}
+	return breakpoint.Caps{VCPUs: d.nvcpu, Step: true, AllStop: true}
 }
 
 // setContext sets a vCPU's registers. Xen replaces the extended state (AVX and

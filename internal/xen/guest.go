@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -229,9 +230,15 @@ func (g *guest) InsertBreak(addr uint64, in *x86.Insn) error {
 	} else if err := g.drop(p); err != nil {
 		return err
 	}
+	if len(g.been) >= maxBeen { // return probes make breakpoints where the guest calls from
+		maps.DeleteFunc(g.been, func(a uint64, _ bool) bool { return g.breaks[a] == nil })
+	}
 	g.breaks[addr], g.been[addr] = p, true
 	return nil
 }
+
+// maxBeen bounds the removed breakpoints that are remembered.
+const maxBeen = 1 << 16
 
 // RemoveBreak implements breakpoint.Driver.
 func (g *guest) RemoveBreak(addr uint64) error {
