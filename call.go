@@ -16,7 +16,7 @@ var errNoHit = errors.New("these are not the registers of a hit, in its handler"
 // is valid. The kernel's types must be known, from its own memory or from
 // Options.Types.
 func (r *Regs) Task() (linux.Task, error) {
-	if r.mem == nil {
+	if r.mem == nil || r.past {
 		return linux.Task{}, fmt.Errorf("vmprobes: current task: %w", errNoHit)
 	}
 	return r.kernel.Current(r.GSBase)

@@ -26,6 +26,7 @@ var (
 	ErrDomainPaused  = target.ErrPaused
 	ErrRegistered    = sentinel.New("the probe is registered", fs.ErrExist)
 	ErrNotRegistered = errors.New("the probe is not registered")
+	ErrBadFilter     = errors.New("bad filter")
 )
 
 // Errors caused by the host, the hypervisor or other tools. They are the same for all
@@ -68,6 +69,8 @@ var (
 	// ErrInterrupted: a signal ended what Register or Run had begun; the probe is
 	// unregistered.
 	ErrInterrupted = errors.New("interrupted by a signal")
+	// ErrTooOften: the probe has had more hits in a second than Limit.PerSecond allows.
+	ErrTooOften = breakpoint.ErrTooOften
 
 	// ErrNotBuilt, ErrUnsupportedPlatform, ErrLibraryNotFound and
 	// ErrNotControlDomain are why Xen can't be reached from here.
@@ -113,6 +116,34 @@ var (
 	ErrTextChanged = breakpoint.ErrTextChanged
 	// ErrOverlap: the address is inside the instruction of another probe.
 	ErrOverlap = breakpoint.ErrOverlap
+)
+
+// Errors of return probes, and of early returns.
+var (
+	// ErrNotEntry: the address isn't that of a function's first instruction.
+	ErrNotEntry = linux.ErrNotEntry
+	// ErrNeverReturns: the function doesn't come back to its caller.
+	ErrNeverReturns = linux.ErrNeverReturns
+	// ErrStackSwitch: the function leaves on another stack than it was entered on.
+	ErrStackSwitch = linux.ErrStackSwitch
+	// ErrNoExits: where the function ends isn't known, or can't be probed.
+	ErrNoExits = linux.ErrNoExits
+	// ErrNotInjectable: the guest's kernel doesn't list the function among those that may be
+	// made to fail; ErrNoErrorInjection, which wraps it: it has no list.
+	ErrNotInjectable    = linux.ErrNotInjectable
+	ErrNoErrorInjection = linux.ErrNoErrorInjection
+	// ErrReturnValue: the function doesn't fail with this value.
+	ErrReturnValue = linux.ErrReturnValue
+	// ErrReturnAddress: what is where a return address should be is none.
+	ErrReturnAddress = linux.ErrReturnAddress
+	// ErrShadowStack: a return address can't be skipped, as the vCPU may have another copy of it.
+	ErrShadowStack = errors.New("the vCPU may have a shadow stack")
+	// ErrUnwound: the guest has left the function without returning from it.
+	ErrUnwound = breakpoint.ErrUnwound
+	// ErrTaskGone: the task that made the call has ended.
+	ErrTaskGone = breakpoint.ErrTaskGone
+	// ErrNotServed: the call returned while no Loop ran.
+	ErrNotServed = breakpoint.ErrNotServed
 )
 
 // An Error is a failed operation.

@@ -24,6 +24,15 @@ var unused = map[string]string{
 	"vmprobes.CallArg": "an element of Call.Args; its users name no type",
 	"Hit.MarshalJSON":  "package json calls it",
 	"Regs.MarshalJSON": "package json calls it",
+
+	"vmprobes.Op":             "the type of ArgFilter.Op; its users name constants",
+	"vmprobes.Equal":          "the zero Op: an ArgFilter that names none compares for it",
+	"vmprobes.NotEqual":       "a relation of ArgFilter.Op, like Greater, which an example uses",
+	"vmprobes.Less":           "a relation of ArgFilter.Op, like Greater, which an example uses",
+	"vmprobes.LessOrEqual":    "a relation of ArgFilter.Op, like Greater, which an example uses",
+	"vmprobes.GreaterOrEqual": "a relation of ArgFilter.Op, like Greater, which an example uses",
+	"vmprobes.Follow":         "the type of ReturnProbe.Follow; its users name constants",
+	"vmprobes.FollowAuto":     "the zero Follow: a ReturnProbe that names none has it",
 }
 
 // TestExported: every exported identifier of the two packages that users begin with has a

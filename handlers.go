@@ -27,7 +27,8 @@ type PreHandler func(p *Probe, r *Regs) Action
 type PostHandler func(p *Probe, r *Regs, f Flags) Action
 
 // A Hit is what [Session.Hits] yields: a vCPU stopped at a probe, before the
-// instruction. It is valid until the next one; changes to Regs take effect.
+// instruction, or at the return of a call that a ReturnProbe follows. It is valid
+// until the next one; changes to Regs take effect.
 type Hit struct {
 	Probe *Probe
 	Regs  *Regs
@@ -37,6 +38,8 @@ type Hit struct {
 	// handlers. The vCPU had stopped earlier: by the time that the hypervisor and
 	// the hits before this one took. The guest's clock may show another time.
 	Time time.Time
+	// Activation is the call that returns, or nil if Probe isn't a ReturnProbe's.
+	Activation *Activation
 }
 
 // MarshalJSON returns the hit as a JSON object:
@@ -45,8 +48,9 @@ type Hit struct {
 //	 "vcpu":0,"seq":1,"time":"2026-01-02T15:04:05.123456789Z","registers":{"rbx":"0x0", …}}
 //
 // probe is the place as the caller gave it; name is there if the probe has one.
-// Addresses and registers are hexadecimal strings, because many readers of JSON keep
-// 53 bits of a number.
+// At the return of a call the event is "return", and there are "result", "return_address"
+// and "duration_ns", which is [Activation.Duration]. Addresses, results and registers are
+// hexadecimal strings, because many readers of JSON keep 53 bits of a number.
 func (h Hit) MarshalJSON() ([]byte, error) {
 	j := struct {
 		Event   string    `json:"event"`
@@ -56,8 +60,15 @@ func (h Hit) MarshalJSON() ([]byte, error) {
 		VCPU    int       `json:"vcpu"`
 		Seq     uint64    `json:"seq"`
 		Time    time.Time `json:"time"`
+		Result  string    `json:"result,omitempty"`
+		Took    *int64    `json:"duration_ns,omitempty"`
+		Return  string    `json:"return_address,omitempty"`
 		Regs    *Regs     `json:"registers"`
 	}{Event: "hit", VCPU: h.VCPU, Seq: h.Seq, Time: h.Time, Regs: h.Regs}
+	if a := h.Activation; a != nil && h.Regs != nil {
+		took := a.Duration().Nanoseconds()
+		j.Event, j.Result, j.Took, j.Return = "return", hex(h.Regs.Result()), &took, hex(a.ReturnAddress())
+	}
 	if h.Probe != nil {
 		j.Probe, j.Name, j.Address = h.Probe.location(), h.Probe.Name, hex(h.Probe.Address())
 	}
@@ -73,6 +84,7 @@ const (
 	FlagPrepared                   // VMPROBE_FLAG_PREPARED: the address is resolved, the guest attached
 	FlagArmed                      // VMPROBE_FLAG_ARMED: the breakpoint is in the guest
 	FlagRestored                   // VMPROBE_FLAG_RESTORED: the guest has its instruction back
+	FlagLimited                    // Probe.Limit is reached: the probe is out, or about to be
 )
 
 // String returns the names of the flags, as in "prepared|armed".
@@ -81,7 +93,7 @@ func (f Flags) String() string {
 		return "0"
 	}
 	s := ""
-	for i, name := range []string{"disabled", "prepared", "armed", "restored"} {
+	for i, name := range []string{"disabled", "prepared", "armed", "restored", "limited"} {
 		if f&(1<<i) != 0 {
 			if s != "" {
 				s += "|"
@@ -89,7 +101,7 @@ func (f Flags) String() string {
 			s += name
 		}
 	}
-	if rest := f &^ (FlagDisabled | FlagPrepared | FlagArmed | FlagRestored); rest != 0 {
+	if rest := f &^ (FlagDisabled | FlagPrepared | FlagArmed | FlagRestored | FlagLimited); rest != 0 {
 		if s != "" {
 			s += "|"
 		}

@@ -77,9 +77,20 @@ type Probe struct {
 	Addr   Addr
 	Offset uint64
 
+	// Cookie is the caller's own; nothing depends on it.
+	Cookie any
+
+	// Filter, if it isn't nil, says which executions are hits.
+	Filter *Filter
+	// Once is Limit with one hit.
+	Once  bool
+	Limit Limit
+
 	// Pre runs before the instruction and Post after it. Either may be nil.
 	Pre  PreHandler
 	Post PostHandler
+
+	ret *ReturnProbe // nil unless it is one's
 
 	mu       sync.Mutex
 	session  *Session // nil unless registered
@@ -97,6 +108,24 @@ type Probe struct {
 type Stats struct {
 	Hits   uint64 // executions that the handlers saw
 	Missed uint64 // executions that they did not: no Loop ran, or another probe's handler ended the hit
+
+	// Filtered are executions that Probe.Filter said are no hits, Skipped those for which another
+	// probe's handler had the function return before this one's could run (Regs.Return).
+	// While a probe is registered, enabled and not limited, executions are the sum of these four.
+	Filtered, Skipped uint64
+
+	// The rest is of a ReturnProbe, whose Hits are the calls that Entry saw, and whose Missed are
+	// also those beyond MaxActive, or whose return could not be noticed. Hits is the sum of
+	// Ignored, Returned, Abandoned, Dropped and Active.
+	Ignored   uint64 // calls that Entry had ignored
+	Returned  uint64
+	Abandoned uint64
+	Dropped   uint64 // under way when the probe was unregistered or disabled
+	Active    int    // calls that are under way now
+	// Foreign counts stops where returns are noticed that were the return of another function,
+	// or of a call that isn't followed.
+	Foreign uint64
+	Follow  Follow // how the last call is followed, FollowAuto if there was none
 }
 
 // Stats returns the probe's counters, over all its registrations.
@@ -111,6 +140,17 @@ func (p *Probe) stats() Stats {
 	if p.engine != nil {
 		s.Hits += p.engine.Hits()
 		s.Missed += p.engine.Missed()
+		s.Filtered += p.engine.Filtered()
+		s.Skipped += p.engine.Skipped()
+		if p.ret != nil {
+			c := p.session.eng.Counts(p.engine)
+			s.Ignored += c.Ignored
+			s.Returned += c.Returned
+			s.Abandoned += c.Abandoned
+			s.Dropped += c.Dropped
+			s.Foreign += c.Foreign
+			s.Active, s.Follow = c.Active, Follow(c.Follow)
+		}
 	}
 	return s
 }
@@ -120,7 +160,7 @@ func (p *Probe) stats() Stats {
 func (p *Probe) Enable() { p.setEnabled(true) }
 
 // Disable stops the handlers from running (disable_vmprobe). The breakpoint
-// stays in the guest; its hits aren't counted.
+// stays in the guest; its hits aren't counted. Calls that a ReturnProbe follows are dropped.
 func (p *Probe) Disable() { p.setEnabled(false) }
 
 func (p *Probe) setEnabled(on bool) {
@@ -161,6 +201,9 @@ func (p *Probe) Flags() Flags {
 		f |= FlagPrepared
 		if p.engine != nil && p.engine.Armed() {
 			f |= FlagArmed
+		}
+		if p.engine != nil && p.engine.Over() != breakpoint.NotOver {
+			f |= FlagLimited
 		}
 	}
 	if p.restored {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/vmprobes/vmprobes/internal/breakpoint"
 	"github.com/vmprobes/vmprobes/internal/x86"
 	"github.com/vmprobes/vmprobes/linux"
 )
@@ -24,9 +25,12 @@ type Regs struct {
 	// tables. They can't be changed.
 	FSBase, GSBase, CR3 uint64
 
-	mem    func(addr uint64, b []byte) error
-	kernel *linux.Kernel // nil: not known
-	entry  Addr          // of the probe that was hit, or 0
+	mem     func(addr uint64, b []byte) error
+	kernel  *linux.Kernel // nil: not known
+	entry   Addr          // of the probe that was hit, or 0
+	session *Session
+	hit     *breakpoint.Context // whose handler runs, or nil
+	past    bool                // the vCPU has gone on since: see Activation.Entry
 }
 
 // PC returns the address of the next instruction: in a Pre handler the probe's.

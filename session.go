@@ -45,6 +45,11 @@ type Options struct {
 	// where the guest doesn't tell which these are. Such a probe can bring the guest
 	// down.
 	IgnoreBlacklist bool
+	// AllowReturn has Regs.Return accept functions that the guest's kernel doesn't list for
+	// error injection, and all of them where it has no list (CONFIG_FUNCTION_ERROR_INJECTION;
+	// Debian's kernels have none). A function that isn't executed may leave locks, counts and
+	// memory of its caller's in a state that the kernel doesn't expect. The other refusals stay.
+	AllowReturn bool
 	// Logger receives debug records of what happens (what -D_VERBOSE printed in
 	// C). Nil discards them.
 	Logger *slog.Logger
@@ -178,6 +183,10 @@ type Session struct {
 	guard  *guard       // of the package-level functions
 	unsafe bool         // Options.IgnoreBlacklist
 
+	allowReturn bool // Options.AllowReturn
+	early       early
+	tasks       atomic.Bool // the kernel tells which task a vCPU executes
+
 	seq  atomic.Uint64
 	bad  atomic.Pointer[error] // that a handler ends the loop with
 	sink func(*Hit) Action     // of Hits; only the loop's goroutine uses it
@@ -223,13 +232,14 @@ func newSession(i target.Info, drv target.Driver, k *linux.Kernel, symErr error,
 		log = log.With("domid", uint16(d.ID))
 	}
 	s := &Session{name: d.Name, domain: d, drv: drv, kernel: k, symErr: symErr, log: log, leave: leave,
-		unsafe: opts.IgnoreBlacklist, done: make(chan struct{})}
+		unsafe: opts.IgnoreBlacklist, allowReturn: opts.AllowReturn, done: make(chan struct{})}
 	var j breakpoint.Journal
 	if d, ok := drv.(target.Journaled); ok {
 		j = d.Journal()
 	}
 	s.eng = breakpoint.New(drv, breakpoint.Config{
 		Journal:   j,
+		Hooks:     s.hooks(),
 		Scratch:   func(_ uint64, try func(addr, size uint64) bool) { k.DeadCode(try) },
 		MayFault:  k.MayFault(s.unsafe),
 		Rewriting: k.Rewriting,
@@ -264,29 +274,16 @@ func (s *Session) fail(op string, p *Probe, err error) error {
 }
 
 // Register arms every probe, or none. Several probes may be at one address;
-// their handlers run in order of registration.
+// their handlers run in order of registration, but Entry handlers of return probes
+// come before Pre handlers.
 func (s *Session) Register(probes ...*Probe) error { return s.register(false, probes...) }
 
 func (s *Session) register(private bool, probes ...*Probe) error {
-	eps := make([]*breakpoint.Probe, len(probes))
-	addrs := make([]Addr, len(probes))
-	for i, p := range probes {
-		if p == nil {
-			return s.fail("register", nil, ErrNilProbe)
-		}
-		if slices.Contains(probes[:i], p) {
-			return s.fail("register", p, ErrRegistered)
-		}
-		addr, err := s.resolve(p)
+	eps, errs := s.prepareAll(probes)
+	for i, err := range errs {
 		if err != nil {
-			return s.fail("register", p, err)
+			return s.fail("register", probes[i], err)
 		}
-		at, err := s.place(addr)
-		if err != nil {
-			return s.fail("register", p, err)
-		}
-		addrs[i] = addr
-		eps[i] = s.engineProbe(p, addr, at)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -294,31 +291,14 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 		return s.fail("register", nil, ErrClosed)
 	}
 	for i, p := range probes {
-		p.mu.Lock()
-		if p.session != nil {
-			p.mu.Unlock()
+		if !p.attach(s, private) {
 			for _, q := range probes[:i] {
-				q.mu.Lock()
-				q.session = nil
-				q.mu.Unlock()
+				q.detach(false)
 			}
 			return s.fail("register", p, ErrRegistered)
 		}
-		p.session, p.private = s, private
-		p.mu.Unlock()
 	}
-	// From here on a hit may be served at any moment.
-	for i, p := range probes {
-		p.mu.Lock()
-		p.engine, p.addr, p.restored = eps[i], addrs[i], false
-		p.engine.SetEnabled(!p.disabled.Load())
-		p.mu.Unlock()
-	}
-	// Hits from here on belong to the Loop that is to come.
-	s.endIdle()
-	err := s.eng.Register(eps...)
-	s.serveIdle(loopGrace)
-	if err != nil {
+	if err := s.arm(probes, eps, s.eng.Register); err != nil {
 		for _, p := range probes {
 			p.detach(false)
 		}
@@ -327,11 +307,123 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 		}
 		return s.fail("register", nil, err)
 	}
+	s.enlist(probes...)
+	return nil
+}
+
+// RegisterEach arms the probes that can be armed, and returns for each why it isn't, or nil.
+// The guest is stopped once for all of them.
+func (s *Session) RegisterEach(probes ...*Probe) []error {
+	eps, errs := s.prepareAll(probes)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var which []int // attached to s here
+	for i, p := range probes {
+		switch {
+		case errs[i] != nil:
+		case s.closed:
+			errs[i] = ErrClosed
+		case !p.attach(s, false):
+			errs[i] = ErrRegistered
+		default:
+			which = append(which, i)
+		}
+	}
+	some, someEps := make([]*Probe, len(which)), make([]*breakpoint.Probe, len(which))
+	for j, i := range which {
+		some[j], someEps[j] = probes[i], eps[i]
+	}
+	if len(which) > 0 {
+		_ = s.arm(some, someEps, func(eps ...*breakpoint.Probe) error {
+			for j, err := range s.eng.RegisterEach(eps...) {
+				errs[which[j]] = err
+			}
+			return nil
+		})
+	}
+	for j, i := range which {
+		if errs[i] != nil {
+			some[j].detach(false)
+			continue
+		}
+		s.enlist(some[j])
+	}
+	for i, p := range probes {
+		errs[i] = s.fail("register", p, errs[i])
+	}
+	return errs
+}
+
+// prepareAll returns probes as the engine knows them, or why one can't be registered.
+func (s *Session) prepareAll(probes []*Probe) ([]*breakpoint.Probe, []error) {
+	eps, errs := make([]*breakpoint.Probe, len(probes)), make([]error, len(probes))
+	seen := make(map[*Probe]bool, len(probes))
+	for i, p := range probes {
+		if p != nil && seen[p] {
+			errs[i] = ErrRegistered
+			continue
+		}
+		seen[p] = true
+		eps[i], errs[i] = s.prepare(p)
+	}
+	return eps, errs
+}
+
+// prepare returns p as the engine knows it.
+func (s *Session) prepare(p *Probe) (*breakpoint.Probe, error) {
+	if p == nil {
+		return nil, ErrNilProbe
+	}
+	addr, err := s.resolve(p)
+	if err != nil {
+		return nil, err
+	}
+	at, err := s.place(addr)
+	if err != nil {
+		return nil, err
+	}
+	ep := s.engineProbe(p, addr, at)
+	if err := p.Filter.filter(ep, s); err != nil {
+		return nil, err
+	}
+	if p.ret != nil {
+		return ep, s.returns(p.ret, p, ep)
+	}
+	return ep, nil
+}
+
+// attach makes p a probe of s, unless it is registered.
+func (p *Probe) attach(s *Session, private bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session != nil {
+		return false
+	}
+	p.session, p.private = s, private
+	return true
+}
+
+// arm has the engine register probes; s.mu is held.
+func (s *Session) arm(probes []*Probe, eps []*breakpoint.Probe, register func(...*breakpoint.Probe) error) error {
+	// From here on a hit may be served at any moment.
+	for i, p := range probes {
+		p.mu.Lock()
+		p.engine, p.addr, p.restored = eps[i], eps[i].Addr, false
+		p.engine.SetEnabled(!p.disabled.Load())
+		p.mu.Unlock()
+	}
+	// Hits from here on belong to the Loop that is to come.
+	s.endIdle()
+	defer s.serveIdle(loopGrace)
+	return register(eps...)
+}
+
+// enlist notes that probes are registered; s.mu is held.
+func (s *Session) enlist(probes ...*Probe) {
 	s.probes = append(s.probes, probes...)
 	for _, p := range probes {
 		s.log.Debug("probe registered", "probe", p, "addr", hex(p.Address()))
 	}
-	return nil
 }
 
 // detach makes p a probe that isn't registered.
@@ -352,28 +444,26 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 		if s.sink != nil && !c.Post {
 			begin = time.Now()
 		}
-		s.cr3.Store(c.Regs.CR3)
-		s.handling.Store(p)
-		defer s.handling.Store(nil)
-		r := &s.regs
-		r.load(c.Regs, s.readHit)
-		r.kernel, r.entry = s.kernel, addr
-		a := Continue
-		switch {
-		case c.Post:
-			a = p.Post(p, r, p.Flags())
-		case p.Pre != nil:
-			a = p.Pre(p, r)
-		}
-		if a == Continue && s.sink != nil && !c.Post {
-			c.Leave() // the body of a range is no handler
-			s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: begin}
-			a = s.sink(&s.hit)
-		}
-		r.store(c.Regs)
-		return breakpoint.Verdict(a)
+		return s.handle(p, c, addr, func(r *Regs) Action {
+			a := Continue
+			switch {
+			case c.Post:
+				a = p.Post(p, r, p.Flags())
+			case p.Pre != nil:
+				a = p.Pre(p, r)
+			}
+			if a == Continue && s.sink != nil && !c.Post {
+				c.Leave() // the body of a range is no handler
+				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: begin}
+				a = s.sink(&s.hit)
+			}
+			return a
+		})
 	}
-	ep := &breakpoint.Probe{Addr: addr, At: at, Pre: handler}
+	ep := &breakpoint.Probe{Addr: addr, At: at, Pre: handler, Limit: p.Limit.Hits, PerSecond: p.Limit.PerSecond}
+	if p.Once {
+		ep.Limit = 1
+	}
 	if p.Post != nil {
 		ep.Post = handler
 	}
@@ -491,7 +581,8 @@ func (s *Session) endIdle() {
 // Loop runs the guest and calls handlers, in the caller's goroutine, until one
 // of them returns something else than Continue (then Loop returns nil, or the error
 // of [Probe.Fail]), ctx is
-// done (then an error that wraps both ctx.Err and its cause), the domain is gone
+// done (then an error that wraps both ctx.Err and its cause), the last probe is out by
+// its [Limit] (nil, or ErrTooOften), the domain is gone
 // or runs another kernel (ErrDomainGone), or something fails. Where the guest changes its
 // code at a probe, only that one ends (ErrTextChanged), unless it was the last.
 // The probes stay registered: Loop may be called again.
@@ -545,6 +636,9 @@ func (s *Session) loop(ctx context.Context, sink func(*Hit) Action) (err error) 
 	var watch sync.WaitGroup
 	watch.Go(func() { s.watchKernel(ctx, cancel) })
 	v, err := s.eng.Serve(ctx, true)
+	if errors.Is(err, breakpoint.ErrSpent) {
+		err = nil
+	}
 	cause := context.Cause(ctx)
 	cancel(nil)
 	watch.Wait()
@@ -651,7 +745,11 @@ func (s *Session) read(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 func (s *Session) write(cr3 uint64, addr Addr, b []byte) (n int, err error) {
 	for _, site := range s.eng.Sites() {
 		if addr < site.Addr+uint64(len(site.Orig)) && site.Addr < addr+uint64(len(b)) {
-			return 0, s.fail("write", nil, fmt.Errorf("%#x is under a probe: unregister it first", site.Addr))
+			what := "a probe: unregister it first"
+			if site.Owners == 0 {
+				what = "the breakpoint of a ReturnProbe: unregister that first, or wait for its calls to return"
+			}
+			return 0, s.fail("write", nil, fmt.Errorf("%#x is under %s", site.Addr, what))
 		}
 	}
 	n, err = s.drv.Write(cr3, addr, b)
@@ -663,7 +761,7 @@ func (s *Session) Stats() SessionStats { return SessionStats(s.eng.Stats()) }
 
 // SessionStats counts stops of vCPUs, by what was done about them.
 type SessionStats struct {
-	Hits       uint64 // executions of probed addresses
+	Hits       uint64 // executions of probed addresses, and of those where calls may return
 	Emulated   uint64 // whose instruction this process executed
 	OutOfLine  uint64 // … the vCPU executed as a copy elsewhere
 	InPlace    uint64 // … the vCPU executed in place, single-stepped

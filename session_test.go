@@ -22,6 +22,7 @@ import (
 	"github.com/vmprobes/vmprobes/internal/target"
 	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
+	"github.com/vmprobes/vmprobes/ktype"
 	"github.com/vmprobes/vmprobes/linux"
 	"github.com/vmprobes/vmprobes/sysmap"
 	"github.com/vmprobes/vmprobes/xenctrl"
@@ -50,14 +51,24 @@ func simulated(t *testing.T, cfg xentest.Config, opts *Options) (*xentest.Machin
 	var b strings.Builder
 	fmt.Fprintf(&b, "%016x T _text\n%016x T _stext\n", uint64(xentest.TextBase), uint64(xentest.TextBase))
 	for _, s := range m.Symbols() {
+		switch s.Name {
+		case "switch_to":
+			s.Name = "__switch_to_asm" // as in Linux
+		case "rec_more", "rec_base", "tail_self_more", "tail_self_end", "yield_end", "victim_end":
+			continue // labels in a function
+		}
 		fmt.Fprintf(&b, "%016x T %s\n", s.VA, s.Name)
 	}
 	fmt.Fprintf(&b, "%016x T _etext\n", xentest.TextBase+uint64(len(before)))
 	fmt.Fprintf(&b, "%016x T twice\n%016x T twice\n", uint64(xentest.TextBase+0x100), uint64(xentest.TextBase+0x200))
 	fmt.Fprintf(&b, "%016x D linux_banner\n", uint64(banner))
+	var types *ktype.Types
+	if cfg.Returns {
+		types = withTasks(t, m, &b)
+	}
 	syms, err := sysmap.Parse(strings.NewReader(b.String()))
 	require.NoError(t, err)
-	kernel, err := linux.Discover(t.Context(), g, &linux.Options{Symbols: syms})
+	kernel, err := linux.Discover(t.Context(), g, &linux.Options{Symbols: syms, Types: types})
 	require.NoError(t, err)
 	if opts == nil {
 		opts = new(Options)
@@ -569,7 +580,7 @@ func TestDumps(t *testing.T) {
 	b.WriteString(p.String() + "\n")
 	require.NoError(t, (&Probe{DomainID: 3, Addr: 0xffffffff8134a350}).Dump(&b))
 	require.NoError(t, (*Probe)(nil).Dump(&b))
-	for f := range Flags(17) {
+	for f := range Flags(33) {
 		fmt.Fprintf(&b, "%d %s\n", f, f)
 	}
 	golden(t, "dumps.golden", b.String())

@@ -15,6 +15,9 @@
 //	}
 //	err := vmprobes.Run(context.Background(), "a3guest", nil, p)
 //
+// A [ReturnProbe] follows calls of a function to their returns. [Regs.Return] has a function
+// return without being executed.
+//
 // [Run] opens the guest, serves its probes until a handler or a signal ends that, and
 // leaves the guest as it was; [RunFunc] does so for a function of the caller's. [Open]
 // gives a [Session], which holds any number of probes, without signal handling.

@@ -19,7 +19,7 @@ import (
 
 // arguments are, by program, those behind the guest's name.
 var arguments = map[string][]string{
-	"opens": nil, "vmprobebio": nil,
+	"opens": nil, "vmprobebio": nil, "returns": {"vfs_*"},
 	"guest-info": nil, "process-list": nil, "process-list-file": nil, "module-list": nil,
 	"map-symbol": {"init_task"}, "map-addr": {"KERNEL"}, "process-data": {"1"}, "dump-memory": {"FILE"},
 }
@@ -140,8 +140,8 @@ func TestPrograms(t *testing.T) {
 	t.Setenv("VMPROBES_SYMBOLS", "")
 	saved := filepath.Join(t.TempDir(), "memory")
 	for name, args := range arguments {
-		if name == "opens" || name == "vmprobebio" {
-			r := run(t, nil, filepath.Join(programs, name), image)
+		if name == "opens" || name == "vmprobebio" || name == "returns" {
+			r := run(t, nil, filepath.Join(programs, name), append([]string{image}, args...)...)
 			assert.Equal(t, 1, r.status)
 			assert.Contains(t, r.stderr, "a saved image can't be probed", name)
 			continue
