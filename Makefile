@@ -202,6 +202,7 @@ test-emulators: test-qemu
 test-all: HOSTS := $(HOSTS) $(LATER_HOSTS)
 test-all: vet-all headers-all lab-test lab-image
 	@$(MAKE) test-qemu test-qemu-driver QEMU_GUESTS=.
+	@$(MAKE) test-qemu-guests QEMU_TESTS='^TestQEMUReturns$$' QEMU_GUESTS=.
 	@$(MAKE) test-kernels KERNELS_EACH=1 KERNELS_PAGE=bin/kernels.md
 
 # What xl dump-core writes, read by package image.
@@ -211,7 +212,7 @@ lab-image: deps-lab bin/image.test
 
 # Guests in QEMU, by default the oldest and the newest kernel.
 QEMU_GUESTS = 6.1-1vcpu|6.12-2vcpu
-QEMU_TESTS = TestQEMU
+QEMU_TESTS = ^TestQEMU(Boot|Locks|Reset|Ftrace)?$$
 test-qemu test-qemu-guests test-qemu-driver: export VMPROBES_REQUIRE_LAB =
 test-qemu: deps-lab
 	@$(RUN_LAB) build guests

@@ -95,6 +95,20 @@ func TestQEMU(t *testing.T) {
 	}
 }
 
+// TestQEMUReturns compares return probes with the guests' own, on guests in QEMU.
+func TestQEMUReturns(t *testing.T) {
+	for _, cfg := range []labguest.Config{
+		{Kernel: "6.1", VCPUs: 1}, {Kernel: "6.1", VCPUs: 2}, {Kernel: "6.12", VCPUs: 1}, {Kernel: "6.12", VCPUs: 2},
+	} {
+		t.Run(cfg.Kernel+"-"+strconv.Itoa(cfg.VCPUs)+"vcpu", func(t *testing.T) {
+			lt := labTest{t, &qemuGuest{Linux: qemutest.StartLinux(t, cfg.Kernel, qemutest.Config{VCPUs: cfg.VCPUs})}, cfg}
+			lt.keepText()
+			lt.returns()
+			lt.unharmed()
+		})
+	}
+}
+
 // examples builds the programs that testExamples runs.
 func examples(t *testing.T) {
 	dir := t.TempDir()

@@ -44,3 +44,7 @@ func callAddress() uintptr
 // forkExit starts a process that ends at once, and returns its pid, or an error number
 // below zero. What is Go's never runs in the new process.
 func forkExit() (pid int)
+
+// forkRead starts a process that reads a byte of fd, and ends when there is one. It returns
+// as forkExit does.
+func forkRead(fd uint64) (pid int)

@@ -205,3 +205,21 @@ TEXT ·forkExit(SB), NOSPLIT, $0-8
 parent:
 	MOVQ AX, pid+0(FP)
 	RET
+
+// func forkRead(fd uint64) (pid int)
+TEXT ·forkRead(SB), NOSPLIT, $8-16
+	MOVQ $57, AX           // fork
+	SYSCALL
+	TESTQ AX, AX
+	JNZ  parent
+	XORQ AX, AX            // read
+	MOVQ fd+0(FP), DI
+	LEAQ byte-8(SP), SI
+	MOVQ $1, DX
+	SYSCALL
+	MOVQ $231, AX          // exit_group
+	XORQ DI, DI
+	SYSCALL
+parent:
+	MOVQ AX, pid+8(FP)
+	RET

@@ -17,7 +17,19 @@
 //	                        pattern live in the ymm registers:
 //	                        DONE open total=T cpu0=A cpu1=B ymm=ok mem=ok
 //	                        (ymm=none without AVX, BAD:<count> if damaged)
-//	openpath PATH           one openat(2) of PATH: DONE openpath calls=1 opened|failed
+//	openpath PATH           one openat(2) of PATH: DONE openpath calls=1 opened, or
+//	                        DONE openpath calls=1 failed errno=E
+//	reads N [CPU|all]       N rounds of calls of openat(2), read(2) and close(2), each
+//	                        with a result that is the same in all rounds, on one CPU or
+//	                        on each: DONE reads rounds=R wrong=W. A round has 2 calls of
+//	                        openat, of which one fails, and 5 of read, of which one fails
+//	                        before it comes to a file
+//	recurse N [CPU|all]     wake a waiter through a chain of epoll instances N times:
+//	                        DONE recurse times=T depth=D
+//	block N SECONDS         N threads, each in a read(2) that blocks for SECONDS:
+//	                        DONE block threads=N returned=N
+//	blockkill N             start N processes and kill them when each is blocked in a
+//	                        read(2): "| PID" lines, and DONE blockkill processes=N killed=N
 //	busy SECONDS [CPU|all [REST]]
 //	                        the same calls in the background, for SECONDS or
 //	                        (0) until stop; answered when they have started.
@@ -56,6 +68,13 @@
 //	kprobes counts          "| FUNCTION TID:HITS …" lines, and
 //	                        DONE kprobes on=N missed=M
 //	kprobes off             have none
+//	kretprobes on FUNCTION…|counts|off
+//	                        the same at returns, if there are no kprobe events. The lines
+//	                        are "| FUNCTION TID:RESULT:HITS …", with results that have no
+//	                        sign
+//	kretprobes order        "| TID FUNCTION RESULT" lines, in the order of returns since
+//	                        they were turned on, and DONE kretprobes order=LINES: some thousands at most, as
+//	                        the memory that it takes is never free again
 //	event NAME on|off       a trace event as xdp/xdp_exception, or a subsystem's all
 //	reload N                unload the modules and load them again, N times:
 //	                        DONE reload modules=M times=N

@@ -129,6 +129,28 @@ func (g *guest) command(words []string) (string, error) {
 		return g.open(n, arg(2))
 	case "openpath":
 		return openPath(arg(1))
+	case "reads", "recurse":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		return map[string]func(uint64, string) (string, error){"reads": g.reads, "recurse": g.recurse}[words[0]](n, arg(2))
+	case "block":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		seconds, err := number(2)
+		if err != nil {
+			return "", err
+		}
+		return block(n, time.Duration(seconds)*time.Second)
+	case "blockkill":
+		n, err := number(1)
+		if err != nil {
+			return "", err
+		}
+		return blockKill(n)
 	case "busy":
 		n, err := number(1)
 		if err != nil {
@@ -158,7 +180,9 @@ func (g *guest) command(words []string) (string, error) {
 	case "ftrace":
 		return ftrace(words[1:])
 	case "kprobes":
-		return kprobes(words[1:])
+		return kprobeEvents.command(words[1:])
+	case "kretprobes":
+		return kretprobeEvents.command(words[1:])
 	case "event":
 		return event(arg(1), arg(2))
 	case "reload":

@@ -2,16 +2,16 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmprobes/vmprobes/lab/internal/tracefs"
 )
 
 // What the guest's own tracing does to its text: the function tracer rewrites the
@@ -181,87 +181,114 @@ func event(name, on string) (string, error) {
 	return "event", control("events/"+name+"/enable", value, os.O_TRUNC)
 }
 
-// kprobed are the functions with kprobe events.
-var kprobed []string
+// probeEvents is one of the two kinds of kprobe events. A trigger counts an event's hits.
+// Its table is small: an ordinary one has room for 2048, and there are many.
+type probeEvents struct {
+	name, definition, trigger string
 
-// perThread counts an event's hits by thread. The table is small: an ordinary one
-// has room for 2048, and there are many.
-const perThread = "hist:keys=common_pid:size=128"
+	functions []string // with one
+}
 
-func kprobeEvent(i int) string { return fmt.Sprintf("lab/p%d", i) }
+var (
+	kprobeEvents    = probeEvents{name: "kprobes", definition: "p:%s %s\n", trigger: "hist:keys=common_pid:size=128"}
+	kretprobeEvents = probeEvents{name: "kretprobes", definition: "r4096:%s %s ret=$retval:x64\n", trigger: "hist:keys=common_pid,ret:size=1024"}
+)
 
-// kprobes has kprobe events at functions, or none.
-func kprobes(words []string) (string, error) {
+func probeEvent(i int) string { return fmt.Sprintf("lab/e%d", i) }
+
+// command has events at functions, or none.
+func (p *probeEvents) command(words []string) (string, error) {
 	if err := openTracing(); err != nil {
 		return "", err
 	}
 	switch {
-	case len(words) > 1 && words[0] == "on" && kprobed == nil:
+	case len(words) > 1 && words[0] == "on" && kprobeEvents.functions == nil && kretprobeEvents.functions == nil:
+		if err := control("trace", "", os.O_TRUNC); err != nil {
+			return "", err
+		}
 		for i, name := range words[1:] {
-			if err := control("kprobe_events", fmt.Sprintf("p:%s %s\n", kprobeEvent(i), name), os.O_APPEND); err != nil {
+			if err := control("kprobe_events", fmt.Sprintf(p.definition, probeEvent(i), name), os.O_APPEND); err != nil {
 				return "", err
 			}
-			kprobed = append(kprobed, name)
-			if err := control("events/"+kprobeEvent(i)+"/trigger", perThread, os.O_APPEND); err != nil {
+			p.functions = append(p.functions, name)
+			if err := control("events/"+probeEvent(i)+"/trigger", p.trigger, os.O_APPEND); err != nil {
 				return "", err
 			}
 		}
 		if err := control("events/lab/enable", "1", os.O_TRUNC); err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("kprobes on=%d", len(kprobed)), nil
+		return fmt.Sprintf("%s on=%d", p.name, len(p.functions)), nil
 	case len(words) == 1 && words[0] == "counts":
-		return kprobeCounts()
+		return p.counts()
+	case len(words) == 1 && words[0] == "order" && p == &kretprobeEvents:
+		return p.order()
 	case len(words) == 1 && words[0] == "off":
-		if kprobed == nil {
-			return "kprobes on=0", nil
+		if p.functions == nil {
+			return p.name + " on=0", nil
 		}
 		if err := control("events/lab/enable", "0", os.O_TRUNC); err != nil {
 			return "", err
 		}
-		for i := range kprobed {
-			if err := control("events/"+kprobeEvent(i)+"/trigger", "!"+perThread, os.O_APPEND); err != nil {
+		for i := range p.functions {
+			if err := control("events/"+probeEvent(i)+"/trigger", "!"+p.trigger, os.O_APPEND); err != nil {
 				return "", err
 			}
 		}
 		if err := control("kprobe_events", "", os.O_TRUNC); err != nil {
 			return "", err
 		}
-		kprobed = nil
-		return "kprobes on=0", nil
+		p.functions = nil
+		return p.name + " on=0", nil
 	}
-	return "", fmt.Errorf("kprobes: want on and functions while there are none, counts, or off")
+	return "", fmt.Errorf("%s: want on and functions while there are no events, counts, or off", p.name)
 }
 
-var histLine = regexp.MustCompile(`(?m)^\{ common_pid: +(\d+) \} hitcount: +(\d+)$`)
-
-// kprobeCounts says how often each thread hit each kprobe event.
-func kprobeCounts() (string, error) {
-	for i, name := range kprobed {
-		b, err := os.ReadFile(tracing + "events/" + kprobeEvent(i) + "/hist")
+// counts says how often each thread hit each event, and with which result.
+func (p *probeEvents) counts() (string, error) {
+	for i, name := range p.functions {
+		b, err := os.ReadFile(tracing + "events/" + probeEvent(i) + "/hist")
 		if err != nil {
 			return "", err
 		}
-		var line strings.Builder
-		line.WriteString(name)
-		for _, m := range histLine.FindAllSubmatch(b, -1) {
-			line.WriteString(fmt.Sprintf(" %s:%s", m[1], m[2]))
+		counts, err := tracefs.Histogram(b)
+		if err != nil {
+			return "", fmt.Errorf("%s: %s: %w", p.name, name, err)
 		}
-		say("| %s", line.String())
+		say("| %s", strings.Join(append([]string{name}, counts...), " "))
 	}
-	b, err := os.ReadFile(tracing + "kprobe_profile") // event hits missed
+	b, err := os.ReadFile(tracing + "kprobe_profile")
 	if err != nil {
 		return "", err
 	}
-	missed := uint64(0)
-	for line := range bytes.Lines(b) {
-		if f := bytes.Fields(line); len(f) == 3 {
-			n, err := strconv.ParseUint(string(f[2]), 10, 64)
-			if err != nil {
-				return "", fmt.Errorf("kprobe_profile: %w", err)
+	missed, err := tracefs.Missed(b)
+	return fmt.Sprintf("%s on=%d missed=%d", p.name, len(p.functions), missed), err
+}
+
+// order says in which order functions returned.
+func (p *probeEvents) order() (_ string, err error) {
+	// What reads the trace would write it.
+	if err := control("tracing_on", "0", os.O_TRUNC); err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, control("tracing_on", "1", os.O_TRUNC)) }()
+	f, err := os.Open(tracing + "trace")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = f.Close() }()
+	returns, err := tracefs.Returns(f)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", p.name, err)
+	}
+	n := 0
+	for _, r := range returns {
+		for i, name := range p.functions {
+			if probeEvent(i) == "lab/"+r.Event {
+				say("| %d %s %d", r.TID, name, r.Result)
+				n++
 			}
-			missed += n
 		}
 	}
-	return fmt.Sprintf("kprobes on=%d missed=%d", len(kprobed), missed), nil
+	return fmt.Sprintf("%s order=%d", p.name, n), nil
 }
