@@ -273,16 +273,12 @@ func (s *Session) returnHandler(rp *ReturnProbe, p *Probe) func(*breakpoint.Cont
 		a.vcpu = c.VCPU
 		begin := c.Call.Ended
 		return s.handle(p, c, 0, func(r *Regs) Action {
-			v := Continue
 			if rp.Return != nil {
-				v = rp.Return(a, r)
+				if v := rp.Return(a, r); v != Continue {
+					return v
+				}
 			}
-			if v == Continue && s.sink != nil {
-				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: begin, Activation: a}
-				v = s.sink(&s.hit)
-			}
-			return v
+			return s.yield(c, Hit{Probe: p, Regs: r, Time: begin, Activation: a})
 		})
 	}
 }

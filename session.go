@@ -293,7 +293,9 @@ func (s *Session) register(private bool, probes ...*Probe) error {
 	for i, p := range probes {
 		if !p.attach(s, private) {
 			for _, q := range probes[:i] {
-				q.detach(false)
+				q.mu.Lock()
+				q.session = nil
+				q.mu.Unlock()
 			}
 			return s.fail("register", p, ErrRegistered)
 		}
@@ -452,12 +454,10 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 			case p.Pre != nil:
 				a = p.Pre(p, r)
 			}
-			if a == Continue && s.sink != nil && !c.Post {
-				c.Leave() // the body of a range is no handler
-				s.hit = Hit{Probe: p, Regs: r, VCPU: c.VCPU, Seq: s.seq.Add(1), Time: begin}
-				a = s.sink(&s.hit)
+			if a != Continue || c.Post {
+				return a
 			}
-			return a
+			return s.yield(c, Hit{Probe: p, Regs: r, Time: begin})
 		})
 	}
 	ep := &breakpoint.Probe{Addr: addr, At: at, Pre: handler, Limit: p.Limit.Hits, PerSecond: p.Limit.PerSecond}
@@ -468,6 +468,17 @@ func (s *Session) engineProbe(p *Probe, addr, at Addr) *breakpoint.Probe {
 		ep.Post = handler
 	}
 	return ep
+}
+
+// yield gives a hit to the body of a range over Hits, if there is one.
+func (s *Session) yield(c *breakpoint.Context, h Hit) Action {
+	if s.sink == nil {
+		return Continue
+	}
+	c.Leave() // the body is no handler
+	s.hit = h
+	s.hit.VCPU, s.hit.Seq = c.VCPU, s.seq.Add(1)
+	return s.sink(&s.hit)
 }
 
 // Unregister removes probes and gives the guest its instructions back. Probes

@@ -275,7 +275,6 @@ type Engine struct {
 	nvcpu   int
 	cheap   bool // Caps.CheapStep
 	hidden  bool // Caps.Hidden
-	allStop bool // Caps.AllStop
 	stats   Stats
 	closing bool // no probe may be registered any more
 	closed  bool
@@ -286,7 +285,7 @@ type Engine struct {
 	activations int                // in calls
 	depths      map[taskProbe]int  // how many of them are of one probe by one task
 	plans       map[uint64]plan    // by return address
-	held        []time.Duration    // while calls were under way, by vCPU, or the first one's for all
+	held        []time.Duration    // while calls were under way, by vCPU, or one for all (Caps.AllStop)
 	ended       []endedCall        // whose handlers are to run
 	made        bool               // breakpoints at return addresses may be there
 	sweeps      uint64
@@ -332,7 +331,10 @@ func New(drv Driver, cfg Config) *Engine {
 		nvcpu:   caps.VCPUs,
 		cheap:   caps.CheapStep,
 		hidden:  caps.Hidden,
-		allStop: caps.AllStop,
+		held:    make([]time.Duration, max(caps.VCPUs, 1)),
+	}
+	if caps.AllStop {
+		e.held = e.held[:1]
 	}
 	e.done = sync.NewCond(&e.mu)
 	if cfg.Journal != nil {

@@ -37,10 +37,7 @@ func (e *Engine) enter(st *site, s *Stop) {
 	}
 	e.now.slot = s.Regs.SP
 	// If it can't be read what was in the slot may be over all the same: see below.
-	e.now.err = e.retry(func() (err error) {
-		e.now.ret, err = e.word(s.Regs.CR3, e.now.slot)
-		return err
-	})
+	e.now.ret, e.now.err = e.word(s.Regs.CR3, e.now.slot)
 	e.unwind(e.now.slot, &e.now.task)
 	c := e.calls[e.now.slot]
 	if c == nil {
@@ -156,17 +153,19 @@ func (e *Engine) begin(a *Activation, s *Stop, sites []*site) Verdict {
 	return v
 }
 
-// dropCold removes the breakpoints at which no call that is under way ends.
-func (e *Engine) dropCold() error {
+// whileFrozen calls f while the guest is frozen. Unlike freeze it doesn't wait for a moment at
+// which the guest doesn't rewrite its code: the vCPU in hand may be about to.
+func (e *Engine) whileFrozen(f func() error) error {
 	if err := e.retry(e.drv.Freeze); err != nil {
-		return err
+		return fmt.Errorf("pause the guest: %w", err)
 	}
-	return errors.Join(e.removeAllCold(), e.thaw())
+	return errors.Join(f(), e.thaw())
 }
 
-// dropUnwanted is dropCold in the middle of a hit.
+// dropUnwanted removes, in the middle of a hit, the breakpoints at which no call that is under
+// way ends.
 func (e *Engine) dropUnwanted() {
-	if err := e.dropCold(); err != nil {
+	if err := e.whileFrozen(e.removeAllCold); err != nil {
 		e.log.Warn("breakpoints at return addresses", "err", err)
 	}
 }
@@ -416,17 +415,12 @@ func (e *Engine) useExits(p *Probe) error {
 		}
 		return err
 	}
-	e.haveExits(p, sites)
-	return nil
-}
-
-func (e *Engine) haveExits(p *Probe, sites []*site) {
-	r := p.Ret
 	for _, st := range sites {
 		st.exitOf = append(st.exitOf, p)
 	}
 	r.exits, r.exiting = sites, true
 	e.log.Debug("calls are followed to where the function ends", "addr", hex(p.Addr), "breakpoints", len(sites))
+	return nil
 }
 
 // leaveExits is for a probe that is dropped.
@@ -472,11 +466,11 @@ func (e *Engine) foreignReturn(st *site) {
 		if !st.cold() {
 			return
 		}
-		if err := e.retry(e.drv.Freeze); err != nil {
-			st.warm = time.Now()
-			return // the next one
+		err := e.whileFrozen(func() error { return e.removeCold(st) })
+		if st.armed && st.warm.IsZero() {
+			st.warm = time.Now() // the next one
 		}
-		if err := errors.Join(e.removeCold(st), e.thaw()); err != nil { // both are tried again
+		if err != nil { // all of it is tried again
 			e.log.Debug("a breakpoint at a return address stays for a while", "addr", hex(st.addr), "err", err)
 		}
 		return

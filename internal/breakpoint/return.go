@@ -1,6 +1,7 @@
 package breakpoint
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -224,28 +225,14 @@ func (e *Engine) look(s *Stop) {
 
 // heldFor is for how long a vCPU has been stopped while calls were under way, without the stop in
 // hand.
-func (e *Engine) heldFor(vcpu int) time.Duration {
-	if e.allStop {
-		vcpu = 0
-	}
-	if vcpu < len(e.held) {
-		return e.held[vcpu]
-	}
-	return 0
-}
+func (e *Engine) heldFor(vcpu int) time.Duration { return e.held[vcpu%len(e.held)] }
 
 // hold adds the stop in hand to the time for which its vCPU is stopped.
 func (e *Engine) hold(vcpu int) {
 	if e.now.time.IsZero() || e.activations == 0 {
 		return
 	}
-	if e.allStop {
-		vcpu = 0
-	}
-	if vcpu >= len(e.held) {
-		e.held = append(e.held, make([]time.Duration, vcpu+1-len(e.held))...)
-	}
-	e.held[vcpu] += time.Since(e.now.time)
+	e.held[vcpu%len(e.held)] += time.Since(e.now.time)
 }
 
 func (e *Engine) taskOf(s *Stop) (Task, error) {
@@ -581,7 +568,7 @@ func (e *Engine) word(cr3, addr uint64) (v uint64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	return le64(b), nil
+	return binary.LittleEndian.Uint64(b), nil
 }
 
 // trampoline is the hook of that name. It releases e.mu.
@@ -592,12 +579,4 @@ func (e *Engine) trampoline(addr uint64) bool {
 	e.mu.Unlock()
 	defer e.mu.Lock()
 	return e.cfg.Hooks.Trampoline(addr)
-}
-
-func le64(b []byte) uint64 {
-	var v uint64
-	for i, c := range b[:8] {
-		v |= uint64(c) << (8 * i)
-	}
-	return v
 }

@@ -21,9 +21,10 @@ const (
 	coolSites  = 32 // removed by one sweep
 )
 
-// suspicion is when a call was first seen without its return address.
+// suspicion says that a call was seen without its return address, and what the engine had
+// counted then.
 type suspicion struct {
-	sweep        uint64 // 0: it wasn't
+	is           bool
 	quiet, stops uint64
 }
 
@@ -210,8 +211,8 @@ func (e *Engine) judge(c *call, f fate) {
 		why = ErrTaskGone
 	}
 	was := c.suspect
-	if was.sweep == 0 {
-		c.suspect = suspicion{e.sweeps, e.quiet, e.stops}
+	if !was.is {
+		c.suspect = suspicion{true, e.quiet, e.stops}
 		return
 	}
 	// Each vCPU has had its turn if so many stops were served.
@@ -239,16 +240,14 @@ func (e *Engine) cool() {
 	if e.made = slices.ContainsFunc(e.order, func(st *site) bool { return !st.warm.IsZero() }); len(out) == 0 {
 		return
 	}
-	if err := e.retry(e.drv.Freeze); err != nil {
-		return
-	}
-	for _, st := range out {
-		st.warm = time.Time{}
-		if err := e.removeCold(st); err != nil {
-			e.log.Debug("a breakpoint at a return address stays for a while", "addr", hex(st.addr), "err", err)
+	err := e.whileFrozen(func() (err error) {
+		for _, st := range out {
+			st.warm = time.Time{}
+			err = errors.Join(err, e.removeCold(st))
 		}
-	}
-	if err := e.thaw(); err != nil {
-		e.log.Debug("sweep", "err", err)
+		return err
+	})
+	if err != nil {
+		e.log.Debug("breakpoints at return addresses stay for a while", "err", err)
 	}
 }

@@ -16,11 +16,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/vmprobes/vmprobes/internal/breakpoint"
-	"github.com/vmprobes/vmprobes/internal/recovery"
 	"github.com/vmprobes/vmprobes/internal/x86"
-	"github.com/vmprobes/vmprobes/internal/xen"
 	"github.com/vmprobes/vmprobes/internal/xentest"
-	"github.com/vmprobes/vmprobes/xenctrl"
 )
 
 // TestKilledReturns is TestKilled with a tool that follows calls to their returns and to the
@@ -77,28 +74,8 @@ func killReturns(t *testing.T, cfg xentest.Config, seed uint64) {
 // follow is the tool: it attaches, registers return probes and plain ones and unregisters
 // some, and serves hits.
 func (v *victim) follow(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *rand.Rand) {
-	info, err := v.mortal.Info()
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	vcpus := info.MaxVCPUID + 1
-	v.mortal.Call(func() {
-		v.log, err = recovery.Create(v.dir, "domain-1", recovery.Identity("a3guest", "", info), vcpus, xen.StateSize(vcpus))
-	})
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	frames := xen.NewFrames(v.mortal)
-	var drv breakpoint.Driver
-	if info.Flags&xenctrl.DomainHVM == 0 {
-		drv, err = xen.OpenDebugger(v.mortal, frames, xen.Config{State: v.log.DriverState(), Lookup: v.m.Lookup})
-	} else {
-		drv, err = xen.OpenMonitor(v.mortal, frames, xen.Config{State: v.log.DriverState()})
-	}
-	if err != nil {
-		t.Error(err)
+	drv := v.attach(t)
+	if drv == nil {
 		return
 	}
 	e := breakpoint.New(drv, breakpoint.Config{

@@ -253,13 +253,12 @@ func repairs(t *testing.T, m *xentest.Machine, ring xen.Ring, b []byte, r *rand.
 
 var errDied = fmt.Errorf("whoever repaired died")
 
-// run is the tool: it attaches, registers probes and unregisters some, serves hits, and
-// closes.
-func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *rand.Rand) {
+// attach makes the tool's journal, and attaches. It returns nil if it has failed.
+func (v *victim) attach(t *testing.T) breakpoint.Driver {
 	info, err := v.mortal.Info()
 	if err != nil {
 		t.Error(err)
-		return
+		return nil
 	}
 	vcpus := info.MaxVCPUID + 1
 	v.mortal.Call(func() {
@@ -267,7 +266,7 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 	})
 	if err != nil {
 		t.Error(err)
-		return
+		return nil
 	}
 	hv := xen.Hypervisor(v.mortal)
 	if v.wrap != nil {
@@ -282,6 +281,16 @@ func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *r
 	}
 	if err != nil {
 		t.Error(err)
+		return nil
+	}
+	return drv
+}
+
+// run is the tool: it attaches, registers probes and unregisters some, serves hits, and
+// closes.
+func (v *victim) run(t *testing.T, ctx context.Context, wg *sync.WaitGroup, r *rand.Rand) {
+	drv := v.attach(t)
+	if drv == nil {
 		return
 	}
 	method, most := breakpoint.Method(r.IntN(3)), 6
