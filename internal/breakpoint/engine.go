@@ -294,6 +294,7 @@ type Engine struct {
 	stops       uint64      // that were served
 	following   atomic.Bool // there is something to sweep, to tell or to take out
 	spent       []*Probe    // whose limits are reached
+	spentTold   string      // what the last failure to take one out was
 	spentErr    error       // of the last one
 
 	owing   atomic.Bool // owed isn't empty
@@ -563,6 +564,7 @@ func (e *Engine) add(p *Probe) error {
 	p.gen++
 	p.site = s
 	p.over.Store(uint32(NotOver))
+	e.spentErr = nil
 	p.second, p.inSecond, p.limitBase = time.Time{}, 0, p.Hits()
 	if s.wantTask = s.wantTask || p.WantTask; p.Want != nil {
 		s.filters++

@@ -157,6 +157,11 @@ func (e *Engine) begin(a *Activation, s *Stop, sites []*site) Verdict {
 // which the guest doesn't rewrite its code: the vCPU in hand may be about to.
 func (e *Engine) whileFrozen(f func() error) error {
 	if err := e.retry(e.drv.Freeze); err != nil {
+		for _, st := range e.order { // the next sweep finds what was to be removed
+			if st.cold() && st.warm.IsZero() {
+				e.made, st.warm = true, time.Now()
+			}
+		}
 		return fmt.Errorf("pause the guest: %w", err)
 	}
 	return errors.Join(f(), e.thaw())
@@ -467,9 +472,6 @@ func (e *Engine) foreignReturn(st *site) {
 			return
 		}
 		err := e.whileFrozen(func() error { return e.removeCold(st) })
-		if st.armed && st.warm.IsZero() {
-			st.warm = time.Now() // the next one
-		}
 		if err != nil { // all of it is tried again
 			e.log.Debug("a breakpoint at a return address stays for a while", "addr", hex(st.addr), "err", err)
 		}

@@ -359,7 +359,11 @@ func (e *Engine) hit(s *Stop, m mode) (v Verdict, err error) {
 	}
 	w, badExit := e.exited(st, s, m)
 	if f.skipped || e.leftByHand(f, s) {
-		w, badExit = e.skipped(f, s, m)
+		if err := e.checkRegs(&f.before, s); err != nil { // then the function is executed after all
+			bad, f.skipped = errors.Join(bad, err), false
+		} else {
+			w, badExit = e.skipped(f, s, m)
+		}
 	}
 	v = first(v, w)
 	finished = true
@@ -459,7 +463,7 @@ func (e *Engine) run(c Context, handler func(*Context) Verdict) Verdict {
 		return Continue
 	}
 	e.running = c.Probe
-	c.moved = e.moved
+	c.moved = e.moved && !c.Post && !c.Return && c.Regs != nil
 	e.ctx = c
 	e.mu.Unlock()
 	defer func() {

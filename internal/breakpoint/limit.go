@@ -17,22 +17,20 @@ var (
 // filter takes the owners out of f to which this execution isn't a hit, and those whose limits
 // are reached.
 func (e *Engine) filter(f *inflight, s *Stop) {
-	kept, shifted := f.owners[:0], 0
-	for i, o := range f.owners {
-		if o.Over() != NotOver {
-			continue
-		}
-		if o.Want != nil && o.wants(f.site) && !e.isHit(o, s) {
+	for i := 0; i < len(f.owners); {
+		switch o := f.owners[i]; {
+		case o.Over() != NotOver:
+		case o.Want != nil && o.wants(f.site) && !e.isHit(o, s): // which may panic
 			o.filtered.Add(1)
+		default:
+			i++
 			continue
 		}
+		f.owners = slices.Delete(f.owners, i, i+1)
 		if i < f.shifted {
-			shifted++
+			f.shifted--
 		}
-		kept = append(kept, o)
 	}
-	clear(f.owners[len(kept):])
-	f.owners, f.shifted = kept, shifted
 }
 
 func (e *Engine) isHit(o owner, s *Stop) bool {
@@ -69,7 +67,7 @@ func (e *Engine) tally(p *Probe) {
 // dropSpent takes the probes out whose limits are reached. A return probe follows to their end
 // what calls it has.
 func (e *Engine) dropSpent() error {
-	if e.owing.Load() { // a Post handler may be to come
+	if e.closing || e.owing.Load() { // a Post handler may be to come
 		return nil
 	}
 	var now []*Probe
@@ -81,12 +79,12 @@ func (e *Engine) dropSpent() error {
 	e.spent = slices.DeleteFunc(e.spent, func(p *Probe) bool {
 		return p.site == nil || p.Over() == NotOver || slices.Contains(now, p)
 	})
-	if len(now) == 0 || e.closing {
+	if len(now) == 0 {
 		return nil
 	}
 	if err := e.freeze(); err != nil {
 		e.spent = append(e.spent, now...)
-		return err
+		return e.spentLater(err)
 	}
 	var errs error
 	for _, p := range now {
@@ -94,11 +92,12 @@ func (e *Engine) dropSpent() error {
 			continue
 		}
 		err := e.drop(p, false)
-		if p.site != nil { // it is tried again
-			e.spent = append(e.spent, p)
-		}
 		e.log.Debug("a probe has reached its limit", "addr", hex(p.Addr), "err", err)
 		errs = errors.Join(errs, err)
+		if p.site != nil { // it is tried again
+			e.spent = append(e.spent, p)
+			continue
+		}
 		e.spentErr = ErrSpent
 		if p.Over() == OverPerSecond {
 			e.spentErr = fmt.Errorf("%#x: %w: more than %d", p.Addr, ErrTooOften, p.PerSecond)
@@ -106,10 +105,23 @@ func (e *Engine) dropSpent() error {
 		}
 	}
 	errs = errors.Join(errs, e.removeColdOf(now), e.thaw())
-	if errs != nil {
-		return errs
+	if err := e.spentLater(errs); err != nil {
+		return err
 	}
 	return e.allSpent()
+}
+
+// spentLater takes the error of taking probes out. What failed is tried again, and where the
+// guest has other code now the probe is out all the same: neither ends Serve.
+func (e *Engine) spentLater(err error) error {
+	if err == nil || errors.Is(err, ErrGone) || errors.Is(err, ErrClosed) {
+		return err
+	}
+	if msg := err.Error(); msg != e.spentTold {
+		e.spentTold = msg
+		e.log.Warn("probes that have reached their limits", "err", err)
+	}
+	return nil
 }
 
 // allSpent returns what ends Serve if the last probe has been taken out by its limit.

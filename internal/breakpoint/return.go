@@ -277,7 +277,9 @@ func (e *Engine) exited(st *site, s *Stop, m mode) (Verdict, error) {
 			e.abandon(ErrTaskGone, c)
 			c = nil
 		case err == nil && ret != c.ret && !e.trampoline(ret):
-			e.abandon(ErrUnwound, c)
+			if e.calls[c.slot] == c { // e.mu was released
+				e.abandon(ErrUnwound, c)
+			}
 			c = nil
 		}
 	}
@@ -536,6 +538,11 @@ func (e *Engine) orphan(st *site, why error) {
 		r.exits = slices.DeleteFunc(r.exits, func(x *site) bool { return x == st })
 		r.exiting, r.lost = false, why
 	}
+	for ret, p := range e.plans { // also of calls that have returned there
+		if slices.Contains(p.addrs, st.addr) {
+			e.plans[ret] = plan{err: why, made: time.Now()}
+		}
+	}
 	lost := st.exitOf
 	st.exitOf = nil
 	if st.live == 0 && len(lost) == 0 {
@@ -545,7 +552,7 @@ func (e *Engine) orphan(st *site, why error) {
 	for _, c := range e.calls {
 		switch last := c.acts[len(c.acts)-1].Probe; {
 		case slices.Contains(c.sites, st):
-			e.plans[c.ret] = plan{err: why, made: time.Now()}
+			e.plans[c.ret] = plan{err: why, made: time.Now()} // which may have been forgotten
 			over = append(over, c)
 		case len(c.sites) == 0 && slices.Contains(lost, last): // what it returns by may be this exit
 			over = append(over, c)
